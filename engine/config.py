@@ -1,0 +1,215 @@
+"""Configurations and presets: frozen dataclasses, no torch, unknown keys refused."""
+
+from dataclasses import asdict, dataclass, field, fields
+
+SCHEDULES = ("scaled_linear", "cosine")
+PREDICTIONS = ("epsilon", "v_prediction")
+CONDITIONINGS = ("renoise", "clean")
+TRAINING_TIMES = ("shared", "independent", "masked")
+TIME_CONDITIONINGS = ("adaln", "token")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the key, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One named stream of the joint sample, whose diffusion state is [B, tokens, channels]."""
+
+    name: str
+    tokens: int  # L
+    channels: int  # C
+    depth: int  # N_modality: in-blocks of its own, and as many out-blocks
+
+    @property
+    def size(self) -> int:
+        """Elements of a row's packed state that belong to this modality, L·C."""
+        return self.tokens * self.channels
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """PS-U-Net (arXiv 2311.16488, section 3.1): a branch per modality around a shared U-ViT stack."""
+
+    modalities: tuple[Modality, ...]
+    shared_depth: int  # N_shared; 0 or odd: ⌊N/2⌋ in-blocks, one middle block, ⌊N/2⌋ out-blocks
+    dim: int  # D, width of every block
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    time: str = "adaln"  # "adaln": modulations per token; "token": a time token per modality (U-ViT)
+
+    def __post_init__(self):
+        names = [m.name for m in self.modalities]
+        _require(len(names) >= 1, "modalities", names, "give at least one")
+        _require(len(set(names)) == len(names), "modalities", names, "give each its own name")
+        for m in self.modalities:
+            for key in ("tokens", "channels"):
+                _require(getattr(m, key) >= 1, f"{m.name}.{key}", getattr(m, key), "use 1 or more")
+            _require(m.depth >= 0, f"{m.name}.depth", m.depth, "use 0 or more")
+        _require(
+            self.shared_depth == 0 or (self.shared_depth > 0 and self.shared_depth % 2 == 1),
+            "shared_depth",
+            self.shared_depth,
+            "use 0 or an odd number (in-blocks, one middle block, out-blocks)",
+        )
+        _require(
+            self.head_dim >= 1 and self.dim >= 1 and self.dim % self.head_dim == 0,
+            "dim",
+            self.dim,
+            f"use a multiple of head_dim ({self.head_dim})",
+        )
+        _require(self.mlp_ratio >= 1, "mlp_ratio", self.mlp_ratio, "use 1 or more")
+        _require(self.time in TIME_CONDITIONINGS, "time", self.time, f"use one of {TIME_CONDITIONINGS}")
+
+    @property
+    def size(self) -> int:
+        """N, elements of a row's packed state."""
+        return sum(m.size for m in self.modalities)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all modalities together."""
+        return sum(m.tokens for m in self.modalities)
+
+    @property
+    def state_slices(self) -> dict[str, slice]:
+        """Where each modality lies in the packed state [B, N]."""
+        return _slices({m.name: m.size for m in self.modalities})
+
+    @property
+    def token_slices(self) -> dict[str, slice]:
+        """Where each modality's tokens lie in the concatenated token sequence [B, L]."""
+        return _slices({m.name: m.tokens for m in self.modalities})
+
+    def modality(self, name: str) -> Modality:
+        for m in self.modalities:
+            if m.name == name:
+                return m
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What the model was trained to undo, and how known parts enter it."""
+
+    schedule: str = "scaled_linear"
+    timesteps: int = 1000  # N; time 0 is clean data, time N the noisiest
+    prediction: str = "epsilon"
+    conditioning: str = "renoise"  # how known values enter: at their scheduled noise, or clean at time 0
+    times: str = "shared"  # training times: one t for all, one per modality, or masked (known tokens at time 0)
+
+    def __post_init__(self):
+        for key, allowed in (
+            ("schedule", SCHEDULES),
+            ("prediction", PREDICTIONS),
+            ("conditioning", CONDITIONINGS),
+            ("times", TRAINING_TIMES),
+        ):
+            _require(getattr(self, key) in allowed, key, getattr(self, key), f"use one of {allowed}")
+        _require(self.timesteps >= 2, "timesteps", self.timesteps, "use 2 or more")
+        fits = {"shared": ("renoise",), "independent": CONDITIONINGS, "masked": ("clean",)}[self.times]
+        _require(self.conditioning in fits, "conditioning", self.conditioning, f"times={self.times!r} trains {fits}")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How pictures become tokens: an autoencoder's latents, cut into patch × patch squares."""
+
+    size: int  # pixels, pictures are size × size
+    patch: int  # latents per token side
+
+    def __post_init__(self):
+        _require(self.size >= 8, "image.size", self.size, "use 8 or more pixels")
+        _require(self.patch >= 1, "image.patch", self.patch, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a checkpoint's config.json says."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    image: ImageConfig | None = None
+
+    def __post_init__(self):
+        if self.model.time == "token":
+            _require(
+                self.diffusion.times != "masked",
+                "times",
+                "masked",
+                "a time token is one per modality: use 'adaln', or times 'shared' or 'independent'",
+            )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """The inverse of `to_dict`; raises ConfigError on unknown, missing or ill-typed keys."""
+        values = _known_keys(cls, values, "config")
+        model = _known_keys(ModelConfig, values.get("model"), "model")
+        modalities = model.get("modalities")
+        _require(isinstance(modalities, list | tuple), "model.modalities", modalities, "give a list")
+        model["modalities"] = tuple(_build(Modality, m, "model.modalities") for m in modalities)
+        image = values.get("image")
+        return cls(
+            model=_build(ModelConfig, model, "model"),
+            diffusion=_build(DiffusionConfig, values.get("diffusion", {}), "diffusion"),
+            image=None if image is None else _build(ImageConfig, image, "image"),
+        )
+
+
+def _require(holds: bool, key: str, value, remedy: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}: {value!r} does not work; {remedy}")
+
+
+def _known_keys(cls, values, where: str) -> dict:
+    _require(isinstance(values, dict), where, values, "give a mapping of settings")
+    names = [f.name for f in fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    _require(not unknown, where, ", ".join(unknown), f"unknown setting; known are {', '.join(names)}")
+    return dict(values)
+
+
+def _build(cls, values, where: str):
+    values = _known_keys(cls, values, where)
+    for f in fields(cls):
+        if f.name in values and f.type in (int, str):
+            right = isinstance(values[f.name], f.type) and not isinstance(values[f.name], bool)
+            _require(right, f"{where}.{f.name}", values[f.name], f"give a {f.type.__name__}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _slices(sizes: dict[str, int]) -> dict[str, slice]:
+    slices, start = {}, 0
+    for name, size in sizes.items():
+        slices[name] = slice(start, start + size)
+        start += size
+    return slices
+
+
+PRESETS: dict[str, Config] = {
+    # The paper's size: 256 px MS-COCO latents (4×32×32, patch 2) and 64 words of Word2Vec-64; L = 320.
+    "coco256": Config(
+        ModelConfig((Modality("image", 256, 16, depth=4), Modality("text", 64, 64, depth=2)), shared_depth=9, dim=512),
+        DiffusionConfig("scaled_linear", 1000, "epsilon", "renoise", "shared"),
+        ImageConfig(size=256, patch=2),
+    ),
+    # The built-in model: 64 px emoji (8×8×8 latents, patch 2) and names of up to 16 words.
+    "emoji": Config(
+        ModelConfig((Modality("image", 16, 32, depth=2), Modality("text", 16, 32, depth=2)), shared_depth=7, dim=192),
+        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked"),
+        ImageConfig(size=64, patch=2),
+    ),
+    # For tests: seconds, not minutes.
+    "tiny": Config(
+        ModelConfig((Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1)), shared_depth=3, dim=64),
+        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked"),
+        ImageConfig(size=32, patch=1),
+    ),
+}

@@ -1,0 +1,165 @@
+"""Holds the house in order: import ranks, lazy imports, the kernels link, one place to compile, nothing unpickled."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = {  # a new file must be placed here; a folder stands for all files in it
+    "engine.kernels": 0,
+    "engine.config": 1,
+    "engine.request": 1,
+    "engine.graphs": 1,
+    "engine.device": 1,
+    "engine.pictures": 1,
+    "engine.schedule": 2,
+    "engine.masks": 2,
+    "engine.codecs": 2,
+    "engine.model": 2,
+    "engine.uvit": 2,
+    "engine.sampler": 3,
+    "engine.checkpoint": 3,
+    "engine.data": 3,
+    "engine.loss": 3,
+    "engine.training": 3,
+    "engine.runtime": 4,
+    "engine.sample": 5,
+    "engine.train": 5,
+    "engine.evaluate": 5,
+    "engine.serve": 5,
+    "engine": 5,  # the facade
+}
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+IMPORTED_WHERE_USED = {"diffusers", "gensim"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+# Through the link, since that is how the kernels are imported; rglob follows no links before Python 3.13.
+FILES = [*(ROOT / "engine").rglob("*.py"), *(ROOT / "engine" / "kernels").glob("*.py")]
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in set(FILES)}
+MODULES = sorted(TREES)
+
+
+def rank(module: str) -> int:
+    """The rank of a module, or of the folder it is in."""
+    places = [place for place in RANKS if module == place or (module.startswith(f"{place}.") and place != "engine")]
+    assert len(places) == 1, f"{module} has no rank: place it in RANKS and in CONTRIBUTING.md"
+    return RANKS[places[0]]
+
+
+def imports(nodes) -> set[str]:
+    """Modules that these statements import; for `from package import name`, the module of that name if there is one."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; write the full name"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in TREES else node.module for name in names}
+    return found
+
+
+def outside_functions(tree: ast.AST):
+    """Nodes that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from outside_functions(node)
+
+
+def calls(tree: ast.AST) -> dict[str, list[ast.Call]]:
+    """Calls by the dotted name of what is called."""
+    found: dict[str, list[ast.Call]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            found.setdefault(ast.unparse(node.func), []).append(node)
+    return found
+
+
+def loaded_modules(statement: str) -> set[str]:
+    """Names in sys.modules of a fresh interpreter after one statement."""
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module):
+    own = {name for name in imports(ast.walk(TREES[module])) if name.split(".")[0] == "engine"}
+    upward = sorted(name for name in own if rank(name) > rank(module))
+    assert not upward, f"{module} (rank {rank(module)}) imports {upward}"
+
+
+def test_imports_make_no_circle():
+    graph = {module: imports(ast.walk(tree)) & TREES.keys() for module, tree in TREES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("engine.kernels.")])
+def test_kernels_import_torch_and_triton_only(module):
+    allowed = sys.stdlib_module_names | {"torch", "triton"}
+    foreign = {name for name in imports(ast.walk(TREES[module])) if name.split(".")[0] not in allowed}
+    assert all(name.startswith("engine.kernels.") for name in foreign), foreign
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_slow_packages_are_imported_where_they_are_used(module):
+    at_import = {name.split(".")[0] for name in imports(outside_functions(TREES[module]))}
+    assert not at_import & IMPORTED_WHERE_USED
+
+
+@pytest.mark.parametrize("statement", ["import engine", "import engine.config", "from engine import Request"])
+def test_light_names_import_no_torch(statement):
+    assert not loaded_modules(statement) & {"torch", "diffusers", "gensim"}
+
+
+def test_facade_offers_what_it_lists():
+    import engine
+
+    assert set(engine.__all__) <= set(dir(engine))
+    assert all(getattr(engine, name) for name in engine.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Engin'"):
+        _ = engine.Engin
+
+
+def test_kernels_are_reached_through_the_link_only():
+    link = ROOT / "engine" / "kernels"
+    assert link.is_symlink()
+    assert link.readlink() == Path("..", "kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow Hugging Face's package named kernels"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_unpickled(module):
+    tree = TREES[module]
+    assert not {name.split(".")[0] for name in imports(ast.walk(tree))} & PICKLES
+    for name, found in calls(tree).items():
+        settings = [{k.arg: ast.unparse(k.value) for k in call.keywords} for call in found]
+        assert not any(s.get("allow_pickle", "False") != "False" for s in settings), name
+        assert name != "torch.load" or all(s.get("weights_only") == "True" for s in settings), name
+        assert name.rpartition(".")[0].split(".")[-1] not in {"Word2Vec", "KeyedVectors"} or not name.endswith(".load")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_graphs_compiles_and_captures(module):
+    found = calls(TREES[module]).keys() & {"torch.compile", "torch.cuda.graph", "torch.cuda.CUDAGraph"}
+    assert not found or module == "engine.graphs"
+
+
+def test_no_file_is_a_drawer_for_odds_and_ends():
+    drawers = {"util", "utils", "helper", "helpers", "common", "misc"}
+    assert not drawers & {module.rpartition(".")[2] for module in MODULES}
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

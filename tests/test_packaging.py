@@ -1,0 +1,109 @@
+"""The project installs beside Hugging Face's package `kernels`, and neither disturbs the other.
+
+Everything happens on a copy of the sources, in throw-away virtual environments that see the packages of this test run
+(torch, setuptools) through a .pth file: no network, and nothing written into the repository.
+"""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("engine", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+STUB = "PUBLISHER = 'Hugging Face'\n"
+PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
+OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
+
+
+def run(*command, cwd: Path) -> str:
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """What the packages are built from, with the link as a link."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shipped(repository) -> set[str]:
+    """Paths of all files that an installed engine consists of."""
+    files = {path.relative_to(repository).as_posix() for path in (repository / "engine").rglob("*") if path.is_file()}
+    return files | {f"engine/kernels/{path.name}" for path in (repository / "kernels").glob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def dependencies(tmp_path_factory) -> Path:
+    """Links to the packages of this test run, less the engine that may be installed among them."""
+    folder = tmp_path_factory.mktemp("dependencies")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(("engine", "psunet_engine")):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["regular", "editable"])
+def environment(request, repository, dependencies, tmp_path_factory) -> Path:
+    """A virtual environment with a stub of Hugging Face's kernels, into which the project was then installed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    python = folder / "bin" / "python"
+    packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder))
+    (packages / "kernels").mkdir()
+    (packages / "kernels" / "__init__.py").write_text(STUB)
+    (packages / "of_this_test_run.pth").write_text(f"{dependencies}\n")
+    target = ["-e", "."] if request.param == "editable" else ["."]
+    run(python, *PIP, "install", *OFFLINE, *target, cwd=repository)
+    assert (packages / "kernels" / "__init__.py").read_text() == STUB
+    assert [path.name for path in (packages / "kernels").glob("*.py")] == ["__init__.py"]
+    return folder
+
+
+@pytest.mark.parametrize("where", ["repository root", "elsewhere"])
+def test_engine_and_hugging_face_kernels_do_not_disturb_each_other(environment, repository, where, tmp_path):
+    ours = [f"engine.kernels.{path.stem}" for path in sorted((repository / "kernels").glob("*.py"))]
+    assert ours, "no kernel to import"
+    code = f"import kernels, {', '.join(ours)}; print(kernels.PUBLISHER)"
+    cwd = repository if where == "repository root" else tmp_path
+    assert run(environment / "bin" / "python", "-c", code, cwd=cwd) == "Hugging Face"
+
+
+def test_elsewhere_the_installed_engine_is_found(environment, repository, tmp_path):
+    home = run(environment / "bin" / "python", "-c", "import engine; print(engine.__file__)", cwd=tmp_path)
+    expected = repository if environment.name.startswith("editable") else environment
+    assert Path(home).is_relative_to(expected)
+
+
+def test_wheel_holds_the_whole_engine_and_no_second_kernels(repository, shipped, tmp_path):
+    run(sys.executable, *PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, ".", cwd=repository)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    assert {name for name in names if ".dist-info/" not in name} == shipped
+
+
+def test_source_distribution_builds_the_same_wheel(repository, shipped, tmp_path):
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    run(sys.executable, "-c", build, tmp_path, cwd=repository)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert shipped <= names
+    assert not {name for name in names if name.startswith("kernels")}
+    run(sys.executable, *PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert shipped <= set(zipfile.ZipFile(wheel).namelist())

@@ -1,0 +1,67 @@
+"""The README's code blocks are run, in reading order, in one folder that stands for the repository.
+
+Every ```bash and ```python block is run, unless the comment `<!-- not run: reason -->` stands on the line above it. The
+interpreter of this test run takes the place of `.venv/bin/python`; installing and `-m pytest` are left to `.ci/run`.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?```(?P<language>bash|python)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+INSTALL = re.compile(r"^python3 -m venv .*?pip install .*? && (?=\.venv/bin/python )", re.MULTILINE)
+PYTEST = re.compile(r"^\.venv/bin/python -m pytest.*\n", re.MULTILINE)
+OUTPUTS = {"data", "runs", "samples"}  # what the commands write; everything else of the repository they may read
+
+
+def runnable(code: str) -> str:
+    """A bash block without its installing and its pytest lines."""
+    code = PYTEST.sub("", INSTALL.sub("", code))
+    return code.replace(".venv/bin/python", shlex.quote(sys.executable))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Links to all that the repository holds, so that commands find its files and write their own outside it."""
+    folder = tmp_path_factory.mktemp("readme")
+    for entry in ROOT.iterdir():
+        if entry.name not in OUTPUTS:
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.mark.parametrize("block", [pytest.param(m, id=f"block{i}") for i, m in enumerate(BLOCK.finditer(README))])
+def test_readme_block_runs(block, folder):
+    if block["reason"]:
+        pytest.skip(block["reason"])
+    if block["language"] == "python":
+        command = [sys.executable, "-c", block["code"]]
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", runnable(block["code"])]
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{block['code']}\n{done.stdout}\n{done.stderr}"
+
+
+def test_ci_runs_the_test_line_of_the_readme():
+    lines = [line for line in README.splitlines() if line.endswith(".venv/bin/python -m pytest")]
+    assert len(lines) == 1, "the README gives exactly one line that installs and runs the tests"
+    assert lines[0] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_only_installing_and_pytest_are_left_out_of_a_block():
+    code = (
+        "python3 -m venv .venv && .venv/bin/pip install --quiet . && .venv/bin/python -m engine.sample\n"
+        "python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[test]' && .venv/bin/python -m pytest\n"
+        ".venv/bin/python -m engine.sample --num 2 && ls samples\n"
+    )
+    python = shlex.quote(sys.executable)
+    assert runnable(code) == f"{python} -m engine.sample\n{python} -m engine.sample --num 2 && ls samples\n"
