@@ -1,0 +1,180 @@
+"""Rendering emoji, and choosing the compositional test set."""
+
+import json
+
+import pytest
+from PIL import Image, features
+
+from engine.codecs.text import tokenize
+from engine.data.__main__ import main
+from engine.data.coco import CocoCaptions
+from engine.data.emoji import FONT, NAMES, Renderer, base_name, held_out_names, read_emoji, render_emoji
+
+needs_font = pytest.mark.skipif(not FONT.is_file(), reason="Debian's fonts-noto-color-emoji is not installed")
+needs_names = pytest.mark.skipif(not NAMES.is_dir(), reason="Debian's unicode-cldr-core is not installed")
+
+ANNOTATIONS = """<ldml><annotations>
+    <annotation cp="{">brace | bracket</annotation><annotation cp="{" type="tts">open curly bracket</annotation>
+    <annotation cp="😀">face | grin | grinning face</annotation>
+    <annotation cp="😀" type="tts">grinning face</annotation>
+    <annotation cp="⁉">! | ? | mark</annotation><annotation cp="⁉" type="tts">exclamation question mark</annotation>
+</annotations></ldml>"""
+DERIVED = """<ldml><annotations>
+    <annotation cp="🏃🏿‍♀">dark skin tone | racing | type 6 | woman</annotation>
+    <annotation cp="🏃🏿‍♀" type="tts">woman running: dark skin tone</annotation>
+    <annotation cp="🇫🇷">flag</annotation><annotation cp="🇫🇷" type="tts">flag: France</annotation>
+</annotations></ldml>"""
+
+
+@pytest.fixture
+def few_names(tmp_path):
+    """A CLDR folder with five names, of which the font draws four."""
+    for folder, content in (("annotations", ANNOTATIONS), ("annotationsDerived", DERIVED)):
+        path = tmp_path / "common" / folder / "en.xml"
+        path.parent.mkdir(parents=True)
+        path.write_text(content, encoding="utf-8")
+    return tmp_path / "common"
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    if not FONT.is_file():
+        pytest.skip("Debian's fonts-noto-color-emoji is not installed")
+    return Renderer()
+
+
+def test_name_comes_first_and_modifier_keywords_are_dropped(few_names):
+    captions = {e.text: e.captions for e in read_emoji(few_names)}
+    assert captions["😀"] == ("grinning face", "face", "grin")
+    assert captions["🏃🏿‍♀"] == ("woman running: dark skin tone", "racing", "woman")
+
+
+def test_keywords_without_a_word_are_dropped(few_names):
+    assert {e.text: e.captions for e in read_emoji(few_names)}["⁉"] == ("exclamation question mark", "mark")
+
+
+@pytest.mark.parametrize("text", ["😀", "🇫🇷", "👩🏿‍🚒", "1⃣", "👁‍🗨", "🏴‍☠", "🏃🏿‍♀", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"])  # fmt: skip
+def test_sequences_draw_as_one_glyph(renderer, text):
+    assert renderer.can_draw(text)
+
+
+@pytest.mark.parametrize("text", ["{", "—", "𝄞", "\u200d", "\U0010ffff", "😀😀", "👩👩", "🇫😀"])
+def test_text_the_font_lacks_and_broken_sequences_are_not_drawn(renderer, text):
+    assert not renderer.can_draw(text)
+
+
+def test_pictures_are_centred_on_white_in_one_scale(renderer):
+    picture = renderer.draw("⚪", 64)
+    assert (picture.size, picture.mode) == ((64, 64), "RGB")
+    assert picture.getpixel((0, 0)) == picture.getpixel((63, 63)) == (255, 255, 255)
+    left, top, right, bottom = picture.convert("L").point(lambda grey: 255 * (grey < 250)).getbbox()
+    assert abs(left - (64 - right)) <= 1 and abs(top - (64 - bottom)) <= 2 and right - left > 48
+    assert picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) != (255, 255, 255)
+
+
+def test_base_name_is_the_part_before_the_colon():
+    assert base_name("woman running: dark skin tone") == "woman running"
+    assert base_name("red heart") == "red heart"
+
+
+def test_held_out_names_have_several_parts_made_of_known_words():
+    colours, things = ("red", "green", "blue", "dark", "light"), [f"thing{i}" for i in range(200)]
+    names = {f"{thing}: {colour}" for thing in things for colour in colours} | {f"alone {i}" for i in range(500)}
+    once = {f"flag: land{i}" for i in range(300)}
+    held_out = held_out_names(names | once)
+    assert 0.03 * 1000 < len(held_out) < 0.07 * 1000
+    assert all(":" in name for name in held_out) and not held_out & once
+    words = {word for name in (names | once) - held_out for word in tokenize(name)}
+    assert all(words.issuperset(tokenize(name)) for name in held_out)
+
+
+def test_held_out_choice_does_not_depend_on_order_or_process():
+    tones = ("light", "medium", "dark")
+    names = [f"{who}: {tone} skin tone" for who in ("leg", "woman", "judge", "guard", "ear", "man") for tone in tones]
+    expected = {"leg: medium skin tone", "woman: dark skin tone", "judge: light skin tone", "guard: dark skin tone"}
+    assert held_out_names(names) == held_out_names(reversed(names)) == expected
+
+
+@needs_font
+def test_data_set_is_in_coco_layout_and_can_be_made_again(tmp_path, few_names, capsys):
+    out = tmp_path / "made" / "emoji"
+    arguments = ["emoji", "--out", str(out), "--size", "32", "--names", str(few_names)]
+    for _ in range(2):
+        assert main(arguments) == 0
+        assert "4 training pictures, 0 held out" in capsys.readouterr().out
+        items = CocoCaptions.open(out).items
+        assert [item.path.name for item in items] == [f"0000{i}.png" for i in range(4)]
+        assert items[3].captions == ("flag: France", "flag")
+        with Image.open(items[0].path) as picture:
+            assert picture.size == (32, 32)
+        assert [path.name for path in out.parent.iterdir()] == ["emoji"]  # nothing half-written stays
+
+
+@needs_font
+def test_folders_made_by_others_are_left_alone(tmp_path, few_names, capsys):
+    (tmp_path / "captions.json").write_text(json.dumps({"info": {"description": "mine"}}))
+    assert main(["emoji", "--out", str(tmp_path), "--names", str(few_names)]) == 2
+    assert "did not make; name a new or empty folder" in capsys.readouterr().err
+    assert (tmp_path / "captions.json").exists() and not (tmp_path / "images").exists()
+
+
+@needs_font
+def test_interrupted_rendering_leaves_the_earlier_set(tmp_path, few_names, monkeypatch):
+    out = tmp_path / "emoji"
+    render_emoji(out, 16, names=few_names)
+    before = (out / "captions.json").read_text()
+    monkeypatch.setattr(Renderer, "draw", lambda self, text, size: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        render_emoji(out, 32, names=few_names)
+    assert (out / "captions.json").read_text() == before and len(list(out.glob("images/*"))) == 4
+    assert not list(tmp_path.glob(".emoji*"))
+
+
+@needs_font
+@needs_names
+def test_whole_set_has_every_glyph_once():
+    renderer = Renderer()
+    drawn = [e for e in read_emoji() if renderer.can_draw(e.text)]
+    assert len(drawn) > 3000
+    assert len({e.name for e in drawn}) == len({e.text for e in drawn}) == len(drawn)
+    assert all(tokenize(caption) for e in drawn for caption in e.captions)
+    assert 50 < len(held_out_names(e.name for e in drawn)) < 200
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--font", "nowhere.ttf", "fonts-noto-color-emoji"),
+        ("--font", __file__, "cannot be read at its 109 px strike"),
+        ("--names", "nowhere", "unicode-cldr-core"),
+        ("--size", "0", "use 8 or more"),
+        ("--out", __file__, "is a file"),
+    ],
+)
+@needs_font
+def test_bad_options_are_one_line_that_names_the_remedy(tmp_path, capsys, option, value, says):
+    out = tmp_path / "out"
+    assert main(["emoji", "--out", str(out), option, value]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and option in error and value in error and says in error
+    assert not out.exists()
+
+
+def test_cut_off_names_are_said_so(tmp_path, few_names):
+    path = few_names / "annotations" / "en.xml"
+    path.write_text(ANNOTATIONS[:200], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"en\.xml is not XML"):
+        read_emoji(few_names)
+
+
+def test_missing_text_layout_is_said_so(monkeypatch):
+    monkeypatch.setattr(features, "check", lambda feature: False)
+    with pytest.raises(ValueError, match="RAQM.*libfribidi0"):
+        Renderer()
+
+
+def test_font_without_emoji_is_said_so(tmp_path, few_names, monkeypatch):
+    monkeypatch.setattr(Renderer, "__init__", lambda self, font: None)
+    monkeypatch.setattr(Renderer, "can_draw", lambda self, text: False)
+    with pytest.raises(ValueError, match="draws none of the emoji"):
+        render_emoji(tmp_path / "out", names=few_names)
