@@ -1,0 +1,225 @@
+"""One training stage: a loss over a module's parameters, stepped, averaged, written down and resumed exactly.
+
+Knows nothing of pictures or diffusion: a stage is a module, a function from (random generator, sample indices) to named
+losses, and a `StageConfig`. Every random number of step s comes from a generator seeded by (seed, s), so a run that was
+killed at any moment goes on with the losses it would have had.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+STATE, CURVE = "state.safetensors", "curve.jsonl"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How one stage is trained."""
+
+    steps: int  # optimiser steps in all
+    batch: int  # samples a step, all micro-batches together
+    learning_rate: float  # of AdamW, after the warm-up
+    warmup: int = 200  # steps of linear warm-up
+    decay: float = 0.2  # last fraction of the steps over which the learning rate falls linearly to 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.03
+    clip: float = 1.0  # largest norm of the gradient
+    ema: float = 0.999  # decay of the averaged weights; lower in the first steps
+    accumulate: int = 1  # micro-batches a step
+    seed: int = 0
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, constant, linear decay (Hägele et al. 2024, arXiv 2405.18392)."""
+        up = min(1.0, (step + 1) / max(1, self.warmup))
+        down = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
+        return self.learning_rate * min(up, down)
+
+
+Losses = Callable[[torch.Generator, list[int]], dict[str, Tensor]]
+
+
+class Stage:
+    """A module in training: the weights, their average, the optimiser and the loss curve, kept in one folder.
+
+    folder    where `state.safetensors` and `curve.jsonl` lie; an interrupted stage found there goes on
+    module    the module to train; a Stage keeps an averaged copy, `stage.average`
+    config    the `StageConfig`
+    samples   size of the training set
+    dtype     torch.bfloat16 runs the losses under autocast; the weights stay float32
+    """
+
+    def __init__(self, folder: Path, module: nn.Module, config: StageConfig, samples: int, dtype: torch.dtype):
+        self.folder, self.module, self.config, self.samples = folder, module, config, samples
+        self.average = deepcopy(module).eval().requires_grad_(False)
+        matrices = [p for p in module.parameters() if p.ndim >= 2]
+        vectors = [p for p in module.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+        device = next(module.parameters()).device.type
+        self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
+        self.step = 0
+        self.curve: list[dict] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / STATE).exists():
+            self._restore()
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.steps
+
+    def run(self, losses: Losses, save_every: int, preview: Callable[[int], None] | None = None) -> None:
+        """Trains to the last step; writes the state every `save_every` steps and at the end, then calls `preview`."""
+        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0)
+        with bar:
+            while not self.done:
+                started = time.perf_counter()
+                parts = self.train_step(losses)
+                seconds = time.perf_counter() - started
+                self.curve.append({"step": self.step, **parts})
+                bar.set_postfix_str(f"{self.config.batch / seconds:.0f} samples/s, loss {sum(parts.values()):.4f}")
+                bar.update()
+                if self.step % save_every == 0 or self.done:
+                    self.save()
+                    if preview is not None:
+                        preview(self.step)
+
+    def train_step(self, losses: Losses) -> dict[str, float]:
+        """One optimiser step; returns the named losses. Free of device and process assumptions."""
+        config, total = self.config, {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
+        indices = self._batch_indices()
+        size = math.ceil(len(indices) / config.accumulate)
+        self.module.train()
+        for micro in range(config.accumulate):
+            generator = torch.Generator().manual_seed(_seed(config.seed, self.step, micro))
+            with self.autocast:
+                parts = losses(generator, indices[micro * size : (micro + 1) * size])
+            (sum(parts.values()) / config.accumulate).backward()
+            for name, part in parts.items():
+                total[name] = total.get(name, 0.0) + part.item() / config.accumulate
+        if not math.isfinite(sum(total.values())):
+            raise FloatingPointError(
+                f"{self.folder.name}: the loss is not finite at step {self.step} ({total}); "
+                "use a lower learning rate, the last saved state is intact"
+            )
+        nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._update_average()
+        self.step += 1
+        return total
+
+    def save(self) -> None:
+        """Writes the whole state under a temporary name, then renames it: a kill never leaves half a file."""
+        from safetensors.torch import save_file
+
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        # The curve goes first: the state says how many of its lines count.
+        write_atomically(self.folder / CURVE, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.curve)))
+        metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.folder / STATE, lambda p: save_file(tensors, p, metadata))
+
+    def _restore(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / STATE
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                step = int(file.metadata()["step"])
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it to train this stage anew") from None
+        try:
+            self.module.load_state_dict(_under(tensors, "module."))
+            self.average.load_state_dict(_under(tensors, "average."))
+        except RuntimeError:
+            raise ValueError(f"{path}: written by a model of another shape; choose another --out") from None
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _under(tensors, "optimizer.").items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step = step
+        lines = (self.folder / CURVE).read_text().splitlines()
+        self.curve = [row for row in map(json.loads, lines) if row["step"] < step]
+
+    def _batch_indices(self) -> list[int]:
+        """The step's samples: epochs of a seeded shuffle, one after the other."""
+        first = self.step * self.config.batch
+        return [self._order(i // self.samples)[i % self.samples] for i in range(first, first + self.config.batch)]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 1 << 20))
+            self._epoch, self._epoch_order = epoch, torch.randperm(self.samples, generator=generator).tolist()
+        return self._epoch_order
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # The average of few steps is short: (1 + s)/(10 + s), as in the EMA of Adam's authors' code and others since.
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary name beside `path`, flushes it to disk and renames it to `path`."""
+    temporary = path.with_name(f".{path.name}.writing")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def smoothed(values: list[float], window: int) -> Iterator[float]:
+    """Exponential average over about `window` values, unbiased at the start."""
+    mean, weight = 0.0, 0.0
+    for value in values:
+        mean += (value - mean) / window
+        weight += (1 - weight) / window
+        yield mean / weight
+
+
+def plot_curve(curve: list[dict], path: Path) -> None:
+    """Draws the smoothed losses of a stage over its steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    for name in curve[0]:
+        if name != "step":
+            axes.plot([r["step"] for r in curve], list(smoothed([r[name] for r in curve], 50)), label=name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda p: figure.savefig(p, format="png"))
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, mixed so that neighbours share nothing (splitmix64's finaliser)."""
+    z = 0
+    for part in parts:
+        z = (z + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        z ^= z >> 31
+    return z >> 1
