@@ -1,0 +1,176 @@
+"""Sampling from the command line: `python -m engine.sample`; see `--help`, and README.md for examples.
+
+Parse, generate, write: everything else is `engine.runtime`. Pictures are written under a temporary name and renamed,
+so that a run that fails leaves nothing half-written.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import fields
+from pathlib import Path
+
+from engine.request import MAX_NUM, SOLVERS, TASKS, Request, Sample
+
+COMMAND = "python -m engine.sample"
+JOINT_NUM = 16  # samples of a run that asks for nothing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line instead of the whole usage."""
+        print(f"{COMMAND}: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    text = "Sample pictures and texts; without arguments, a joint grid."
+    parser = _Parser(COMMAND, description=text, allow_abbrev=False)
+    add = parser.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="words, _ for each one to be filled in; may be given again")
+    add("--image", metavar="FILE", help="a picture to describe, or to infill with --mask or a --prompt with _")
+    add("--mask", metavar="FILE", help="white where the picture is to be regenerated")
+    add("--task", choices=TASKS, default="auto", help="checks the task that the other options make (default: auto)")
+    add(
+        "--num",
+        type=int,
+        metavar="N",
+        help=f"samples of each prompt, at most {MAX_NUM} (default: 1; joint: {JOINT_NUM})",
+    )
+    add("--steps", type=int, default=25, help="steps of the solver (default: 25)")
+    add("--solver", choices=SOLVERS, default="dpm++")
+    add("--guidance", type=float, metavar="W", help="guidance scale, 1 is none (default: by task)")
+    add("--seed", type=int, default=0, help="of the first sample, the others count up (default: 0)")
+    add("--resample", type=int, default=1, metavar="R", help="RePaint: do each stretch of steps R times (default: 1)")
+    add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
+    add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
+    add("--checkpoint", metavar="DIR", help="a folder that engine.train has written (default: the built-in model)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    add("--attention", choices=("auto", "triton", "sdpa", "xformers"), default="auto")
+    add("--compile", action="store_true", help="compile the model; pays from some dozens of samples on")
+    add("--no-graphs", action="store_true", help="never capture CUDA graphs")
+    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="where the pictures go (default: samples)")
+    add("--json", action="store_true", help="print samples.json and nothing else")
+    add("--quiet", action="store_true", help="print nothing")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        requests = _requests(options)
+        _check_writable(options.out)
+        report = _run(options, requests)
+    except ValueError as error:
+        print(f"{COMMAND}: {_as_option(str(error))}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    elif not options.quiet:
+        timing = report[-1]["timing"]
+        print(f"{len(report) - 1} samples in {options.out} (grid.png, samples.json); "
+              f"{timing['seconds_per_image']:.2f} s per image, {timing['total']:.1f} s in all")  # fmt: skip
+    return 0
+
+
+def _requests(options: argparse.Namespace) -> list[Request]:
+    joint = options.prompt is None and options.image is None
+    num = options.num if options.num is not None else JOINT_NUM if joint else 1
+    return [
+        Request(
+            prompt, options.image, options.mask, options.task, num, options.steps, options.solver, options.guidance,
+            options.seed, options.resample, options.jump, options.unknown_words,
+        )
+        for prompt in options.prompt or [None]
+    ]  # fmt: skip
+
+
+def _run(options: argparse.Namespace, requests: list[Request]) -> dict:
+    """Generates, writes all files and returns what samples.json says."""
+    started = time.perf_counter()
+    # Late, so that --help and bad options answer at once.
+    from tqdm import tqdm
+
+    from engine.runtime import Engine
+
+    with Engine.from_pretrained(
+        options.checkpoint, device=options.device, dtype=options.dtype, attention=options.attention,
+        compile=options.compile, graphs=not options.no_graphs,
+    ) as engine:  # fmt: skip
+        loaded = time.perf_counter()
+        # disable=None: only on a terminal.
+        with tqdm(desc="sampling", unit="step", disable=options.quiet or options.json or None) as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            results = engine.generate(requests, show)
+    generated = time.perf_counter()
+
+    samples = [(result, sample) for result in results for sample in result.samples]
+    report = [
+        {
+            "task": result.task,
+            "prompt": result.request.prompt,
+            "text": sample.text,
+            "image": f"{i:04d}.png",
+            "seed": sample.seed,
+            "steps": result.request.steps,
+            "solver": result.request.solver,
+            "guidance": result.guidance,
+        }
+        for i, (result, sample) in enumerate(samples)
+    ]
+    timing = {
+        "load": round(loaded - started, 3),
+        "generate": round(generated - loaded, 3),
+        "total": round(generated - started, 3),
+        "seconds_per_image": round((generated - loaded) / len(samples), 4),
+    }
+    report.append({"timing": timing})
+    _write(options.out, [sample for _, sample in samples], report)
+    return report
+
+
+def _write(out: Path, samples: list[Sample], report: list[dict]) -> None:
+    """Pictures, grid and samples.json; each appears whole or not at all."""
+    from engine.pictures import grid
+
+    sheet = grid([sample.image for sample in samples], [sample.text for sample in samples])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as folder:
+            for i, sample in enumerate(samples):
+                sample.image.save(Path(folder, f"{i:04d}.png"))
+            sheet.save(Path(folder, "grid.png"))
+            Path(folder, "samples.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            for file in sorted(Path(folder).iterdir()):
+                os.replace(file, out / file.name)
+    except OSError as error:
+        raise ValueError(f"out: {out} cannot be written ({error.strerror}); give another folder") from None
+
+
+def _check_writable(out: Path) -> None:
+    """Refuses a bad --out before minutes of work are spent on it."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"out: {nearest} is a file; give a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"out: {nearest} cannot be written; give another folder")
+
+
+def _as_option(message: str) -> str:
+    """ "steps: 0 …" → "--steps: 0 …": the engine's words for arguments as the command line spells them."""
+    name = message.split(":")[0].split(",")[0]
+    known = {field.name for field in fields(Request)} | {"checkpoint", "device", "dtype", "attention", "out"}
+    return f"--{name.replace('_', '-')}{message[len(name) :]}" if name in known else message
+
+
+if __name__ == "__main__":
+    sys.exit(main())
