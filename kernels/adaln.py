@@ -23,8 +23,11 @@ EPS = 1e-6
 def _chunk(table: Tensor, index: Tensor, vector: Tensor, k: int, dim: int) -> Tensor:
     """m_k of every token, float32 [B, L, D]."""
     columns = slice(k * dim, (k + 1) * dim)
-    # The vector is added to the table's few rows, not to the many tokens.
-    return F.embedding(index, table[:, columns].float() + vector[columns].float())
+    rows, addition = table[:, columns], vector[columns].float()
+    # The sum is made where there is less of it: training has few times and many tokens, sampling a row for every time.
+    if rows.shape[0] < index.numel():
+        return F.embedding(index, rows.float() + addition)
+    return F.embedding(index, rows).float() + addition
 
 
 def layer_norm_modulate(

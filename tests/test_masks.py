@@ -80,6 +80,12 @@ def test_task_of_one_modality_is_joint_or_infill():
     assert task_of(torch.tensor([True, False, True, True]), alone) == "infill"
 
 
+def test_task_between_two_of_three_modalities_is_infill():
+    names = ("image", "text", "sound")
+    three = ModelConfig(tuple(Modality(name, 1, 2, depth=0) for name in names), shared_depth=1, dim=64)
+    assert task_of(torch.tensor([True, True, False, False, True, False]), three) == "infill"
+
+
 @given(arrays(bool, (9, 7)), st.integers(0, 4))
 def test_feather_is_zero_on_known_pixels_and_never_reaches_out_of_the_generated_side(pixels, radius):
     weights = feather(pixels, radius)
