@@ -34,5 +34,5 @@ def resolve(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 def _native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16"))
+    # Private, but older than the public torch.cpu.get_capabilities, which the oldest release allowed may not have.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -18,7 +18,7 @@ from engine.config import Config
 from engine.schedule import NoiseSchedule
 
 # Shares of the samples that generate all tokens, and that know one whole modality; the others know random tokens.
-JOINT, WHOLE_MODALITY = 0.2, 0.55
+JOINT, WHOLE_MODALITY = 0.1, 0.7
 DROPPED = 0.1  # share of the samples whose known tokens are pure noise, for the unconditional pass
 
 

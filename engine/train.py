@@ -7,6 +7,7 @@ one), the word vectors, the denoiser. RUN/checkpoint is what `engine.sample --ch
 import argparse
 import hashlib
 import json
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
         StageConfig(steps=1_000_000, batch=256, learning_rate=2e-4, warmup=5000, decay=0, betas=(0.9, 0.9), ema=0.9999)
     ),
     "emoji": Recipe(
-        StageConfig(steps=12_000, batch=64, learning_rate=1e-3, warmup=200, decay=0.25, ema=0.9995),
+        StageConfig(steps=12_000, batch=64, learning_rate=3e-3, warmup=500, decay=0.25, ema=0.9995),
         StageConfig(steps=2000, batch=32, learning_rate=1e-3, decay=0.4, weight_decay=1e-4, ema=0.995),
         _narrow_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=8),
         gamma=5.0,
@@ -123,9 +124,11 @@ def train_autoencoder(run: Path, data: CocoCaptions, recipe: Recipe, size: int, 
 def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> TextCodec:
     """Trains the word vectors and writes RUN/checkpoint/text, or reads those of an earlier start of the run."""
     folder = run / "checkpoint" / "text"
-    if not (folder / "vectors.safetensors").exists():
+    if not folder.exists():
         captions = [caption for item in data.items for caption in item.captions]
-        TextCodec.train(captions, config.model.modality("text").channels, seed).save(folder)
+        unfinished = folder.with_name("text.unfinished")  # renamed when whole: a kill never leaves half a codec
+        TextCodec.train(captions, config.model.modality("text").channels, seed).save(unfinished)
+        unfinished.rename(folder)
     return TextCodec.load(folder)
 
 
@@ -214,6 +217,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    rate = float(text)  # argparse words the error
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return rate
+
+
+def _seed(text: str) -> int:
+    # gensim's generator takes no more than 32 bits.
+    if not text.isdigit() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {(1 << 32) - 1}")
+    return int(text)
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m engine.train", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -223,11 +240,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--autoencoder", metavar="DIR", help="a trained diffusers autoencoder (folder or hub id) instead of an own one")
     add("--steps", type=_positive, help="optimiser steps of the denoiser")
     add("--batch", type=_positive, help="samples a step of the denoiser")
-    add("--learning-rate", type=float, help="of the denoiser")
+    add("--learning-rate", type=_rate, help="of the denoiser")
     add("--accumulate", type=_positive, help="micro-batches a step of the denoiser")
     add("--autoencoder-steps", type=_positive, help="optimiser steps of the autoencoder")
     add("--save-every", type=_positive, default=250, metavar="STEPS", help="state and pictures (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--dtype",

@@ -64,7 +64,7 @@ class Stage:
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         device = next(module.parameters()).device.type
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.step = 0
@@ -108,12 +108,12 @@ class Stage:
             (sum(parts.values()) / config.accumulate).backward()
             for name, part in parts.items():
                 total[name] = total.get(name, 0.0) + part.item() / config.accumulate
-        if not math.isfinite(sum(total.values())):
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
+        if not math.isfinite(sum(total.values()) + norm.item()):
             raise FloatingPointError(
-                f"{self.folder.name}: the loss is not finite at step {self.step} ({total}); "
+                f"{self.folder.name}: loss or gradient is not finite at step {self.step} ({total}); "
                 "use a lower learning rate, the last saved state is intact"
             )
-        nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_average()
@@ -155,8 +155,12 @@ class Stage:
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = step
-        lines = (self.folder / CURVE).read_text().splitlines()
-        self.curve = [row for row in map(json.loads, lines) if row["step"] < step]
+        curve = self.folder / CURVE
+        try:
+            rows = [json.loads(line) for line in curve.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{curve}: cannot be read ({error}); delete {path} to train this stage anew") from None
+        self.curve = [row for row in rows if row["step"] <= step]
 
     def _batch_indices(self) -> list[int]:
         """The step's samples: epochs of a seeded shuffle, one after the other."""

@@ -58,11 +58,17 @@ class ImageCodec:
             autoencoder = _from_hub(str(source))
         else:
             config = _read_config(folder / "config.json")
-            autoencoder = getattr(diffusers, config["_class_name"]).from_config(config)
+            try:
+                autoencoder = getattr(diffusers, config["_class_name"]).from_config(config)
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{folder / 'config.json'}: describes no {config['_class_name']} ({error}); "
+                                 "copy the autoencoder folder again") from None  # fmt: skip
             weights = _read_weights(folder / "diffusion_pytorch_model.safetensors")
-            missing = autoencoder.state_dict().keys() ^ weights.keys()
-            if missing:
-                raise ValueError(f"{folder}: the weights do not fit config.json (first difference: {min(missing)}); "
+            expected = {(name, w.shape) for name, w in autoencoder.state_dict().items()}
+            differing = expected ^ {(name, w.shape) for name, w in weights.items()}
+            if differing:
+                first, _ = min(differing)
+                raise ValueError(f"{folder}: the weights do not fit config.json (first difference: {first}); "
                                  "copy the autoencoder folder again")  # fmt: skip
             autoencoder.load_state_dict(weights)
         return cls(autoencoder.float().to(device), size, patch)
@@ -138,14 +144,14 @@ def _read_config(path: Path) -> dict:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the folder of a diffusers autoencoder") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); copy the autoencoder folder again") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no readable JSON ({error}); copy the autoencoder folder again") from None
     _check_class(config, path)
     return config
 
 
 def _check_class(config: dict, source) -> str:
-    name = config.get("_class_name")
+    name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in AUTOENCODERS:
         raise ValueError(f"{source}: holds a {name!r}; use one of {', '.join(AUTOENCODERS)}")
     return name
@@ -156,8 +162,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        weights = load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the folder of a diffusers autoencoder") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged or truncated ({error}); copy the autoencoder folder again") from None
+    if not all(w.is_floating_point() and w.isfinite().all() for w in weights.values()):
+        raise ValueError(f"{path}: holds values that are no finite floats; copy the autoencoder folder again")
+    return weights

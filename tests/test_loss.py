@@ -1,0 +1,205 @@
+"""The denoising loss: what enters the model, at which times, and what its predictions are compared with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.config import Config, DiffusionConfig, Modality, ModelConfig
+from engine.loss import DROPPED, JOINT, WHOLE_MODALITY, DenoisingLoss, distinct_times
+from engine.schedule import NoiseSchedule
+
+MODEL = ModelConfig((Modality("image", 6, 4, depth=0), Modality("text", 5, 3, depth=0)), shared_depth=1, dim=64)
+N = 1000
+BATCH = 400
+EVERY_KIND = [
+    DiffusionConfig("cosine", N, prediction, conditioning, times)
+    for prediction in ("epsilon", "v_prediction")
+    for times, conditioning in (("shared", "renoise"), ("independent", "renoise"), ("masked", "clean"))
+]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def data(batch=BATCH):
+    return torch.randn(batch, MODEL.size, generator=generator(9)) + 0.5
+
+
+def per_element(x):
+    """[B, L] → [B, N]."""
+    return torch.cat([x[:, :6].repeat_interleave(4, 1), x[:, 6:].repeat_interleave(3, 1)], dim=1)
+
+
+class Oracle:
+    """A denoiser that knows x0: it solves its inputs for the noise and answers with the exact target, plus `error`.
+
+    `inputs` and `times` are what it was last asked.
+    """
+
+    def __init__(self, x0, diffusion, error=0.0):
+        self.x0, self.diffusion, self.error = x0, diffusion, error
+        schedule = NoiseSchedule(diffusion.schedule, diffusion.timesteps)
+        self.alpha_bar = torch.as_tensor(schedule.alpha_bar)
+
+    def __call__(self, inputs, times):
+        self.inputs, self.times = inputs, times
+        alpha_bar = self.alpha_bar[per_element(times)]
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # float64
+        noise = torch.where(sigma > 0, (inputs - alpha * self.x0) / sigma.clamp_min(1e-9), 0.0)
+        v = self.diffusion.prediction == "v_prediction"
+        return (alpha * noise - sigma * self.x0 if v else noise).float() + self.error
+
+
+def loss_and_oracle(diffusion, error=0.0, seed=0, model=MODEL, x0=None, **options):
+    x0 = data() if x0 is None else x0
+    oracle = Oracle(x0, diffusion, error)
+    return DenoisingLoss(Config(model, diffusion), **options)(oracle, x0, generator(seed)), oracle
+
+
+@pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.times}")
+def test_a_perfect_denoiser_has_no_loss(diffusion):
+    losses, _ = loss_and_oracle(diffusion)
+    assert list(losses) == ["image", "text"]
+    # float32 inputs at time 1, where σ is 0.006, give the noise to 1e-5.
+    assert all(0 <= loss < 1e-8 for loss in losses.values())
+
+
+@pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.times}")
+def test_the_loss_is_the_mean_squared_error_over_what_is_generated(diffusion):
+    error = torch.zeros(MODEL.size)
+    error[MODEL.state_slices["image"]], error[MODEL.state_slices["text"]] = 0.5, 2.0
+    losses, _ = loss_and_oracle(diffusion, error)
+    assert losses["image"].item() == pytest.approx(0.25, rel=1e-3) and losses["text"].item() == pytest.approx(
+        4, rel=1e-3
+    )
+    losses, _ = loss_and_oracle(diffusion, error, weights={"text": 0.25})
+    assert losses["image"].item() == pytest.approx(0.25, rel=1e-3) and losses["text"].item() == pytest.approx(
+        1, rel=1e-3
+    )
+
+
+def test_shared_times_are_one_per_sample_and_cover_all_noise():
+    _, oracle = loss_and_oracle(DiffusionConfig("cosine", 10, times="shared"))
+    assert (oracle.times == oracle.times[:, :1]).all()
+    assert set(oracle.times.unique().tolist()) == set(range(1, 11))
+
+
+def test_independent_times_are_one_per_modality():
+    _, oracle = loss_and_oracle(DiffusionConfig("cosine", 10, times="independent"))
+    image, text = oracle.times[:, :6], oracle.times[:, 6:]
+    assert (image == image[:, :1]).all() and (text == text[:, :1]).all()
+    pairs = {tuple(pair) for pair in torch.stack([image[:, 0], text[:, 0]], 1).tolist()}
+    assert len(pairs) > 90 and {t for pair in pairs for t in pair} == set(range(1, 11))
+
+
+MASKED = DiffusionConfig("cosine", N, "v_prediction", "clean", "masked")
+
+
+def test_known_tokens_enter_clean_at_time_0_and_dropped_ones_as_noise_at_time_n():
+    diffusion = replace(MASKED, schedule="scaled_linear")  # which leaves 7 % of x0 at time N
+    x0 = 50 + data()
+    times, generate, dropped = DenoisingLoss(Config(MODEL, diffusion)).draw(BATCH, generator())
+    _, oracle = loss_and_oracle(diffusion, x0=x0)
+    assert torch.equal(oracle.times, times)
+
+    known = ~generate & ~dropped
+    assert known.any() and dropped.any() and not (dropped & generate).any()
+    assert (times[known] == 0).all() and (times[dropped] == N).all() and (times[generate] > 0).all()
+    assert torch.equal(oracle.inputs[per_element(known)], x0[per_element(known)])
+    noise = oracle.inputs[per_element(dropped)]
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    of_sample = torch.where(generate, times, 0).max(1, keepdim=True).values
+    assert torch.equal(times[generate], of_sample.expand_as(times)[generate])  # one time for all that is generated
+    assert (dropped == ~generate)[dropped.any(1)].all()  # a sample drops all it knows
+
+
+def test_predictions_of_known_tokens_count_for_nothing():
+    times, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(BATCH, generator())
+    exact, _ = loss_and_oracle(MASKED)
+    wrong, _ = loss_and_oracle(MASKED, error=1e6 * ~per_element(generate))
+    assert all(torch.equal(exact[name], wrong[name]) for name in exact)
+    wrong, _ = loss_and_oracle(MASKED, error=1.0 * per_element(generate))
+    assert all(loss.item() == pytest.approx(1, rel=1e-3) for loss in wrong.values())
+
+
+def test_masks_have_the_proportions_that_the_model_is_to_learn():
+    batch = 20_000
+    _, generate, dropped = DenoisingLoss(Config(MODEL, MASKED)).draw(batch, generator())
+    image, text = generate[:, :6], generate[:, 6:]
+
+    def share(x):
+        return x.float().mean().item()
+
+    assert generate.any(1).all()
+    random = 1 - JOINT - WHOLE_MODALITY
+    # Random masks are sometimes all or nothing of a modality, so each share may exceed its due by a part of theirs.
+    assert JOINT - 0.01 < share(generate.all(1)) < JOINT + random / 4
+    for known, other in ((image, text), (text, image)):
+        whole = ~known.any(1) & other.all(1)
+        assert WHOLE_MODALITY / 2 - 0.01 < share(whole) < WHOLE_MODALITY / 2 + random / 4
+    mixed = (image.any(1) & ~image.all(1)) | (text.any(1) & ~text.all(1))
+    assert random / 2 < share(mixed) < random + 0.01
+    knows = ~generate.all(1)
+    assert share(dropped[knows].any(1)) == pytest.approx(DROPPED, abs=0.01)
+    assert abs(share(image[mixed]) - 0.5) < 0.1 and abs(share(text[mixed]) - 0.5) < 0.1
+
+
+def test_random_masks_hold_single_words_and_runs_of_tokens():
+    _, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(20_000, generator())
+    seen = {tuple(row) for row in generate[:, 6:].long().tolist()}
+    assert len(seen) == 2**5  # whichever words a prompt leaves open
+
+
+def test_a_single_modality_always_has_something_to_learn():
+    model = ModelConfig((Modality("image", 6, 4, depth=0),), shared_depth=1, dim=64)
+    _, generate, _ = DenoisingLoss(Config(model, MASKED)).draw(5000, generator())
+    assert generate.any(1).all() and not generate.all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_the_formula(prediction):
+    gamma = 5.0
+    diffusion = DiffusionConfig("scaled_linear", N, prediction)
+    losses, oracle = loss_and_oracle(diffusion, error=1.0, gamma=gamma)
+    alpha_bar = oracle.alpha_bar[oracle.times[:, 0]]
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction == "epsilon":  # of x̂0 min(SNR, γ), of ε = min(SNR, γ)/SNR
+        weight = torch.minimum(snr, torch.tensor(gamma)) / snr
+    else:  # of x̂0 min(SNR + 1, γ + 1), of v = that / (SNR + 1)
+        weight = torch.minimum(snr + 1, torch.tensor(gamma + 1)) / (snr + 1)
+    assert weight.min() < 0.1 and weight.max() == 1
+    assert all(loss.item() == pytest.approx(weight.mean().item(), rel=1e-4) for loss in losses.values())
+
+
+def test_the_generator_decides_everything():
+    for diffusion in EVERY_KIND:
+        (first, a), (again, b), (other, c) = (loss_and_oracle(diffusion, error=0.3, seed=s) for s in (1, 1, 2))
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.times, b.times) and first == again
+        assert not torch.equal(a.inputs, c.inputs)
+
+
+def test_gradients_reach_the_prediction_only_where_it_counts():
+    x0, predictions = data(), []
+
+    def denoise(inputs, times):
+        predictions.append(torch.zeros_like(inputs, requires_grad=True))
+        return predictions[0]
+
+    sum(DenoisingLoss(Config(MODEL, MASKED))(denoise, x0, generator()).values()).backward()
+    _, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(BATCH, generator())
+    assert torch.equal(predictions[0].grad != 0, per_element(generate))
+
+
+def test_low_precision_predictions_are_compared_in_float32():
+    diffusion = replace(MASKED, prediction="epsilon")
+    loss = DenoisingLoss(Config(MODEL, diffusion))(lambda x, t: torch.zeros_like(x).bfloat16(), data(), generator())
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in loss.values())
+
+
+def test_distinct_times_index_back_to_the_times():
+    times = torch.tensor([[5, 0, 5], [1000, 7, 0]])
+    distinct, index = distinct_times(times)
+    assert distinct.tolist() == [0, 5, 7, 1000] and index.dtype == torch.int32
+    assert torch.equal(distinct[index.long()], times)

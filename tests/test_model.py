@@ -1,0 +1,249 @@
+"""PS-U-Net: who sees whom, where the skips go, what times do, and what is left out when it is not wanted."""
+
+import pytest
+import torch
+
+from engine.config import PRESETS, Modality, ModelConfig
+from engine.model import PSUNet
+
+SIZES = {"image": (6, 4), "text": (5, 3), "sound": (2, 7)}  # tokens, channels
+
+
+def config(depths=(2, 1), shared_depth=3, time="adaln"):
+    """A narrow model whose modalities, in this order, are image, text and sound."""
+    modalities = tuple(Modality(n, *SIZES[n], depth=d) for n, d in zip(SIZES, depths, strict=False))
+    return ModelConfig(modalities, shared_depth, dim=16, head_dim=8, mlp_ratio=2, time=time)
+
+
+def model_of(config, seed=0):
+    """A model none of whose parameters is zero, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    model = PSUNet(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
+def inputs_of(config, rows=3):
+    return torch.randn(rows, config.size, generator=torch.Generator().manual_seed(1))
+
+
+def predict(model, inputs, times=None, outputs=None):
+    """The prediction at times [R, L], by default one of each token's own; the table has a row for each time."""
+    if times is None:
+        times = torch.arange(model.config.tokens).mul(7).remainder(10).repeat(len(inputs), 1)
+        if model.config.time == "token":  # one time per modality
+            times = torch.cat([times[:, s][:, :1].expand(-1, s.stop - s.start) for s in slices(model)], dim=1)
+    table = model.time_table(torch.arange(1001))
+    return model(inputs, table, times.int(), outputs)
+
+
+def slices(model):
+    return model.config.token_slices.values()
+
+
+def part(config, packed, name):
+    return packed[:, config.state_slices[name]]
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+@pytest.mark.parametrize("shared_depth", [0, 1, 3])
+@pytest.mark.parametrize("depths", [(0,), (1,), (0, 0), (2, 1), (0, 2), (1, 0, 2)], ids=str)
+def test_any_modalities_and_depths_predict_every_element_and_train_every_parameter(depths, shared_depth, time):
+    c = config(depths, shared_depth, time)
+    model, inputs = model_of(c), inputs_of(c)
+    prediction = predict(model, inputs)
+    assert prediction.shape == inputs.shape and prediction.isfinite().all()
+    prediction.square().sum().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_depth_is_counted_per_side_and_in_all():
+    model = PSUNet(config((3, 2), shared_depth=5))
+    sides = {name: (len(b.in_blocks), len(b.out_blocks)) for name, b in model.branches.items()}
+    assert sides == {"image": (3, 3), "text": (2, 2)}
+    assert (len(model.shared_in), len(model.shared_middle), len(model.shared_out)) == (2, 1, 2)
+
+
+def test_without_branches_it_is_a_joint_u_vit():
+    model = PSUNet(config((0, 0), shared_depth=5))
+    blocks = [name for name, module in model.named_modules() if hasattr(module, "qkv")]
+    assert blocks == ["shared_in.0", "shared_in.1", "shared_middle.0", "shared_out.0", "shared_out.1"]
+
+
+@pytest.mark.parametrize("shared_depth", [0, 1])
+@pytest.mark.parametrize("time", ["adaln", "token"])
+def test_modalities_see_each_other_through_the_shared_stack_only(shared_depth, time):
+    c = config((2, 1, 0), shared_depth, time)
+    model, inputs = model_of(c), inputs_of(c)
+    before = predict(model, inputs)
+    for changed in SIZES:
+        other = inputs.clone()
+        part(c, other, changed).add_(1)
+        after = predict(model, other)
+        for name in SIZES:
+            same = torch.equal(part(c, before, name), part(c, after, name))
+            assert same == (shared_depth == 0 and name != changed), (changed, name)
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+def test_rows_do_not_see_each_other(time):
+    c = config(time=time)
+    model, inputs = model_of(c), inputs_of(c)
+    torch.testing.assert_close(predict(model, inputs)[1:2], predict(model, inputs[1:2]))
+
+
+def test_every_skip_joins_mirrored_blocks_of_its_own_stack():
+    c = config((3, 2), shared_depth=5)
+    model, made, taken = model_of(c), {}, {}
+    stacks = {name: (b.in_blocks, b.out_blocks) for name, b in model.branches.items()}
+    stacks["shared"] = (model.shared_in, model.shared_out)
+    for name, (into, out) in stacks.items():
+        for i, block in enumerate(into):
+            block.register_forward_hook(lambda _, args, output, k=(name, i): made.update({k: output}))
+        for i, block in enumerate(out):
+            block.register_forward_pre_hook(lambda _, args, k=(name, i): taken.update({k: args[1]}))
+    predict(model, inputs_of(c))
+    depths = {name: len(into) for name, (into, _) in stacks.items()}
+    assert depths == {"image": 3, "text": 2, "shared": 2} and len(taken) == 7
+    for (name, i), skip in taken.items():
+        assert skip is made[name, depths[name] - 1 - i], (name, i)
+
+
+def calls_of(model):
+    """The names of the modules that a forward calls, filled in as it does."""
+    called = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, n=name: called.add(n))
+    return called
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+@pytest.mark.parametrize("outputs", [("image",), frozenset({"text"}), ("text", "image"), ()], ids=str)
+def test_only_wanted_outputs_are_computed_and_they_are_the_same(outputs, time):
+    c = config((2, 2, 1), time=time)
+    model, inputs = model_of(c), inputs_of(c)
+    everything = predict(model, inputs)
+    called = calls_of(model)
+    prediction = predict(model, inputs, outputs=outputs)
+    for name in SIZES:
+        out = {n for n in called if n.startswith((f"branches.{name}.out_blocks", f"branches.{name}.head"))}
+        assert bool(out) == (name in outputs)
+        wanted = part(c, everything, name) if name in outputs else torch.zeros(3, c.modality(name).size)
+        assert torch.equal(part(c, prediction, name), wanted)
+
+
+def test_the_time_of_one_token_is_its_own():
+    c = config((1, 1), shared_depth=0)
+    model, inputs = model_of(c), inputs_of(c)
+    times = torch.full((3, c.tokens), 500)
+    before = predict(model, inputs, times)
+    times[1, 2] = 0  # row 1, third image token
+    changed = (predict(model, inputs, times) != before).nonzero()
+    assert set(changed[:, 0].tolist()) == {1}
+    assert set(changed[:, 1].tolist()) == set(range(24))  # the image's tokens see each other, the text none of them
+
+    model = model_of(config((0, 0), shared_depth=0))  # nothing but embedding and head
+    times[:] = 500
+    before = predict(model, inputs, times)
+    times[1, 2] = 0
+    changed = (predict(model, inputs, times) != before).nonzero()
+    assert changed.tolist() == [[1, column] for column in (8, 9, 10, 11)]
+
+
+def test_a_time_token_is_one_per_modality():
+    c = config((1, 1), shared_depth=0, time="token")
+    model, inputs = model_of(c), inputs_of(c)
+    times = torch.full((3, c.tokens), 500)
+    before = predict(model, inputs, times)
+    times[1, c.token_slices["text"]] = 20
+    changed = (predict(model, inputs, times) != before).nonzero()
+    assert set(changed[:, 0].tolist()) == {1}
+    assert set(changed[:, 1].tolist()) == set(range(24, 39))  # all of the text, nothing of the image
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+def test_a_row_of_a_table_is_the_time_alone(time):
+    c = config(time=time)
+    model, inputs = model_of(c), inputs_of(c)
+    for t in (0, 1, 333, 1000):
+        alone = model(inputs, model.time_table(torch.tensor([t])), torch.zeros(3, c.tokens, dtype=torch.int32))
+        torch.testing.assert_close(predict(model, inputs, torch.full((3, c.tokens), t)), alone)
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+def test_positions_tell_equal_tokens_apart(time):
+    c = config(time=time)
+    model = model_of(c)
+    prediction = predict(model, torch.ones(1, c.size), torch.full((1, c.tokens), 5)).unflatten(1, (c.size, 1))
+    image = part(c, prediction, "image").reshape(6, 4)
+    assert len({tuple(token) for token in image.tolist()}) == 6
+
+
+@pytest.mark.parametrize("preset", ["tiny", "emoji"])
+def test_an_untrained_model_predicts_nothing_and_its_heads_can_learn(preset):
+    c = PRESETS[preset].model
+    model = PSUNet(c)
+    prediction = predict(model, inputs_of(c))
+    assert not prediction.any()
+    (prediction - 1).square().sum().backward()
+    assert all(branch.head.weight.grad.any() for branch in model.branches.values())
+
+
+def parameters_by_hand(c):
+    """Parameters of an adaLN model, from the widths alone."""
+    d, r = c.dim, c.mlp_ratio
+    block = 6 * d + 3 * d * d + (d * d + d) + (r * d * d + r * d) + (r * d * d + d)
+    skip = 2 * d * d + d
+    time = (256 * d + d) + (d * d + d) + (6 * d * d + 6 * d)
+    own = sum((m.channels * d + d) + m.tokens * d + 6 * d + (d * m.channels + m.channels) for m in c.modalities)
+    ins = sum(m.depth for m in c.modalities) + c.shared_depth // 2
+    return block * (2 * ins + c.shared_depth % 2) + skip * ins + time + own
+
+
+def test_coco256_is_the_papers_9_8_4_design():
+    c = PRESETS["coco256"].model
+    with torch.device("meta"):
+        model = PSUNet(c)
+    blocks = [name for name, module in model.named_modules() if hasattr(module, "qkv")]
+    count = {k: sum(name.startswith(k) for name in blocks) for k in ("shared", "branches.image", "branches.text")}
+    assert count == {"shared": 9, "branches.image": 8, "branches.text": 4}
+    assert sum(p.numel() for p in model.parameters()) == parameters_by_hand(c) == 73_660_496
+    assert (c.tokens, c.size) == (320, 8192)
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+def test_the_weights_dtype_computes_and_the_inputs_dtype_returns(dtype, tolerance, time):
+    c = config(time=time)
+    model, inputs = model_of(c), inputs_of(c)
+    exact = predict(model, inputs)
+    qkv = []
+    model.shared_middle[0].qkv.register_forward_hook(lambda _, args, output: qkv.append(output.dtype))
+    prediction = predict(model.to(dtype), inputs)
+    assert qkv == [dtype] and prediction.dtype == torch.float32
+    assert (prediction - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+@torch.inference_mode()
+def test_the_whole_forward_is_one_graph(time):
+    c = config((1, 0), shared_depth=1, time=time)
+    model, inputs = model_of(c), inputs_of(c)
+    expected = predict(model, inputs, outputs=("image",))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    table, index = model.time_table(torch.arange(1001)), torch.arange(c.tokens).mul(7).remainder(10).repeat(3, 1).int()
+    if time == "token":
+        index = index[:, [0] * 6 + [6] * 5]
+    torch.testing.assert_close(compiled(inputs, table, index, ("image",)), expected)
+
+
+def test_training_and_inference_predict_the_same():
+    c = config()
+    model, inputs = model_of(c), inputs_of(c)
+    with torch.inference_mode():
+        inference = predict(model, inputs)
+    torch.testing.assert_close(predict(model, inputs).detach(), inference)

@@ -1,0 +1,177 @@
+"""`engine.train` from end to end: three stages on twelve random pictures, killed, resumed and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from engine import checkpoint, train
+from engine.config import PRESETS
+from engine.training import CURVE, STATE
+
+
+class Killed(BaseException):
+    """What a process does not survive."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "images").mkdir()
+    generator, captions = torch.Generator().manual_seed(0), ["red car", "blue car", "red dog at night"]
+    for i in range(12):
+        pixels = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).resize((40, 36)).save(folder / "images" / f"{i}.png")
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(12)],
+        "annotations": [{"image_id": i, "caption": captions[(i + k) % 3]} for i in range(12) for k in range(2)],
+    }
+    (folder / "captions.json").write_text(json.dumps(content))
+    return folder
+
+
+SHORT = ["--preset", "tiny", "--steps", "4", "--autoencoder-steps", "3", "--save-every", "2", "--dtype", "float32"]
+
+
+def train_main(pictures, run, *options):
+    return train.main([*SHORT, "--data", str(pictures), "--out", str(run), *options])
+
+
+def weights_of(run):
+    return (run / "checkpoint" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train_main(pictures, folder) == 0
+    return folder
+
+
+def test_a_run_leaves_a_checkpoint_curves_and_pictures(run):
+    loaded = checkpoint.load(run / "checkpoint")
+    assert loaded.config == PRESETS["tiny"] and {"red", "car", "night"} <= set(loaded.text.vocabulary)
+    for stage, steps in (("autoencoder", 3), ("denoiser", 4)):
+        rows = [json.loads(line) for line in (run / stage / CURVE).read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        with Image.open(run / stage / "curve.png") as picture:
+            picture.verify()
+    assert {p.name for p in (run / "denoiser").glob("samples-*.png")} == {"samples-0000002.png", "samples-0000004.png"}
+    assert (run / "autoencoder" / "samples.png").exists()
+
+
+def test_a_finished_run_started_again_changes_nothing(pictures, run):
+    before, state = weights_of(run), (run / "denoiser" / STATE).read_bytes()
+    assert train_main(pictures, run) == 0
+    assert weights_of(run) == before and (run / "denoiser" / STATE).read_bytes() == state
+
+
+KILLED_AT = {  # a function of a run, and the call of it during which the run dies
+    "autoencoder": ("autoencoder_losses", 2),
+    "words": ("TextCodec.save", 1),
+    "latents": ("cache_latents", 1),
+    "denoiser": ("DenoisingLoss.__call__", 4),
+    "export": ("checkpoint.save", 1),
+}
+
+
+def test_a_run_killed_in_every_stage_ends_in_the_same_model(pictures, run, tmp_path, monkeypatch):
+    for name, call in KILLED_AT.values():
+        with monkeypatch.context() as patch:
+            owner, _, attribute = f"engine.train.{name}".rpartition(".")
+            target = train if owner == "engine.train" else getattr(train, owner.rpartition(".")[2])
+            original, calls = getattr(target, attribute), [0]
+
+            def dying(*args, original=original, calls=calls, call=call, **options):
+                calls[0] += 1
+                if calls[0] == call:
+                    raise Killed
+                return original(*args, **options)
+
+            patch.setattr(target, attribute, dying)
+            with pytest.raises(Killed):
+                train_main(pictures, tmp_path / "run")
+    assert train_main(pictures, tmp_path / "run") == 0
+    assert weights_of(tmp_path / "run") == weights_of(run)
+    for stage in ("autoencoder", "denoiser"):
+        assert (tmp_path / "run" / stage / CURVE).read_text() == (run / stage / CURVE).read_text()
+
+
+def test_word_vectors_cut_off_by_a_kill_are_made_again(pictures, run, tmp_path, monkeypatch):
+    def half(codec, folder):
+        folder.mkdir(parents=True)
+        (folder / "vocabulary.json").write_text("[")
+        (folder / "vectors.safetensors").write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.TextCodec, "save", half)
+        train_main(pictures, tmp_path)
+    assert train_main(pictures, tmp_path) == 0
+    assert weights_of(tmp_path) == weights_of(run)
+
+
+def refusal(capsys, *arguments):
+    """The one line on stderr of a refused command."""
+    capsys.readouterr()
+    try:
+        status = train.main(list(arguments))
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    assert status == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("usage:", " "))]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("other", [["--seed", "1"], ["--preset", "emoji"]], ids=str)
+def test_a_run_of_other_settings_is_not_overwritten(pictures, run, capsys, other):
+    before = weights_of(run)
+    line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", str(run), *other)
+    assert "--out" in line and str(run) in line and "another folder" in line
+    assert weights_of(run) == before
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (["--preset", "huge"], ["--preset", "huge", "tiny"]),
+        (["--preset", "coco256"], ["--autoencoder", "coco256"]),
+        (["--steps", "0"], ["--steps", "'0'"]),
+        (["--steps", "many"], ["--steps", "'many'"]),
+        (["--batch", "-4"], ["--batch", "'-4'"]),
+        (["--accumulate", "3"], ["--accumulate", "3", "8"]),
+        (["--autoencoder-steps", "1.5"], ["--autoencoder-steps", "'1.5'"]),
+        (["--save-every", "0"], ["--save-every", "'0'"]),
+        (["--learning-rate", "fast"], ["--learning-rate", "'fast'"]),
+        (["--learning-rate", "-0.1"], ["--learning-rate", "'-0.1'"]),
+        (["--learning-rate", "nan"], ["--learning-rate", "'nan'"]),
+        (["--seed", "-1"], ["--seed", "'-1'"]),
+        (["--seed", "4294967296"], ["--seed", "'4294967296'"]),
+        (["--device", "tpu"], ["device", "'tpu'"]),
+        (["--device", "cuda:99"], ["device", "'cuda:99'"]),
+        (["--dtype", "int8"], ["--dtype", "'int8'"]),
+        (["--data", "nowhere"], ["nowhere"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_refused_before_anything_is_written(pictures, tmp_path, capsys, options, parts):
+    line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", str(tmp_path / "run"), *options)
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_that_does_not_fit_is_refused(pictures, run, tmp_path, capsys):
+    options = ["--preset", "emoji", "--autoencoder", str(run / "checkpoint" / "image")]
+    line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", str(tmp_path), *options)
+    assert "--autoencoder" in line and "tokens" in line
+
+
+def test_a_given_autoencoder_is_taken_over(pictures, run, tmp_path):
+    given = run / "checkpoint" / "image"
+    assert train_main(pictures, tmp_path, "--autoencoder", str(given)) == 0
+    name = Path("checkpoint", "image", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+    assert not (tmp_path / "autoencoder").exists() and weights_of(tmp_path) == weights_of(run)

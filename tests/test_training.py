@@ -1,0 +1,331 @@
+"""Training stages: exact resume wherever they were killed, averages, accumulation, learning rate, bad numbers."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from engine.training import CURVE, STATE, Stage, StageConfig, plot_curve, smoothed, write_atomically
+
+CONFIG = StageConfig(steps=8, batch=4, learning_rate=0.05, warmup=3, seed=5)
+LONG = replace(CONFIG, steps=150)
+SAMPLES = 10
+
+
+class Killed(BaseException):
+    """What a process does not survive."""
+
+
+def module():
+    generator = torch.Generator().manual_seed(3)
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    for p in layers.parameters():
+        p.data.normal_(generator=generator)
+    return layers
+
+
+def losses_of(model, seen=None):
+    """Regression on ten fixed samples with noise from the step's generator; the sample indices go to `seen`."""
+    x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(4))
+
+    def losses(generator, indices):
+        if seen is not None:
+            seen.append(list(indices))
+        inputs = x[indices] + 0.1 * torch.randn(len(indices), 3, generator=generator)
+        error = model(inputs)[:, 0] - x[indices].sum(1)
+        return {"squared": error.square().mean(), "absolute": 0.1 * error.abs().mean()}
+
+    return losses
+
+
+def stage_in(folder, config=CONFIG):
+    return Stage(folder, module(), config, SAMPLES, torch.float32)
+
+
+def train_in(folder, config=CONFIG, save_every=2, preview=None):
+    """Starts or goes on with a stage, and finishes it."""
+    stage = stage_in(folder, config)
+    stage.run(losses_of(stage.module), save_every, preview)
+    return stage
+
+
+def outcome(stage):
+    """Everything that must not depend on whether training was interrupted."""
+    weights = {f"{kind}.{k}": v for kind in ("module", "average") for k, v in getattr(stage, kind).state_dict().items()}
+    moments = stage.optimizer.state_dict()["state"]
+    weights |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, state in moments.items() for k, v in state.items()}
+    return stage.step, stage.curve, {name: tensor.tolist() for name, tensor in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return outcome(train_in(tmp_path_factory.mktemp("uninterrupted")))
+
+
+def test_the_curve_has_every_step_once(uninterrupted):
+    step, curve, _ = uninterrupted
+    assert step == 8 and [row["step"] for row in curve] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(set(row) == {"step", "squared", "absolute"} for row in curve)
+
+
+@pytest.mark.parametrize("killed_after", range(8))
+def test_a_stage_stopped_after_any_step_goes_on_exactly(tmp_path, uninterrupted, killed_after):
+    stage, count = stage_in(tmp_path), 0
+    losses = losses_of(stage.module)
+
+    def dying(generator, indices):
+        nonlocal count
+        if count == killed_after:
+            raise Killed
+        count += 1
+        return losses(generator, indices)
+
+    with pytest.raises(Killed):
+        stage.run(dying, save_every=3)
+    resumed = stage_in(tmp_path)
+    assert resumed.step == killed_after // 3 * 3 and len(resumed.curve) == resumed.step
+    assert outcome(train_in(tmp_path, save_every=3)) == uninterrupted
+
+
+@pytest.mark.parametrize("moment", ["half written", "written", "renamed"])
+@pytest.mark.parametrize("write", range(8))  # curve and state of four saves
+def test_a_stage_killed_at_any_write_goes_on_exactly(tmp_path, uninterrupted, monkeypatch, write, moment):
+    replace_file, count = os.replace, 0
+
+    def dying(temporary, path):
+        nonlocal count
+        if count < write or moment == "renamed":
+            replace_file(temporary, path)
+        elif moment == "half written":
+            os.truncate(temporary, temporary.stat().st_size // 2)
+        if count == write:
+            raise Killed
+        count += 1
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("engine.training.os.replace", dying)
+        train_in(tmp_path)
+    assert outcome(train_in(tmp_path)) == uninterrupted
+
+
+def test_a_killed_process_goes_on_exactly(tmp_path):
+    """SIGKILL while it is computing, writing or renaming, whichever it is."""
+    program = "import pathlib, sys, test_training as t; t.train_in(pathlib.Path(sys.argv[1]), t.LONG, save_every=1)"
+    here = Path(__file__).parent
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "killed")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        stderr=subprocess.DEVNULL,
+    ) as victim:
+        while not (tmp_path / "killed" / STATE).exists() and victim.poll() is None:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.1))
+        victim.send_signal(signal.SIGKILL)
+    assert victim.returncode == -signal.SIGKILL
+    assert outcome(train_in(tmp_path / "killed", LONG, 50)) == outcome(train_in(tmp_path / "whole", LONG, 50))
+
+
+def test_a_finished_stage_does_nothing_more(tmp_path, uninterrupted):
+    train_in(tmp_path)
+    written = (tmp_path / STATE).stat().st_mtime_ns
+    stage = stage_in(tmp_path)
+
+    def never(generator, indices):
+        raise AssertionError("trained on")
+
+    stage.run(never, 1)
+    assert stage.done and outcome(stage) == uninterrupted and (tmp_path / STATE).stat().st_mtime_ns == written
+
+
+def test_previews_come_after_the_state_they_show_is_safe(tmp_path):
+    seen = []
+    train_in(tmp_path, save_every=3, preview=lambda step: seen.append((step, stage_in(tmp_path).step)))
+    assert seen == [(3, 3), (6, 6), (8, 8)]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
+def test_a_truncated_state_is_named(tmp_path, keep):
+    train_in(tmp_path)
+    data = (tmp_path / STATE).read_bytes()
+    (tmp_path / STATE).write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="damaged.*delete it") as error:
+        stage_in(tmp_path)
+    assert str(tmp_path / STATE) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_lost_or_cut_curve_is_named(tmp_path, damage):
+    train_in(tmp_path)
+    curve = tmp_path / CURVE
+    if damage == "missing":
+        curve.unlink()
+    else:
+        curve.write_text(curve.read_text()[:-20])
+    with pytest.raises(ValueError, match="delete") as error:
+        stage_in(tmp_path)
+    assert str(curve) in str(error.value)
+
+
+def test_a_state_of_another_model_is_refused_by_name(tmp_path):
+    train_in(tmp_path)
+    with pytest.raises(ValueError, match="another shape") as error:
+        Stage(tmp_path, nn.Linear(3, 1), CONFIG, SAMPLES, torch.float32)
+    assert str(tmp_path / STATE) in str(error.value)
+
+
+def test_every_sample_is_seen_once_an_epoch_in_changing_order(tmp_path):
+    seen, stage = [], stage_in(tmp_path, replace(CONFIG, steps=10, batch=3))
+    stage.run(losses_of(stage.module, seen), 100)
+    order = [i for batch in seen for i in batch]
+    epochs = [order[start : start + SAMPLES] for start in range(0, 30, SAMPLES)]
+    assert all(sorted(epoch) == list(range(SAMPLES)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def gradients_of(stage):
+    """The gradients that each step gives to the optimizer, filled in while the stage is trained."""
+    gradients = []
+
+    def note(*_):
+        gradients.append(torch.cat([p.grad.flatten() for p in stage.module.parameters()]))
+
+    stage.optimizer.register_step_pre_hook(note)
+    return gradients
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path):
+    """For a loss that is a mean over samples, without random numbers of its own."""
+    x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(4))
+    curves, gradients = [], []
+    for accumulate in (1, 2, 4):
+        # Adam forgets a constant factor of the gradient, and so does clipping: the gradients themselves are compared.
+        stage = stage_in(tmp_path / str(accumulate), replace(CONFIG, accumulate=accumulate, clip=math.inf))
+        gradients.append(gradients_of(stage))
+        stage.run(lambda _, i, m=stage.module: {"loss": (m(x[i])[:, 0] - x[i].sum(1)).square().mean()}, 100)
+        curves.append([row["loss"] for row in stage.curve])
+    for k in (1, 2):
+        torch.testing.assert_close(gradients[k], gradients[0], rtol=1e-3, atol=1e-5)
+        assert curves[k] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_micro_batches_draw_different_random_numbers(tmp_path):
+    stage, draws = stage_in(tmp_path, replace(CONFIG, accumulate=2, steps=3)), []
+
+    def losses(generator, indices):
+        draws.append(torch.rand(1, generator=generator).item())
+        return {"loss": stage.module[0].weight.sum()}
+
+    stage.run(losses, 100)
+    assert len(set(draws)) == 6
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    config = StageConfig(steps=100, batch=1, learning_rate=2.0, warmup=10, decay=0.2)
+    rates = [config.learning_rate_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert set(rates[9:81]) == {2.0}
+    assert rates[80:] == pytest.approx([0.1 * i for i in range(20, 0, -1)])
+    flat = replace(config, warmup=0, decay=0.0)
+    assert {flat.learning_rate_at(step) for step in range(100)} == {2.0}
+
+
+def test_the_optimizer_follows_the_learning_rate(tmp_path):
+    stage = stage_in(tmp_path)
+    for step in range(3):
+        stage.train_step(losses_of(stage.module))
+        assert {g["lr"] for g in stage.optimizer.param_groups} == {CONFIG.learning_rate_at(step)}
+
+
+def test_only_matrices_decay(tmp_path):
+    stage = stage_in(tmp_path)
+    decay = {p: g["weight_decay"] for g in stage.optimizer.param_groups for p in g["params"]}
+    assert [decay[p] for p in stage.module.parameters()] == [CONFIG.weight_decay, 0.0, CONFIG.weight_decay, 0.0]
+
+
+def test_training_lowers_the_loss(tmp_path):
+    squared = [row["squared"] for row in train_in(tmp_path, LONG, save_every=1000).curve]
+    assert sum(squared[-20:]) < 0.2 * sum(squared[:20])
+
+
+def test_gradients_are_clipped(tmp_path):
+    stage = stage_in(tmp_path, replace(CONFIG, clip=0.1))
+    gradients = gradients_of(stage)
+    stage.train_step(losses_of(stage.module))
+    assert gradients[0].norm().item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_the_average_follows_the_weights_and_is_not_trained(tmp_path):
+    stage = stage_in(tmp_path, replace(CONFIG, ema=0.3, steps=6))
+    expected = [p.detach().clone() for p in stage.module.parameters()]
+    for step in range(6):
+        stage.train_step(losses_of(stage.module))
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = [
+            decay * e + (1 - decay) * p.detach() for e, p in zip(expected, stage.module.parameters(), strict=True)
+        ]
+    torch.testing.assert_close([p.data for p in stage.average.parameters()], expected)
+    assert not any(p.requires_grad for p in stage.average.parameters()) and not stage.average.training
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_numbers_out_of_range_stop_the_stage_and_leave_the_last_state_intact(tmp_path, where):
+    stage = stage_in(tmp_path)
+    losses = losses_of(stage.module)
+
+    def exploding(generator, indices):
+        parts = losses(generator, indices)
+        if stage.step == 5:
+            zero = (stage.module[0].weight * 0).sum()
+            # √0 is finite, its gradient is not
+            parts["broken"] = zero + math.inf if where == "loss" else zero.square().sqrt()
+        return parts
+
+    with pytest.raises(FloatingPointError, match="step 5.*learning rate"):
+        stage.run(exploding, 1)
+    assert all(p.isfinite().all() for p in stage.module.parameters())
+    resumed = stage_in(tmp_path)
+    assert resumed.step == 5 and all(p.isfinite().all() for p in resumed.module.parameters())
+
+
+def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(tmp_path):
+    stage, dtypes = Stage(tmp_path, module(), CONFIG, SAMPLES, torch.bfloat16), []
+    stage.module[2].register_forward_hook(lambda _, args, output: dtypes.append(output.dtype))
+    stage.train_step(losses_of(stage.module))
+    assert dtypes == [torch.bfloat16]
+    assert {p.dtype for m in (stage.module, stage.average) for p in m.parameters()} == {torch.float32}
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def dying(temporary):
+        temporary.write_text("ne")
+        raise Killed
+
+    with pytest.raises(Killed):
+        write_atomically(path, dying)
+    assert path.read_text() == "old"
+    write_atomically(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_smoothing_is_unbiased_from_the_start():
+    assert list(smoothed([3.0] * 20, 5)) == pytest.approx([3.0] * 20)
+    assert list(smoothed([0.0, 1.0], 2))[1] == pytest.approx(2 / 3)  # weights ½·½ and ½, made to sum to 1
+
+
+def test_a_curve_becomes_a_picture(tmp_path):
+    plot_curve([{"step": s, "a": 1 / s, "b": 2 / s} for s in range(1, 30)], tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
