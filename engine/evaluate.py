@@ -141,9 +141,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Scores]:
+    if options.count < 0:
+        raise ValueError(f"--count: {options.count} does not work; use 1 or more, or 0 for all held-out names")
     with Engine.from_pretrained(options.checkpoint, device=options.device, dtype=options.dtype) as engine:
         size = engine.config.image.size
         splits = {split: list(CocoCaptions.open(options.data, split).read(size)) for split in ("train", "test")}
+        for split, pairs in splits.items():
+            if not pairs:
+                raise ValueError(f"--data: no {split} picture of {options.data} can be read; render or copy it again")
         gallery = Gallery.of([pair for pairs in splits.values() for pair in pairs])
         count = options.count or len(splits["test"])
         return {

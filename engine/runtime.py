@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from engine import masks
-from engine.checkpoint import BUILT_IN, Checkpoint, load
+from engine.checkpoint import BUILT_IN, Checkpoint, CheckpointError, load
 from engine.codecs.image import ImageCodec
 from engine.data.coco import DAMAGED, fit_image
 from engine.device import resolve
@@ -37,6 +37,7 @@ class Prepared:
     guidance: float
     generate: Tensor  # [N] bool
     known: Tensor  # [N] float32
+    holes: Tensor  # [L] bool, words of the prompt to be filled in
     pixels: Tensor | None  # [3, S, S] in −1..1, the given picture
     mask: np.ndarray | None  # [S, S] bool, its pixels to regenerate
 
@@ -84,8 +85,10 @@ class Engine:
             raise ValueError(f"attention: {attention!r} is not known; use one of {', '.join(ATTENTIONS)}")
         if attention not in ("auto", "sdpa"):
             raise ValueError(f"attention: {attention!r} is not available in this version; use auto or sdpa")
+        if max_rows < 1:
+            raise ValueError(f"max_rows: {max_rows} does not work; use 1 or more")
         where, what = resolve(device, dtype)
-        engine = cls(load(checkpoint or BUILT_IN), where, what, max_rows)
+        engine = cls(load(BUILT_IN if checkpoint is None else checkpoint), where, what, max_rows)
         if compile:
             compile_blocks(engine.model.blocks())
         return engine
@@ -119,11 +122,14 @@ class Engine:
         one of the requests cannot be served.
         """
         several = [requests] if isinstance(requests, Request) else list(requests)
+        if not several:
+            return []
         with self._lock, torch.inference_mode():
             if self.model is None:
                 raise RuntimeError("this engine is closed; make another with Engine.from_pretrained")
             prepared = [self._prepare(request) for request in several]
             rows = [row for p in prepared for row in self._rows(p)]
+            self.image  # noqa: B018 - loaded now, so that a damaged one is told of before the sampling, not after
             states = self._sample(rows, callback)
             results = []
             for p in prepared:
@@ -134,15 +140,25 @@ class Engine:
     @cached_property
     def image(self) -> ImageCodec:
         """The picture codec, loaded when first needed: importing its library takes longer than many a sampling run."""
-        size, patch = self.config.image.size, self.config.image.patch
-        return ImageCodec.load(self._image_folder, size, patch, self.device)
+        size, patch, wanted = self.config.image.size, self.config.image.patch, self.config.model.modality("image")
+        try:
+            codec = ImageCodec.load(self._image_folder, size, patch, self.device)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint: {error}") from None
+        if (codec.tokens, codec.channels) != (wanted.tokens, wanted.channels):
+            raise CheckpointError(
+                f"checkpoint: {self._image_folder} makes {codec.tokens} tokens of {codec.channels} channels, "
+                f"config.json says {wanted.tokens} of {wanted.channels}; copy the folder again"
+            )
+        return codec
 
     def _prepare(self, request: Request) -> Prepared:
         """Request → packed known values and generate mask."""
         model, size = self.config.model, self.config.image.size
         words = model.modality("text")
-        text, text_holes = self.text.encode(request.prompt, words.tokens, request.unknown_words)  # [L, C], [L]
-        generate = {"text": masks.text_elements(text_holes, words.channels)}
+        text, unknown = self.text.encode(request.prompt, words.tokens, request.unknown_words)  # [L, C], [L]
+        generate = {"text": masks.text_elements(unknown, words.channels)}
+        holes = unknown if request.prompt is not None else torch.zeros_like(unknown)  # [L]; else its length is free too
         known = {"text": text}
 
         pixels = mask = None
@@ -169,7 +185,7 @@ class Engine:
             raise RequestError(f"task: {request.task!r} does not fit what is given, which is {task}; use auto")
         guidance = GUIDANCE[task] if request.guidance is None else float(request.guidance)
         values = torch.cat([known[m.name].flatten() for m in model.modalities])  # [N]
-        return Prepared(request, task, guidance, packed, values, pixels, mask)
+        return Prepared(request, task, guidance, packed, values, holes, pixels, mask)
 
     def _rows(self, p: Prepared) -> list[Row]:
         """One row per sample, which differ in their seeds."""
@@ -211,7 +227,8 @@ class Engine:
         """Packed samples [num, N] → pictures and texts; what was given comes back as it was."""
         model = self.config.model
         picture, words = model.modality("image"), model.modality("text")
-        texts = self.text.decode(states[:, model.state_slices["text"]].unflatten(1, (words.tokens, words.channels)))
+        tokens = states[:, model.state_slices["text"]].unflatten(1, (words.tokens, words.channels))
+        texts = self.text.decode(tokens, p.holes)
         if p.mask is not None and not p.mask.any():
             pixels = p.pixels.expand(len(states), -1, -1, -1)  # [num, 3, S, S]
         else:
@@ -249,5 +266,6 @@ def _mask(mask, picture: tuple[int, int], size: int) -> np.ndarray:
     if mask.size != picture:
         raise RequestError(f"mask: {mask.width}x{mask.height} does not fit the image's {picture[0]}x{picture[1]}; "
                            "give a mask of the image's size")  # fmt: skip
-    white = mask.convert("L").point(lambda grey: 255 * (grey > 127))
+    # As floats: in bytes, a lone white pixel of a large mask would round to black.
+    white = mask.convert("L").point(lambda grey: 255 * (grey > 127)).convert("F")
     return np.asarray(ImageOps.fit(white, (size, size), Image.Resampling.BOX)) > 0

@@ -22,8 +22,7 @@ JOINT_NUM = 16  # samples of a run that asks for nothing
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of the whole usage."""
-        print(f"{COMMAND}: {message}; see --help", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refuse(f"{message}; see --help"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,8 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_writable(options.out)
         report = _run(options, requests)
     except ValueError as error:
-        print(f"{COMMAND}: {_as_option(str(error))}", file=sys.stderr)
-        return 2
+        return _refuse(_as_option(str(error)))
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     elif not options.quiet:
@@ -158,18 +156,29 @@ def _write(out: Path, samples: list[Sample], report: list[dict]) -> None:
 
 def _check_writable(out: Path) -> None:
     """Refuses a bad --out before minutes of work are spent on it."""
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        nearest = next(f for f in (out, *out.absolute().parents) if f.exists() or f.is_symlink())
+    except OSError as error:  # a name too long
+        raise ValueError(f"out: {out} cannot be written ({error.strerror}); give another folder") from None
     if not nearest.is_dir():
-        raise ValueError(f"out: {nearest} is a file; give a folder")
+        raise ValueError(f"out: {nearest} is no folder; give another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"out: {nearest} cannot be written; give another folder")
 
 
+def _refuse(message: str) -> int:
+    """Says why in one line, whatever line ends a file's name holds; returns the exit status."""
+    print(f"{COMMAND}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2
+
+
 def _as_option(message: str) -> str:
     """ "steps: 0 …" → "--steps: 0 …": the engine's words for arguments as the command line spells them."""
-    name = message.split(":")[0].split(",")[0]
+    names, colon, rest = message.partition(":")
     known = {field.name for field in fields(Request)} | {"checkpoint", "device", "dtype", "attention", "out"}
-    return f"--{name.replace('_', '-')}{message[len(name) :]}" if name in known else message
+    if not known.issuperset(names.split(", ")):
+        return message
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names.split(", ")) + colon + rest
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class Recipe:
     autoencoder: StageConfig | None = None  # None: `--autoencoder` must give a trained one
     autoencoder_config: dict = field(default_factory=dict)  # diffusers.AutoencoderDC
     gamma: float | None = None  # min-SNR weighting, see `engine.loss`
+    skew: float = 1.0  # towards noisier times, see `engine.loss`
     first_caption: float = 0.0  # how often a picture's first caption is used whatever the others; 0: all alike
     weights_dtype: torch.dtype = torch.float32  # of the checkpoint
 
@@ -60,10 +61,11 @@ RECIPES: dict[str, Recipe] = {
         StageConfig(steps=1_000_000, batch=256, learning_rate=2e-4, warmup=5000, decay=0, betas=(0.9, 0.9), ema=0.9999)
     ),
     "emoji": Recipe(
-        StageConfig(steps=12_000, batch=64, learning_rate=3e-3, warmup=500, decay=0.25, ema=0.9995),
+        StageConfig(steps=8_750, batch=64, learning_rate=2e-3, warmup=500, decay=0.25, ema=0.9995),
         StageConfig(steps=2000, batch=32, learning_rate=1e-3, decay=0.4, weight_decay=1e-4, ema=0.995),
         _narrow_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=8),
         gamma=5.0,
+        skew=3.0,
         first_caption=0.9,
         weights_dtype=torch.float16,
     ),
@@ -137,7 +139,7 @@ def train_denoiser(run: Path, cache: LatentCache, text: TextCodec, config: Confi
     torch.manual_seed(options.seed)
     model = PSUNet(config.model).to(options.device)
     stage = Stage(run / "denoiser", model, recipe.denoiser, len(cache), options.dtype)
-    loss = DenoisingLoss(config, recipe.gamma, device=options.device)
+    loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
     words = config.model.modality("text").tokens
     captions = [[text.encode(_shortened(c, words), words)[0] for c in several] for several in cache.captions]
 

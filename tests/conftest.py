@@ -19,6 +19,35 @@ def shared() -> Path:
     return Path(os.environ["PSUNET_SHARED"])
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A complete checkpoint folder of the `tiny` preset with random weights: 32 px, 6 words, a vocabulary of 32."""
+    import torch
+    from diffusers import AutoencoderDC
+
+    from engine import checkpoint
+    from engine.codecs.image import ImageCodec
+    from engine.codecs.text import END, TextCodec
+    from engine.config import PRESETS
+    from engine.model import PSUNet
+    from engine.train import RECIPES
+
+    folder, config = tmp_path_factory.mktemp("checkpoint") / "tiny", PRESETS["tiny"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = PSUNet(config.model)
+        # All of them random: as initialised, gates and heads are zero and no sample would depend on anything.
+        weights = {name: 0.1 * torch.randn_like(w) for name, w in model.state_dict().items()}
+        vectors = torch.nn.functional.normalize(torch.randn(32, 8)) * 8**0.5
+        autoencoder = AutoencoderDC(**RECIPES["tiny"].autoencoder_config)
+    checkpoint.save(folder, config, weights, torch.float32)
+    words = "red green blue big small old new cat dog bird fish tree sun moon star car house man woman child face hand "
+    words += "heart flag of with and in on the running"
+    TextCodec((END, *words.split()), vectors).save(folder / "text")
+    ImageCodec(autoencoder, config.image.size, config.image.patch).save(folder / "image")
+    return folder
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch  # only here: a run without GPU tests need not pay for it

@@ -4,6 +4,7 @@ Knows nothing of diffusion, masks or tasks. diffusers is imported when a codec i
 costs more than the whole of a short sampling run, so that callers can load the codec while they compute.
 """
 
+import inspect
 import json
 from pathlib import Path
 
@@ -59,7 +60,10 @@ class ImageCodec:
         else:
             config = _read_config(folder / "config.json")
             try:
-                autoencoder = getattr(diffusers, config["_class_name"]).from_config(config)
+                kind = getattr(diffusers, config["_class_name"])
+                # Only what it takes: some diffusers classes save more than that, and then warn about it.
+                taken = inspect.signature(kind.__init__).parameters
+                autoencoder = kind.from_config({key: value for key, value in config.items() if key in taken})
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{folder / 'config.json'}: describes no {config['_class_name']} ({error}); "
                                  "copy the autoencoder folder again") from None  # fmt: skip

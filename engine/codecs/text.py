@@ -109,13 +109,17 @@ class TextCodec:
         values = self.vectors[indices]  # [L, C]
         return values.masked_fill(generate[:, None], 0), generate
 
-    def decode(self, values: torch.Tensor) -> list[Decoded]:
+    def decode(self, values: torch.Tensor, holes: torch.Tensor | None = None) -> list[Decoded]:
         """Texts nearest to diffusion states [B, L, C] of any dtype and device; each ends at its first "</s>".
 
+        holes     [L] bool, where a word was asked for: "</s>" is not read there, else the known words behind a hole
+                  could be lost; None: nowhere
         A word's confidence is its posterior, were every word equally likely beforehand and the state a word vector plus
         N(0, 0.5²) noise: softmax over words of −‖x − v‖² / (2·0.5²).
         """
-        confidence, index = self._nearest(values.detach().float().cpu())  # [B, L], [B, L]
+        if holes is None:
+            holes = torch.zeros(values.shape[1], dtype=torch.bool)
+        confidence, index = self._nearest(values.detach().float().cpu(), holes)  # [B, L], [B, L]
         return [self._read(*row) for row in zip(index.tolist(), confidence.tolist(), strict=True)]
 
     def save(self, folder: str | Path) -> None:
@@ -157,12 +161,14 @@ class TextCodec:
         """The row of each word's vector."""
         return {word: i for i, word in enumerate(self.vocabulary)}
 
-    def _nearest(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Confidence and index [B, L] of each token's nearest word."""
+    def _nearest(self, values: torch.Tensor, holes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Confidence and index [B, L] of each token's nearest word, which in holes [L] is not "</s>"."""
         nearest = []
-        for x in values.flatten(0, 1).split(1024):  # [n, C]; bounds memory to n·V
+        parts = zip(values.flatten(0, 1).split(1024), holes.repeat(len(values)).split(1024), strict=True)
+        for x, hole in parts:  # [n, C], [n]; bounds memory to n·V
             # ‖x‖² is the same for all words and drops out of the softmax.
             logits = (x @ self.vectors.T - self.vectors.square().sum(1) / 2) / NOISE**2  # [n, V]
+            logits[hole, 0] = -torch.inf
             nearest.append(torch.stack(logits.softmax(1).max(1)))
         confidence, index = torch.cat(nearest, dim=1).unflatten(1, values.shape[:2])
         return confidence, index.long()
