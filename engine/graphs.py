@@ -11,6 +11,10 @@ from torch import nn
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compiles modules in place, without graph breaks; each shape is built at its first call."""
+    from torch._dynamo import config  # not above: it takes as long to import as torch itself
+
+    # All blocks share one compiled call, whose limit counts every kind of block times every batch size.
+    config.recompile_limit = max(config.recompile_limit, 256)
     for block in blocks:
         cuda = next(block.parameters()).is_cuda
         block.compile(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs" if cuda else None)

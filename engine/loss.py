@@ -2,7 +2,7 @@
 
     x_t = α_t·x0 + σ_t·ε      target ε ("epsilon") or α_t·ε − σ_t·x0 ("v_prediction")
 
-Training times (DESIGN: `DiffusionConfig.times`)
+Training times (`DiffusionConfig.times`)
     shared       one t for all modalities of a sample (arXiv 2311.16488, section 3.2)
     independent  one t per modality (UniDiffuser, arXiv 2303.06555)
     masked       one t for what is to be generated; each sample's known tokens enter clean, labelled time 0, and for

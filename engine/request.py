@@ -54,6 +54,8 @@ class Request:
             raise RequestError(
                 f"prompt: {self.prompt!r} has no word; give words, or leave it out to have them generated"
             )
+        if self.prompt is not None and any(0xD800 <= ord(c) <= 0xDFFF for c in self.prompt):
+            raise RequestError(f"prompt: {self.prompt!r} holds bytes that are no text; give it in UTF-8")
         for key, allowed in (("task", TASKS), ("solver", SOLVERS), ("unknown_words", ("error", "fill"))):
             if getattr(self, key) not in allowed:
                 raise RequestError(f"{key}: {getattr(self, key)!r} is not known; use one of {', '.join(allowed)}")
@@ -98,7 +100,7 @@ class Sample:
     image: "Image"
     text: str
     seed: int
-    confidence: float  # mean certainty of the generated words' decoding, 0…1
+    confidence: float  # mean certainty of the words' decoding, 0…1; known words are certain
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,10 @@ class Engine:
             generate["image"] = torch.ones(picture.tokens, picture.channels, dtype=torch.bool)
         else:
             given = _opened("image", request.image)
-            pixels = fit_image(given, size).float() / 127.5 - 1  # [3, S, S]
+            try:
+                pixels = fit_image(given, size).float() / 127.5 - 1  # [3, S, S]
+            except DAMAGED as error:
+                raise RequestError(f"image: mode {given.mode} cannot be used ({error}); give RGB") from None
             mask = np.zeros((size, size), bool) if request.mask is None else _mask(request.mask, given.size, size)
             known["image"] = self.image.encode(pixels[None].to(self.device))[0].cpu()
             generate["image"] = masks.image_elements(

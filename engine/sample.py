@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=25, help="steps of the solver (default: 25)")
     add("--solver", choices=SOLVERS, default="dpm++")
     add("--guidance", type=float, metavar="W", help="guidance scale, 1 is none (default: by task)")
-    add("--seed", type=int, default=0, help="of the first sample, the others count up (default: 0)")
+    add("--seed", type=int, default=0, help="of each prompt's first sample, the others count up (default: 0)")
     add("--resample", type=int, default=1, metavar="R", help="RePaint: do each stretch of steps R times (default: 1)")
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
     add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
@@ -88,7 +88,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     ]  # fmt: skip
 
 
-def _run(options: argparse.Namespace, requests: list[Request]) -> dict:
+def _run(options: argparse.Namespace, requests: list[Request]) -> list[dict]:
     """Generates, writes all files and returns what samples.json says."""
     started = time.perf_counter()
     # Late, so that --help and bad options answer at once.

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.codecs.image import ImageCodec
-from engine.codecs.text import TextCodec, tokenize
+from engine.codecs.text import HOLE, TextCodec, tokenize
 from engine.config import PRESETS, Config
 from engine.data.coco import CocoCaptions
 from engine.data.latents import LatentCache, cache_latents
@@ -61,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
         StageConfig(steps=1_000_000, batch=256, learning_rate=2e-4, warmup=5000, decay=0, betas=(0.9, 0.9), ema=0.9999)
     ),
     "emoji": Recipe(
-        StageConfig(steps=8_750, batch=64, learning_rate=2e-3, warmup=500, decay=0.25, ema=0.9995),
+        StageConfig(steps=6_900, batch=64, learning_rate=2e-3, warmup=500, decay=0.4, ema=0.9995),
         StageConfig(steps=2000, batch=32, learning_rate=1e-3, decay=0.4, weight_decay=1e-4, ema=0.995),
         _narrow_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=8),
         gamma=5.0,
@@ -92,13 +93,16 @@ def autoencoder_losses(autoencoder, pixels: Tensor, generator: torch.Generator) 
     }
 
 
-def train_autoencoder(run: Path, data: CocoCaptions, recipe: Recipe, size: int, options) -> None:
-    """Trains the autoencoder on pictures held in memory and writes RUN/checkpoint/image."""
+def train_autoencoder(run: Path, data: CocoCaptions, recipe: Recipe, size: int, options) -> ImageCodec:
+    """Trains the autoencoder on pictures held in memory."""
     from diffusers import AutoencoderDC
 
     torch.manual_seed(options.seed)
     module = AutoencoderDC(**recipe.autoencoder_config).to(options.device)
-    pictures = torch.stack([picture for _, picture in data.read(size)])  # uint8 [n, 3, S, S]
+    readable = [picture for _, picture in data.read(size)]
+    if not readable:
+        raise ValueError(f"--data: {data.summary()}; give a folder with whole pictures")
+    pictures = torch.stack(readable)  # uint8 [n, 3, S, S]
     stage = Stage(run / "autoencoder", module, recipe.autoencoder, len(pictures), options.dtype)
 
     def pixels_of(indices: list[int]) -> Tensor:
@@ -120,7 +124,7 @@ def train_autoencoder(run: Path, data: CocoCaptions, recipe: Recipe, size: int, 
         every = max(1, len(pictures) // 512)
         rms = stage.average.encode(pixels_of(list(range(0, len(pictures), every)))).latent.square().mean().sqrt().item()
     stage.average.register_to_config(scaling_factor=1 / rms)
-    ImageCodec(stage.average, size, patch=1).save(run / "checkpoint" / "image", recipe.weights_dtype)
+    return ImageCodec(stage.average, size, patch=1)
 
 
 def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> TextCodec:
@@ -158,7 +162,7 @@ def train_denoiser(run: Path, cache: LatentCache, text: TextCodec, config: Confi
         return loss(denoise, x0.to(options.device), generator)
 
     spread = range(0, len(cache), max(1, len(cache) // 24))[:24]
-    prompts = [_shortened(cache.captions[i][0], words) for i in spread]
+    prompts = [prompt for i in spread if (prompt := _shortened(cache.captions[i][0], words))]
 
     def export(step: int) -> None:
         """The checkpoint as it stands, the loss curve, and what the average draws: prompts, then joint samples."""
@@ -176,7 +180,8 @@ def train_denoiser(run: Path, cache: LatentCache, text: TextCodec, config: Confi
 
 
 def _shortened(caption: str, words: int) -> str:
-    return " ".join(tokenize(caption)[:words])
+    """The first words of a caption; a lone _ in it is no hole, and one without any word becomes the empty text."""
+    return " ".join([word for word in tokenize(caption) if word != HOLE][:words])
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -196,7 +201,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _same_run(run: Path, settings: dict) -> None:
-    """Refuses to go on with a run of other settings."""
+    """Refuses to go on with a run of another preset, seed or autoencoder; `Stage` checks the rest."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "run.json"
     if path.exists() and (found := json.loads(path.read_text())) != settings:
@@ -261,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         train(options)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"engine.train: {error}", file=sys.stderr)
         return 2
     return 0
@@ -269,23 +274,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     """The three stages in order."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("matplotlib draws the loss curves and is not installed; pip install 'psunet-engine[train]'")
     config, recipe, run = PRESETS[options.preset], _recipe(options), options.out
     options.device, options.dtype = resolve(options.device, options.dtype)
     data = CocoCaptions.open(options.data)
     print(f"{options.data}: {data.summary()}; on {options.device} in {options.dtype}")
+
+    size, patch, folder, codec = config.image.size, config.image.patch, run / "checkpoint" / "image", None
+    if options.autoencoder and not folder.exists():
+        codec = ImageCodec.load(options.autoencoder, size, patch)  # before anything is written: it may not fit
+        _fits(config, codec)
     _same_run(run, {"preset": options.preset, "seed": options.seed, "autoencoder": options.autoencoder})
 
-    size, patch = config.image.size, config.image.patch
-    if options.autoencoder:
-        ImageCodec.load(options.autoencoder, size, patch).save(run / "checkpoint" / "image")
-    else:
-        train_autoencoder(run, data, recipe, size, options)
-    image = ImageCodec.load(run / "checkpoint" / "image", size, patch, options.device)
+    if codec is None and not folder.exists():
+        codec = train_autoencoder(run, data, recipe, size, options)
+    if codec is not None:
+        unfinished = folder.with_name("image.unfinished")  # renamed when whole, as the word vectors below
+        codec.save(unfinished, recipe.weights_dtype)
+        unfinished.rename(folder)
+    image = ImageCodec.load(folder, size, patch, options.device)
     _fits(config, image)
 
     text = train_words(run, data, config, options.seed)
-    weights = (run / "checkpoint" / "image" / "diffusion_pytorch_model.safetensors").read_bytes()
-    fingerprint = hashlib.sha256(weights).hexdigest()
+    fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
     cache = cache_latents(data, lambda x: image.encode(x.to(options.device)), run / "latents", fingerprint, size)
     train_denoiser(run, cache, text, config, recipe, options)
     print(f"checkpoint: {run / 'checkpoint'}")

@@ -141,7 +141,7 @@ class Stage:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                step = int(file.metadata()["step"])
+                step, config = int(file.metadata()["step"]), json.loads(file.metadata()["config"])
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged ({error}); delete it to train this stage anew") from None
         try:
@@ -149,6 +149,13 @@ class Stage:
             self.average.load_state_dict(_under(tensors, "average."))
         except RuntimeError:
             raise ValueError(f"{path}: written by a model of another shape; choose another --out") from None
+        now = json.loads(json.dumps(asdict(self.config)))
+        changed = [key for key in now if now[key] != config.get(key) and key != "steps"]  # more steps are welcome
+        if changed:
+            raise ValueError(
+                f"{path}: was trained with {', '.join(f'{key} {config.get(key)}' for key in changed)}, not "
+                f"{', '.join(str(now[key]) for key in changed)}; use the same settings or choose another --out"
+            )
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under(tensors, "optimizer.").items():
             i, key = name.split(".")
@@ -175,7 +182,7 @@ class Stage:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # The average of few steps is short: (1 + s)/(10 + s), as in the EMA of Adam's authors' code and others since.
+        # The average of few steps is short: (1 + s)/(10 + s), as TensorFlow's ExponentialMovingAverage has it.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
 

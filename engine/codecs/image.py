@@ -125,11 +125,9 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
 
 def downscale_of(config) -> int:
     """Pixels a side of one latent, from a diffusers autoencoder's config."""
-    if "encoder_layers_per_block" in config:  # AutoencoderDC
-        return 2 ** (len(config["encoder_block_out_channels"]) - 1)
-    if "encoder_block_out_channels" in config:  # AutoencoderTiny halves in every stage but the first
-        return 2 ** (len(config["encoder_block_out_channels"]) - 1)
-    return 2 ** (len(config["block_out_channels"]) - 1)  # AutoencoderKL
+    # AutoencoderDC and AutoencoderTiny name the encoder's widths, AutoencoderKL has one list for both sides.
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return 2 ** (len(widths) - 1)  # every level but one halves the resolution
 
 
 def _from_hub(name: str):
@@ -140,7 +138,7 @@ def _from_hub(name: str):
     except (OSError, ValueError) as error:
         raise ValueError(f"autoencoder: {name!r} is neither a folder nor a model that can be downloaded; "
                          "give the folder of a diffusers autoencoder") from error  # fmt: skip
-    return getattr(diffusers, _check_class(config, name)).from_pretrained(name)
+    return getattr(diffusers, _check_class(config, name)).from_pretrained(name, use_safetensors=True)
 
 
 def _read_config(path: Path) -> dict:

@@ -57,7 +57,7 @@ def cache_latents(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    listing = json.dumps([(item.image_id, item.path.name) for item in dataset.items])
+    listing = json.dumps([(item.image_id, item.path.name, item.path.stat().st_size) for item in dataset.items])
     origin = {
         "fingerprint": fingerprint,
         "dataset": hashlib.sha256(listing.encode()).hexdigest(),
