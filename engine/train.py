@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -138,11 +139,16 @@ def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> Tex
     return TextCodec.load(folder)
 
 
-def train_denoiser(run: Path, cache: LatentCache, text: TextCodec, config: Config, recipe: Recipe, options) -> None:
-    """Trains the denoiser on cached latents and captions, and writes RUN/checkpoint."""
+def train_denoiser(
+    run: Path, cache: LatentCache, text: TextCodec, config: Config, recipe: Recipe, options, init: PSUNet | None
+) -> None:
+    """Trains the denoiser, from `init` if given, on cached latents and captions, and writes RUN/checkpoint."""
     torch.manual_seed(options.seed)
     model = PSUNet(config.model).to(options.device)
     stage = Stage(run / "denoiser", model, recipe.denoiser, len(cache), options.dtype)
+    if init is not None and stage.step == 0:
+        for network in (stage.module, stage.average):
+            network.load_state_dict(init.state_dict())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
     words = config.model.modality("text").tokens
     captions = [[text.encode(_shortened(c, words), words)[0] for c in several] for several in cache.captions]
@@ -192,7 +198,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     if denoiser.batch % denoiser.accumulate:
         raise ValueError(f"--accumulate: {denoiser.accumulate} does not divide the batch of {denoiser.batch}")
     autoencoder = recipe.autoencoder
-    if autoencoder is None and not options.autoencoder:
+    if options.init and options.autoencoder:
+        raise ValueError(f"--autoencoder: {options.autoencoder} cannot be used with --init, which brings its own")
+    if autoencoder is None and not (options.autoencoder or options.init):
         raise ValueError(f"--autoencoder: preset {options.preset!r} needs a trained one; give its folder or hub id")
     if autoencoder is not None:
         steps = options.autoencoder_steps or autoencoder.steps
@@ -207,6 +215,24 @@ def _same_run(run: Path, settings: dict) -> None:
     if path.exists() and (found := json.loads(path.read_text())) != settings:
         raise ValueError(f"--out: {run} holds a run with {found}, not {settings}; choose another folder")
     write_atomically(path, lambda p: p.write_text(json.dumps(settings) + "\n"))
+
+
+def _start(source: Path, config: Config) -> PSUNet:
+    """The denoiser of a checkpoint to go on from."""
+    loaded = checkpoint.load(source)
+    if loaded.config.model != config.model or loaded.config.image != config.image:
+        raise ValueError(f"--init: {source} holds a model of another shape; use the --preset it was trained with")
+    return loaded.model
+
+
+def _take_codecs(source: Path, run: Path) -> None:
+    """Copies a checkpoint's autoencoder and word vectors into a run that has none yet."""
+    for part in ("image", "text"):
+        folder = run / "checkpoint" / part
+        if not folder.exists():
+            unfinished = folder.with_name(f"{part}.unfinished")
+            shutil.copytree(source / part, unfinished, dirs_exist_ok=True)
+            unfinished.rename(folder)
 
 
 def _fits(config: Config, image: ImageCodec) -> None:
@@ -245,6 +271,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="pictures and captions.json, MS-COCO captions layout")
     add("--out", type=Path, required=True, metavar="RUN", help="folder of the run; an interrupted run goes on")
     add("--autoencoder", metavar="DIR", help="a trained diffusers autoencoder (folder or hub id) instead of an own one")
+    add("--init", type=Path, metavar="DIR", help="start from a checkpoint: its autoencoder, word vectors and denoiser")
     add("--steps", type=_positive, help="optimiser steps of the denoiser")
     add("--batch", type=_positive, help="samples a step of the denoiser")
     add("--learning-rate", type=_rate, help="of the denoiser")
@@ -285,7 +312,10 @@ def train(options: argparse.Namespace) -> None:
     if options.autoencoder and not folder.exists():
         codec = ImageCodec.load(options.autoencoder, size, patch)  # before anything is written: it may not fit
         _fits(config, codec)
-    _same_run(run, {"preset": options.preset, "seed": options.seed, "autoencoder": options.autoencoder})
+    init = options.init and _start(options.init, config)
+    _same_run(run, {key: str(getattr(options, key)) for key in ("preset", "seed", "autoencoder", "init")})
+    if init:
+        _take_codecs(options.init, run)
 
     if codec is None and not folder.exists():
         codec = train_autoencoder(run, data, recipe, size, options)
@@ -299,7 +329,7 @@ def train(options: argparse.Namespace) -> None:
     text = train_words(run, data, config, options.seed)
     fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
     cache = cache_latents(data, lambda x: image.encode(x.to(options.device)), run / "latents", fingerprint, size)
-    train_denoiser(run, cache, text, config, recipe, options)
+    train_denoiser(run, cache, text, config, recipe, options, init)
     print(f"checkpoint: {run / 'checkpoint'}")
 
 

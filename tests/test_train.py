@@ -175,3 +175,20 @@ def test_a_given_autoencoder_is_taken_over(pictures, run, tmp_path):
     name = Path("checkpoint", "image", "diffusion_pytorch_model.safetensors")
     assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
     assert not (tmp_path / "autoencoder").exists() and weights_of(tmp_path) == weights_of(run)
+
+
+def test_a_run_starts_from_a_checkpoint(pictures, run, tmp_path):
+    source, new = run / "checkpoint", tmp_path / "new"
+    assert train_main(pictures, new, "--init", str(source), "--learning-rate", "1e-9") == 0
+    for part in ("image", "text"):
+        for file in (source / part).iterdir():
+            assert (new / "checkpoint" / part / file.name).read_bytes() == file.read_bytes()
+    before, after = (checkpoint.load(folder).model.state_dict() for folder in (source, new / "checkpoint"))
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_of_another_shape_is_no_start(pictures, run, tmp_path, capsys):
+    options = ["--preset", "emoji", "--data", str(pictures), "--out", str(tmp_path / "new")]
+    assert train.main([*options, "--init", str(run / "checkpoint")]) == 2
+    assert "--init" in capsys.readouterr().err and not (tmp_path / "new").exists()
