@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine import checkpoint
-from engine.codecs.image import ImageCodec
+from engine.codecs.image import ImageCodec, autoencoder_class
 from engine.codecs.text import HOLE, TextCodec, tokenize
 from engine.config import PRESETS, Config
 from engine.data.coco import CocoCaptions
@@ -96,10 +96,8 @@ def autoencoder_losses(autoencoder, pixels: Tensor, generator: torch.Generator) 
 
 def train_autoencoder(run: Path, data: CocoCaptions, recipe: Recipe, size: int, options) -> ImageCodec:
     """Trains the autoencoder on pictures held in memory."""
-    from diffusers import AutoencoderDC
-
     torch.manual_seed(options.seed)
-    module = AutoencoderDC(**recipe.autoencoder_config).to(options.device)
+    module = autoencoder_class("AutoencoderDC")(**recipe.autoencoder_config).to(options.device)
     readable = [picture for _, picture in data.read(size)]
     if not readable:
         raise ValueError(f"--data: {data.summary()}; give a folder with whole pictures")

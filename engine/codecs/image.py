@@ -6,6 +6,7 @@ costs more than the whole of a short sampling run, so that callers can load the 
 
 import inspect
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -52,15 +53,13 @@ class ImageCodec:
 
         Raises ValueError where the folder holds no autoencoder this codec can use, or damaged weights.
         """
-        import diffusers
-
         folder = Path(source)
         if not folder.is_dir():
             autoencoder = _from_hub(str(source))
         else:
             config = _read_config(folder / "config.json")
             try:
-                kind = getattr(diffusers, config["_class_name"])
+                kind = autoencoder_class(config["_class_name"])
                 # Only what it takes: some diffusers classes save more than that, and then warn about it.
                 taken = inspect.signature(kind.__init__).parameters
                 autoencoder = kind.from_config({key: value for key, value in config.items() if key in taken})
@@ -123,6 +122,19 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, side * patch, side * patch)
 
 
+def autoencoder_class(name: str):
+    """A class of diffusers. Importing it imports xformers, whose warning that it is of no use here is held back."""
+    log = logging.getLogger("xformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        import diffusers
+
+        return getattr(diffusers, name)
+    finally:
+        log.setLevel(level)
+
+
 def downscale_of(config) -> int:
     """Pixels a side of one latent, from a diffusers autoencoder's config."""
     # AutoencoderDC and AutoencoderTiny name the encoder's widths, AutoencoderKL has one list for both sides.
@@ -131,14 +143,12 @@ def downscale_of(config) -> int:
 
 
 def _from_hub(name: str):
-    import diffusers
-
     try:
-        config = diffusers.AutoencoderKL.load_config(name)
+        config = autoencoder_class("AutoencoderKL").load_config(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"autoencoder: {name!r} is neither a folder nor a model that can be downloaded; "
                          "give the folder of a diffusers autoencoder") from error  # fmt: skip
-    return getattr(diffusers, _check_class(config, name)).from_pretrained(name, use_safetensors=True)
+    return autoencoder_class(_check_class(config, name)).from_pretrained(name, use_safetensors=True)
 
 
 def _read_config(path: Path) -> dict:
