@@ -63,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
         StageConfig(steps=1_000_000, batch=256, learning_rate=2e-4, warmup=5000, decay=0, betas=(0.9, 0.9), ema=0.9999)
     ),
     "emoji": Recipe(
-        StageConfig(steps=6_900, batch=64, learning_rate=2e-3, warmup=500, decay=0.4, ema=0.9995),
+        StageConfig(steps=20_000, batch=64, learning_rate=2e-3, warmup=500, decay=0.4, ema=0.9995),
         StageConfig(steps=2000, batch=32, learning_rate=1e-3, decay=0.4, weight_decay=1e-4, ema=0.995),
         _narrow_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=8),
         gamma=5.0,
