@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TASKS = ("auto", "joint", "text-to-image", "image-to-text", "infill")
+ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 SOLVERS = ("dpm++", "ddim", "ddpm")
 MAX_NUM = 1024
 

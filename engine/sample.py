@@ -13,7 +13,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from engine.request import MAX_NUM, SOLVERS, TASKS, Request, Sample
+from engine.request import ATTENTIONS, MAX_NUM, SOLVERS, TASKS, Request, Sample
 
 COMMAND = "python -m engine.sample"
 JOINT_NUM = 16  # samples of a run that asks for nothing
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", metavar="DIR", help="a folder that engine.train has written (default: the built-in model)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    add("--attention", choices=("auto", "triton", "sdpa", "xformers"), default="auto")
+    add("--attention", choices=ATTENTIONS, default="auto")
     add("--compile", action="store_true", help="compile the model; pays from some dozens of samples on")
     add("--no-graphs", action="store_true", help="never capture CUDA graphs")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="where the pictures go (default: samples)")

@@ -11,8 +11,8 @@ import numpy as np
 
 from engine.config import CONDITIONINGS, PREDICTIONS, SCHEDULES
 from engine.kernels.cfg_step import Guided, Index
+from engine.request import SOLVERS
 
-SOLVERS = ("dpm++", "ddim", "ddpm")
 GUIDANCES = ("masked", "alternate", "unidiffuser", "empty")
 
 
