@@ -18,7 +18,7 @@ from engine.config import Config
 from engine.schedule import NoiseSchedule
 
 # Shares of the samples that generate all tokens, and that know one whole modality; the others know random tokens.
-JOINT, WHOLE_MODALITY = 0.05, 0.8
+JOINT, WHOLE_MODALITY = 0.1, 0.75
 DROPPED = 0.1  # share of the samples whose known tokens are pure noise, for the unconditional pass
 
 
@@ -127,7 +127,10 @@ class DenoisingLoss:
         return torch.cat(parts, dim=1)
 
 
-def distinct_times(times: Tensor) -> tuple[Tensor, Tensor]:
-    """(sorted distinct times [T], index [B, L] int32 of each token's): the rows of a time table that training needs."""
+def distinct_times(times: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(sorted distinct times, index [B, L] int32 of each token's): what a training step needs of the time table.
+
+    The times are padded to `rows` with the largest, so that compiled blocks see one shape at every step.
+    """
     distinct, index = times.unique(return_inverse=True)
-    return distinct, index.int()
+    return torch.cat([distinct, distinct[-1:].expand(rows - len(distinct))]), index.int()

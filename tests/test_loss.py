@@ -200,6 +200,6 @@ def test_low_precision_predictions_are_compared_in_float32():
 
 def test_distinct_times_index_back_to_the_times():
     times = torch.tensor([[5, 0, 5], [1000, 7, 0]])
-    distinct, index = distinct_times(times)
-    assert distinct.tolist() == [0, 5, 7, 1000] and index.dtype == torch.int32
+    distinct, index = distinct_times(times, 6)
+    assert distinct.tolist() == [0, 5, 7, 1000, 1000, 1000] and index.dtype == torch.int32
     assert torch.equal(distinct[index.long()], times)
