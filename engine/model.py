@@ -48,6 +48,8 @@ class TimeTable(nn.Module):
 class AdaLNBlock(nn.Module):
     """Pre-norm attention and MLP whose shift, scale and gate follow each token's time; `skip` joins a long skip."""
 
+    attention = "auto"  # backend, see `engine.kernels.backend`
+
     def __init__(self, config: ModelConfig, skip: bool):
         super().__init__()
         dim = config.dim
@@ -64,7 +66,7 @@ class AdaLNBlock(nn.Module):
             x = self.skip(torch.cat([x, skip], dim=-1))  # [R, L, D]
         time = (table, index, self.modulation)
         h = layer_norm_modulate(x, *time, SHIFT_ATTENTION, SCALE_ATTENTION)  # [R, L, D]
-        h = self.proj(attention(self.qkv(h).unflatten(-1, (3, self.heads, -1))))  # [R, L, D]
+        h = self.proj(attention(self.qkv(h).unflatten(-1, (3, self.heads, -1)), self.attention))  # [R, L, D]
         x, h = gated_residual_modulate(x, h, *time, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP)  # 2 × [R, L, D]
         h = self.fc2(F.gelu(self.fc1(h), approximate="tanh"))  # [R, L, D]
         return gated_residual(x, h, *time, GATE_MLP)  # [R, L, D]
@@ -72,6 +74,8 @@ class AdaLNBlock(nn.Module):
 
 class TokenBlock(nn.Module):
     """U-ViT's block: pre-norm attention and MLP with affine norms; the time is a token among the others."""
+
+    attention = "auto"  # backend, see `engine.kernels.backend`
 
     def __init__(self, config: ModelConfig, skip: bool):
         super().__init__()
@@ -89,7 +93,7 @@ class TokenBlock(nn.Module):
         if self.skip is not None:
             x = self.skip(torch.cat([x, skip], dim=-1))  # [R, L, D]
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # [R, L, 3, H, d]
-        x = x + self.proj(attention(qkv))  # [R, L, D]
+        x = x + self.proj(attention(qkv, self.attention))  # [R, L, D]
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # [R, L, D]
 
 
@@ -182,8 +186,9 @@ class PSUNet(nn.Module):
         dtype = next(self.parameters()).dtype
         tokens, indices, skips = [], [], []
         for m in config.modalities:
-            x = inputs[:, config.state_slices[m.name]].unflatten(1, (m.tokens, m.channels)).to(dtype)  # [R, L, C]
-            i = index[:, config.token_slices[m.name]]  # [R, L]
+            x = inputs.narrow(1, config.state_slices[m.name].start, m.size)  # [R, L·C]
+            x = x.unflatten(1, (m.tokens, m.channels)).to(dtype)  # [R, L, C]
+            i = index.narrow(1, config.token_slices[m.name].start, m.tokens)  # [R, L]
             x, s = self.branches[m.name].enter(x, table, i)  # [R, L, D]
             tokens.append(x), indices.append(i), skips.append(s)
 

@@ -17,6 +17,7 @@ from engine.codecs.image import ImageCodec
 from engine.data.coco import DAMAGED, fit_image
 from engine.device import resolve
 from engine.graphs import compile_blocks
+from engine.kernels import backend
 from engine.pictures import to_image
 from engine.request import ATTENTIONS, Request, RequestError, Result, Sample
 from engine.sampler import Row, sample
@@ -75,7 +76,7 @@ class Engine:
 
         device     "auto", "cpu", "cuda" or "cuda:N"
         dtype      "auto" (bfloat16 where native), "float32", "bfloat16", "float16"; the sampler's state stays float32
-        attention  "auto" or "sdpa"
+        attention  "auto" (the fastest measured), "sdpa", "triton" or "xformers", the last two on CUDA only
         compile    torch.compile of the transformer blocks, at the first forward of each shape
         graphs     allows CUDA-graph capture; this version never captures, so that it changes nothing yet
         max_rows   samples computed together
@@ -83,12 +84,13 @@ class Engine:
         """
         if attention not in ATTENTIONS:
             raise ValueError(f"attention: {attention!r} is not known; use one of {', '.join(ATTENTIONS)}")
-        if attention not in ("auto", "sdpa"):
-            raise ValueError(f"attention: {attention!r} is not available in this version; use auto or sdpa")
         if max_rows < 1:
             raise ValueError(f"max_rows: {max_rows} does not work; use 1 or more")
         where, what = resolve(device, dtype)
+        backend.check("attention", attention, where.type)
         engine = cls(load(BUILT_IN if checkpoint is None else checkpoint), where, what, max_rows)
+        for block in engine.model.blocks():
+            block.attention = attention
         if compile:
             compile_blocks(engine.model.blocks())
         return engine

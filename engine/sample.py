@@ -6,6 +6,7 @@ so that a run that fails leaves nothing half-written.
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -55,12 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="where the pictures go (default: samples)")
     add("--json", action="store_true", help="print samples.json and nothing else")
     add("--quiet", action="store_true", help="print nothing")
+    add("--verbose", action="store_true", help="say which implementation each operation runs on")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
     try:
         requests = _requests(options)
         _check_writable(options.out)

@@ -115,6 +115,7 @@ def new_progress(rows: Rows) -> Progress:
         x0_prev=torch.empty_like(rows.known),
         inputs=rows.known.new_empty(passes * batch, size),
         times=rows.indices.new_empty(passes * batch, tokens),
+        arrived=rows.indices.new_zeros(batch),
     )
 
 

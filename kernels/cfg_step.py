@@ -11,7 +11,8 @@ generate mask, and p, q, a, b, c, d, w the row's coefficients at its step n:
     in_0 = g·x + (1 − g)·(known_alpha·x0 + known_sigma·ξ)
     in_k = in_0 with the elements that pass k drops replaced by pure noise η_k
 
-with in_0, in_k and the tokens' times those of step n + 1. A row past the end of its table stays as it is.
+with in_0, in_k and the tokens' times those of step n + 1. A row past the end of its table stays as it is. The
+Triton kernel does all of it in one launch: each program reads its row's step, and the row's last one advances it.
 Sources: joint infilling and masked guidance, arXiv 2311.16488 §3; guidance, Ho & Salimans 2022 (arXiv 2207.12598);
 one pass per modality, UniDiffuser (arXiv 2303.06555) eq. 7; the generator, Salmon et al. 2011 (Philox-4x32-10).
 
@@ -26,6 +27,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from engine.kernels.backend import choose, jit, tl, triton
 
 
 class Coefficient(IntEnum):
@@ -85,6 +88,7 @@ class Progress(NamedTuple):
     x0_prev: Tensor  # [B, N] float32, the previous step's x̂0
     inputs: Tensor  # [P·B, N] float32, pass-major: rows [0:B] conditional, [B:2B] the first extra pass, …
     times: Tensor  # [P·B, L] int32
+    arrived: Tensor  # [B] int32, programs of the row that are done with the present step; 0 between launches
 
 
 # A table row that leaves the state alone: pads shorter tables and ends each.
@@ -149,12 +153,19 @@ def begin(rows: Rows, progress: Progress) -> None:
     _write_inputs(rows, progress, xi)
 
 
-def cfg_step(prediction: Tensor, rows: Rows, progress: Progress) -> None:
+def cfg_step(prediction: Tensor, rows: Rows, progress: Progress, backend: str = "auto") -> None:
     """Advances every row by one step of its table, and writes the next forward's inputs and times. In place.
 
     `prediction` [P'·B, N], any float dtype: the model's output for the first P' ≤ P passes of `progress.inputs`; no
     row may need more (its codes for the others are OFF). Known elements of it are ignored, whatever they hold.
+    `backend` is "auto", "torch" or "triton"; the two draw the same random bits.
     """
+    batch, size = rows.known.shape
+    chosen = choose("cfg_step", prediction, (batch, size), asked=backend)
+    (_triton_step if chosen == "triton" else _torch_step)(prediction, rows, progress)
+
+
+def _torch_step(prediction: Tensor, rows: Rows, progress: Progress) -> None:
     f_0, *f_extra = prediction.float().reshape(-1, *progress.state.shape)  # [B, N] each
     coefficients, indices = _at_step(rows, progress)
     p, q, a, b, c, d, w = (coefficients[:, column, None] for column in range(Coefficient.P, len(Coefficient)))  # [B, 1]
@@ -207,6 +218,103 @@ def _dropped(code: Tensor, generate: Tensor, modality: Tensor) -> Tensor:
     drops_known = (code >= 0) | (code == Guided.MASKED)
     drops_others = (code >= 0) & (code != modality)
     return (drops_known & ~generate) | drops_others
+
+
+# ------------------------------------------------------------------------------------------------- kernel
+
+
+@jit
+def _normals(seed, element, draw, stream):
+    """`normals` of one row: two float32 values for each element."""
+    bits0, bits1, _, _ = tl.philox(seed, element, draw, stream, 0)
+    u0 = ((bits0 >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08  # 2⁻²⁴
+    u1 = ((bits1 >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    radius, angle = tl.sqrt(-2.0 * tl.log(u0)), 6.283185307179586 * u1
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@jit
+def _drops(code, generate, modality):
+    """`_dropped` of one row: whether a pass with this code replaces an element (or token) by noise."""
+    return ((code >= -1) & ~generate) | ((code >= 0) & (code != modality))
+
+
+@jit
+def _cfg_step(PREDICTION, SEEDS, GENERATE, KNOWN, NULL, MODALITY, TOKEN_GENERATE, TOKEN_MODALITY, COEFFICIENTS, INDICES,
+              STEP, STATE, X0_PREV, INPUTS, TIMES, ARRIVED, lines, batch, N: tl.constexpr, L: tl.constexpr,
+              PASSES: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """One step of BLOCK elements and TOKENS tokens of row `program_id(1)`. Column numbers: `Coefficient`, `Index`."""
+    row = tl.program_id(1)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = element < N
+    at = row * N + element
+    step = tl.load(STEP + row)
+    line = COEFFICIENTS + (row * lines + tl.minimum(step, lines - 1)) * 9
+    p, q, w = tl.load(line + 2), tl.load(line + 3), tl.load(line + 8)
+    a, b, c, d = tl.load(line + 4), tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+    codes = INDICES + (row * lines + tl.minimum(step, lines - 1)) * (3 + PASSES) + 4
+
+    # Guidance, x̂0 and the solver's update
+    modality = tl.load(MODALITY + element, mask=real, other=0)
+    f_0 = tl.load(PREDICTION + at, mask=real, other=0.0).to(tl.float32)
+    f = f_0
+    for k in tl.static_range(LIVE - 1):
+        code = tl.load(codes + k)
+        guides = (code == modality) | (code == -1) | (code == -2)
+        f_k = tl.load(PREDICTION + (k + 1) * batch * N + at, mask=real, other=0.0).to(tl.float32)
+        f += tl.where(guides, (w - 1) * (f_0 - f_k), 0.0)
+    seed = tl.load(SEEDS + row)
+    z, xi = _normals(seed, element, (step + 1).to(tl.int32), 0)
+    x = tl.load(STATE + at, mask=real, other=0.0)
+    x0 = p * x + q * f
+    x = a * x + b * x0 + c * tl.load(X0_PREV + at, mask=real, other=0.0) + d * z
+    generate = tl.load(GENERATE + at, mask=real, other=0) != 0
+    known = tl.load(KNOWN + at, mask=real, other=0.0)
+    x = tl.where(generate, x, known)
+    tl.store(STATE + at, x, mask=real)
+    tl.store(X0_PREV + at, x0, mask=real)
+
+    # The next step's inputs and times
+    following = row * lines + tl.minimum(step + 1, lines - 1)
+    line, index = COEFFICIENTS + following * 9, INDICES + following * (3 + PASSES)
+    known_alpha, known_sigma = tl.load(line), tl.load(line + 1)
+    time, known_time = tl.load(index), tl.load(index + 1)
+    drop_time, drop_draw = tl.load(index + 2), tl.load(index + 3)
+    kept = tl.where(generate, x, known_alpha * known + known_sigma * xi)
+    tl.store(INPUTS + at, kept, mask=real)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    exists, token_at = token < L, row * L + token
+    token_generate = tl.load(TOKEN_GENERATE + token_at, mask=exists, other=0) != 0
+    token_modality = tl.load(TOKEN_MODALITY + token, mask=exists, other=0)
+    token_time = tl.where(token_generate, time, known_time)
+    tl.store(TIMES + token_at, token_time, mask=exists)
+    for k in tl.static_range(PASSES - 1):
+        code = tl.load(index + 4 + k)
+        eta, _ = _normals(seed, element, drop_draw, 1 + k)
+        null = tl.load(NULL + at, mask=real, other=0.0)
+        nulled = tl.where((code == -2) & ~generate, known_alpha * null + known_sigma * xi, kept)
+        tl.store(INPUTS + (k + 1) * batch * N + at, tl.where(_drops(code, generate, modality), eta, nulled), mask=real)
+        dropped = _drops(code, token_generate, token_modality)
+        tl.store(TIMES + (k + 1) * batch * L + token_at, tl.where(dropped, drop_time, token_time), mask=exists)
+
+    # Every program of the row has read its step once it has arrived here.
+    if tl.atomic_add(ARRIVED + row, 1) == tl.num_programs(0) - 1:
+        tl.store(STEP + row, step + 1)
+        tl.store(ARRIVED + row, 0)
+
+
+def _triton_step(prediction: Tensor, rows: Rows, progress: Progress) -> None:
+    (batch, size), tokens = rows.known.shape, rows.token_modality.shape[0]
+    lines, width = rows.indices.shape[1:]
+    assert all(tensor.is_contiguous() for tensor in (*rows, *progress))
+    # Small batches need small blocks to reach all processors.
+    block = min(1024 if batch >= 16 else 256, triton.next_power_of_2(size))
+    blocks = triton.cdiv(size, block)
+    _cfg_step[blocks, batch](
+        prediction.contiguous(), *rows[:-2], rows.coefficients, rows.indices, *progress, lines, batch, N=size, L=tokens,
+        PASSES=width - Index.GUIDED + 1, LIVE=prediction.shape[0] // batch, BLOCK=block,
+        TOKENS=triton.next_power_of_2(triton.cdiv(tokens, blocks)), num_warps=4,
+    )  # fmt: skip
 
 
 def cost(batch: int, size: int, tokens: int, passes: int) -> tuple[int, int]:

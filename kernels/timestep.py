@@ -3,7 +3,8 @@
     e(t)     = [cos(t·ω), sin(t·ω)],   ω_i = 10000^(−i / (F/2)),  i = 0 … F/2 − 1
     table(t) = W2·SiLU( W_e·SiLU(W1·e(t) + b1) + b_e ) + b2
 
-that is a sinusoid of F channels, the two linear layers of the time MLP and the projection to 6·D of adaLN-single.
+that is a sinusoid of F channels, the two linear layers of the time MLP and the projection to 6·D of adaLN-single. The
+Triton kernel takes a few times through all three layers in one launch; it has no backward, training uses PyTorch's.
 
 Shapes: times [T] (any real dtype), sinusoid [T, F], table [T, 6·D].
 Dtypes: computed and returned in the weights' dtype, the sinusoid in float32 (bfloat16 cannot hold t·ω).
@@ -15,6 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from engine.kernels.backend import choose, jit, tl, triton
 
 
 def sinusoid(times: Tensor, channels: int) -> Tensor:
@@ -30,12 +33,84 @@ def timestep_table(
     hidden: tuple[Tensor, Tensor],  # (W1 [E, F], b1 [E])
     embed: tuple[Tensor, Tensor],  # (W_e [D, E], b_e [D])
     project: tuple[Tensor, Tensor],  # (W2 [6·D, D], b2 [6·D])
+    backend: str = "auto",
 ) -> Tensor:  # [T, 6·D]
     """The modulation table of adaLN-single for the given times."""
+    layers = hidden, embed, project
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for layer in layers for tensor in layer)
+    sizes = len(times), hidden[0].shape[1], embed[0].shape[0]
+    if choose("timestep", hidden[0], sizes, not trained, backend) == "triton":
+        return _table(times.float(), [tensor for layer in layers for tensor in layer])
     h = sinusoid(times, hidden[0].shape[1]).to(hidden[0].dtype)  # [T, F]
     h = F.silu(F.linear(h, *hidden))  # [T, E]
     h = F.silu(F.linear(h, *embed))  # [T, D]
     return F.linear(h, *project)  # [T, 6·D]
+
+
+# ------------------------------------------------------------------------------------------------- kernel
+
+
+@jit
+def _layer(IN, W, B, OUT, row, real, SILU_IN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr,
+           BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """OUT = (SiLU of) IN·Wᵀ + B for TIMES rows."""
+    k, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    for first in range(0, N, BLOCK):
+        column = first + n
+        acc = tl.zeros([TIMES, BLOCK], tl.float32)
+        for at in range(0, K, BLOCK):
+            inside = real[:, None] & (at + k < K)[None, :]
+            x = tl.load(IN + row[:, None] * K + (at + k)[None, :], mask=inside, other=0.0)
+            if SILU_IN:
+                x32 = x.to(tl.float32)
+                x = (x32 * tl.sigmoid(x32)).to(x.dtype)
+            inside = (column < N)[None, :] & (at + k < K)[:, None]
+            w = tl.load(W + column[None, :] * K + (at + k)[:, None], mask=inside, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc += tl.load(B + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        inside = real[:, None] & (column < N)[None, :]
+        tl.store(OUT + row[:, None] * N + column[None, :], acc.to(OUT.dtype.element_ty), mask=inside)
+    # The block's other threads read what this one wrote.
+    tl.debug_barrier()
+
+
+@jit
+def _timestep_table(TIMES_IN, W1, B1, WE, BE, W2, B2, WAVES, HIDDEN, EMBEDDED, TABLE, n, F: tl.constexpr,
+                    E: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """TIMES rows of the table; WAVES [T, F], HIDDEN [T, E] and EMBEDDED [T, D] are room for the layers between."""
+    row = tl.program_id(0) * TIMES + tl.arange(0, TIMES)
+    real = row < n
+    time = tl.load(TIMES_IN + row, mask=real, other=0.0)
+    for first in range(0, F // 2, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        angle = time[:, None] * tl.exp(i.to(tl.float32) * (-9.210340371976184 / (F // 2)))[None, :]  # ln 10000
+        inside, at = real[:, None] & (i < F // 2)[None, :], WAVES + row[:, None] * F + i[None, :]
+        tl.store(at, tl.cos(angle).to(WAVES.dtype.element_ty), mask=inside)
+        tl.store(at + F // 2, tl.sin(angle).to(WAVES.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+    _layer(WAVES, W1, B1, HIDDEN, row, real, False, F, E, TIMES, BLOCK, PRECISION)
+    _layer(HIDDEN, WE, BE, EMBEDDED, row, real, True, E, D, TIMES, BLOCK, PRECISION)
+    _layer(EMBEDDED, W2, B2, TABLE, row, real, True, D, OUT, TIMES, BLOCK, PRECISION)
+
+
+@torch.library.custom_op("psunet::timestep_table", mutates_args=())
+def _table(times: Tensor, layers: list[Tensor]) -> Tensor:
+    w1, b1, we, be, w2, b2 = layers = [tensor.contiguous() for tensor in layers]
+    n, (e, f), d, out = len(times), w1.shape, we.shape[0], w2.shape[0]
+    rooms = (w1.new_empty(n, width) for width in (f, e, d))
+    table = w1.new_empty(n, out)
+    precision = "ieee" if w1.dtype == torch.float32 else "tf32"
+    _timestep_table[(triton.cdiv(n, 16),)](
+        times, *layers, *rooms, table, n, F=f, E=e, D=d, OUT=out, TIMES=16, BLOCK=64, PRECISION=precision, num_warps=4,
+        num_stages=2,
+    )  # fmt: skip
+    return table
+
+
+@_table.register_fake
+def _(times: Tensor, layers: list[Tensor]) -> Tensor:
+    return layers[0].new_empty(len(times), layers[4].shape[0])
 
 
 def cost(times: int, frequencies: int, hidden: int, dim: int, chunks: int, itemsize: int) -> tuple[int, int]:

@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on the CPU
 
 # Deadlines measure the machine; a fixed order of examples makes a failure in CI one that a developer can repeat.
 settings.register_profile("engine", deadline=None, derandomize=True)
@@ -22,7 +26,6 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A complete checkpoint folder of the `tiny` preset with random weights: 32 px, 6 words, a vocabulary of 32."""
-    import torch
     from diffusers import AutoencoderDC
 
     from engine import checkpoint
@@ -49,8 +52,5 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
-        import torch  # only here: a run without GPU tests need not pay for it
-
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

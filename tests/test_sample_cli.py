@@ -250,7 +250,7 @@ CHOICES = [
     *(bad("--task", value) for value in ("x", "")),
     bad("--solver", "euler"),
     bad("--unknown-words", "drop"),
-    *(bad("--attention", value) for value in ("flash", "triton", "xformers")),
+    *(bad("--attention", value) for value in ("flash", "xformers")),
     *(bad("--device", value) for value in ("x", "", "cuda:99", "meta")),
     *(bad("--dtype", value) for value in ("float64", "")),
     bad("--bogus", said=""),

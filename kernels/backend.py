@@ -1,0 +1,139 @@
+"""Which implementation an operation runs on: one decision per operation.
+
+    attention                       "sdpa" (PyTorch's choice), "cudnn", "flash", "triton", "xformers"
+    adaln, timestep, cfg_step       "torch" (the reference, which Inductor may fuse), "triton"
+
+In this order: the caller's argument; the environment variable PSUNET_<OPERATION>, read at import; off CUDA, PyTorch;
+on CUDA the fastest in `measured.json` for the nearest shape of the same device family, operation and dtype; else
+`UNMEASURED`. `python -m engine.kernels.measure` refreshes measured.json on the device at hand.
+
+Triton's kernels also run on the CPU in its interpreter (TRITON_INTERPRET=1 before the first import), for tests.
+"""
+
+import json
+import logging
+import math
+import os
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheels for this platform: the decorated kernels exist, nothing chooses them
+    triton, tl = None, SimpleNamespace(constexpr=None)  # for their annotations
+
+BACKENDS = {
+    "attention": ("sdpa", "cudnn", "flash", "triton", "xformers"),
+    "adaln": ("torch", "triton"),
+    "timestep": ("torch", "triton"),
+    "cfg_step": ("torch", "triton"),
+}
+PORTABLE = {operation: backends[0] for operation, backends in BACKENDS.items()}
+# What CUDA runs where nothing was measured: each of these is one launch instead of five to fifty eager ones.
+UNMEASURED = {"attention": "sdpa", "adaln": "triton", "timestep": "torch", "cfg_step": "triton"}
+ENVIRONMENT = {operation: os.environ.get(f"PSUNET_{operation.upper()}", "auto") for operation in BACKENDS}
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+MEASURED = Path(__file__).with_name("measured.json")  # none before the first measurement
+
+log = logging.getLogger("engine.kernels")
+
+
+def read_measurements(path: Path) -> dict[tuple[str, str, str], list[tuple[tuple[int, ...], str]]]:
+    """{(family, operation, dtype): [(sizes, fastest backend)]} of a measured.json."""
+    found: dict = {}
+    for line in json.loads(path.read_text()) if path.exists() else ():
+        microseconds = line["microseconds"]
+        key = line["family"], line["operation"], line["dtype"]
+        found.setdefault(key, []).append((tuple(line["sizes"]), min(microseconds, key=microseconds.get)))
+    return found
+
+
+MEASUREMENTS = read_measurements(MEASURED)
+
+
+class BackendError(ValueError):
+    """A backend that does not exist or cannot run here; the message names the operation, the value and the remedy."""
+
+
+def jit(function):
+    """triton.jit, or the function itself where there is no Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def choose(operation: str, x: torch.Tensor, sizes: tuple[int, ...], supported: bool = True, asked: str = "auto") -> str:
+    """The backend for an operation on a tensor like x.
+
+    sizes      what the speed depends on, as in measured.json: (rows, tokens, head size) or (tokens, channels), …
+    supported  whether the Triton kernel takes the shape at all
+    asked      the caller's choice or "auto"
+    Raises BackendError if the one asked for cannot run. Pure Python on constants, so that torch.compile traces it.
+    """
+    if asked == "auto":
+        asked = ENVIRONMENT[operation]
+    if asked == "auto":
+        return _automatic(operation, x, sizes, supported)
+    check(operation, asked, x.device.type)
+    if asked == "triton" and not supported:
+        remedy = f"use {PORTABLE[operation]} or auto"
+        raise BackendError(f"{operation}: 'triton' does not take sizes {sizes} in {x.dtype}; {remedy}")
+    return asked
+
+
+def check(operation: str, asked: str, device_type: str) -> None:
+    """Raises BackendError unless the backend asked for, or "auto", exists and can run on such a device."""
+    portable = PORTABLE[operation]
+    if asked in ("auto", portable):
+        return
+    if asked not in BACKENDS[operation]:
+        known = ", ".join(("auto", *BACKENDS[operation]))
+        raise BackendError(f"{operation}: {asked!r} is not known; use one of {known}")
+    if asked == "triton" and triton is None:
+        raise BackendError(f"{operation}: 'triton' is not installed; install triton, or use {portable} or auto")
+    if device_type != "cuda" and not (asked == "triton" and INTERPRETED):
+        raise BackendError(f"{operation}: {asked!r} needs a CUDA device; use {portable} or auto")
+
+
+def _automatic(operation: str, x: torch.Tensor, sizes: tuple[int, ...], supported: bool) -> str:
+    if x.device.type != "cuda":
+        if not torch.compiler.is_compiling():
+            _announce(operation, PORTABLE[operation], f"on {x.device.type}")
+        return PORTABLE[operation]
+    measured = fastest(family(x.device.index or 0), operation, str(x.dtype).removeprefix("torch."), sizes)
+    chosen = measured or UNMEASURED[operation]
+    reason = "measured" if measured else "nothing measured on this device"
+    if chosen == "triton" and (triton is None or not supported):
+        chosen, reason = PORTABLE[operation], "no Triton here" if triton is None else f"no kernel for sizes {sizes}"
+    if not torch.compiler.is_compiling():
+        _announce(operation, chosen, reason)
+    return chosen
+
+
+@cache
+def _announce(operation: str, chosen: str, reason: str) -> None:
+    """Once for each decision; a log record, since a warning per run would be noise and silence would be worse."""
+    fallback = reason.startswith("no ")
+    log.log(logging.WARNING if fallback else logging.INFO, "%s: %s (%s)", operation, chosen, reason)
+
+
+def family(device: int) -> str:
+    """The device's name in measured.json: "sm_90" for every H100, H200 and GH200, "gfx942" for AMD's."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def fastest(family: str, operation: str, dtype: str, sizes: tuple[int, ...]) -> str | None:
+    """The measured winner at the nearest sizes, in factors of two; None where nothing was measured."""
+    known = MEASUREMENTS.get((family, operation, dtype))
+    if not known:
+        return None
+
+    def distance(measured: tuple[int, ...]) -> float:
+        return sum(abs(math.log2(a / b)) for a, b in zip(measured, sizes, strict=True))
+
+    return min(known, key=lambda line: distance(line[0]))[1]

@@ -1,0 +1,144 @@
+"""Which implementation runs: by argument, environment, measurement, default; and torch.compile sees no break."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from engine.config import PRESETS
+from engine.kernels import backend
+from engine.model import PSUNet
+
+SIZES = (2, 320, 64)
+
+
+class OnGPU:
+    """As much of a CUDA tensor as a decision reads."""
+
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA device of family sm_90 on which nothing was measured."""
+    monkeypatch.setattr(backend, "family", lambda device: "sm_90")
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "MEASUREMENTS", {})
+    backend._announce.cache_clear()
+    yield
+    backend._announce.cache_clear()
+
+
+@pytest.fixture
+def measured(gpu, monkeypatch, tmp_path):
+    """The same with a measured.json of these lines."""
+
+    def write(*lines):
+        path = tmp_path / "measured.json"
+        path.write_text(json.dumps(lines))
+        monkeypatch.setattr(backend, "MEASUREMENTS", backend.read_measurements(path))
+
+    return write
+
+
+def line(sizes, dtype="bfloat16", family="sm_90", **microseconds):
+    return {"family": family, "operation": "attention", "dtype": dtype, "sizes": sizes, "microseconds": microseconds}
+
+
+def test_the_fastest_measured_at_the_nearest_sizes_is_chosen(measured):
+    measured(
+        line([2, 320, 64], triton=3.0, sdpa=4.0), line([128, 320, 64], triton=90.0, cudnn=80.0, sdpa=85.0),
+        line([2, 320, 64], dtype="float16", flash=1.0), line([2, 320, 64], family="sm_80", flash=1.0),
+    )  # fmt: skip
+    assert backend.choose("attention", OnGPU, (2, 333, 64)) == "triton"
+    assert backend.choose("attention", OnGPU, (100, 320, 64)) == "cudnn"
+
+
+def test_what_was_never_measured_takes_the_default(gpu):
+    for operation, default in backend.UNMEASURED.items():
+        assert backend.choose(operation, OnGPU, SIZES) == default
+
+
+def test_the_argument_wins_over_the_environment_and_that_over_the_measurement(measured, monkeypatch):
+    measured(line([2, 320, 64], triton=3.0))
+    monkeypatch.setitem(backend.ENVIRONMENT, "attention", "flash")
+    assert backend.choose("attention", OnGPU, SIZES) == "flash"
+    assert backend.choose("attention", OnGPU, SIZES, asked="cudnn") == "cudnn"
+
+
+def test_a_fallback_is_announced_once(gpu, caplog):
+    caplog.set_level(logging.INFO, "engine.kernels")
+    for _ in range(3):
+        assert backend.choose("adaln", OnGPU, (2, 320, 9000), supported=False) == "torch"
+        assert backend.choose("adaln", OnGPU, (2, 320, 512)) == "triton"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "adaln: torch (no kernel for sizes (2, 320, 9000))"),
+        ("INFO", "adaln: triton (nothing measured on this device)"),
+    ]
+
+
+def test_without_triton_cuda_falls_back_to_torch(gpu, monkeypatch):
+    monkeypatch.setattr(backend, "triton", None)
+    assert backend.choose("cfg_step", OnGPU, (2, 64)) == "torch"
+    with pytest.raises(backend.BackendError, match="'triton' is not installed; install triton"):
+        backend.choose("cfg_step", OnGPU, (2, 64), asked="triton")
+
+
+@pytest.mark.parametrize("asked, message", [
+    ("triton", "'triton' needs a CUDA device; use sdpa or auto"), ("xformers", "needs a CUDA device"),
+    ("cudnn", "needs a CUDA device"), ("fast", "'fast' is not known; use one of auto, sdpa, cudnn"),
+])  # fmt: skip
+def test_what_cannot_run_on_a_cpu_is_refused(asked, message, monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    with pytest.raises(backend.BackendError, match=f"^attention: .*{message}"):
+        backend.choose("attention", torch.zeros(1), SIZES, asked=asked)
+
+
+def test_cpus_take_pytorch_for_everything():
+    assert {o: backend.choose(o, torch.zeros(1), SIZES) for o in backend.BACKENDS} == backend.PORTABLE
+
+
+def test_every_operation_has_its_backends_default_and_variable():
+    assert backend.BACKENDS.keys() == backend.UNMEASURED.keys() == backend.ENVIRONMENT.keys()
+    assert all(backend.UNMEASURED[o] in backend.BACKENDS[o] for o in backend.BACKENDS)
+
+
+def test_the_engine_works_where_triton_has_no_wheels():
+    code = "import sys; sys.modules['triton'] = None\n"
+    code += "import torch\nfrom engine.config import PRESETS\nfrom engine.model import PSUNet\n"
+    code += "m = PSUNet(PRESETS['tiny'].model); n = PRESETS['tiny'].model\n"
+    code += "print(m(torch.zeros(1, n.size), m.time_table(torch.arange(2)), torch.zeros(1, n.tokens).int()).shape)"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "torch.Size" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("asked", ["triton", "sdpa"])
+def test_dynamo_traces_the_whole_model_for_cuda_without_a_gpu(asked, gpu):
+    """Fake CUDA tensors: `fullgraph` raises at the first graph break."""
+    config = PRESETS["tiny"].model
+    graphs = []
+
+    def collect(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.device("meta"):
+        model = PSUNet(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cuda").requires_grad_(False)
+        for block in model.blocks():
+            block.attention = asked
+        inputs, table = torch.empty(2, config.size, device="cuda"), torch.empty(7, 6 * config.dim, device="cuda")
+        index = torch.empty(2, config.tokens, dtype=torch.int32, device="cuda")
+        out = torch.compile(model, fullgraph=True, backend=collect)(inputs, table, index)
+    torch._dynamo.reset()
+    assert out.shape == (2, config.size) and len(graphs) == 1
+    called = {str(node.target) for node in graphs[0].graph.nodes}
+    assert any("psunet.adaln" in name for name in called)
+    assert any("psunet.attention" in name for name in called) == (asked == "triton")
