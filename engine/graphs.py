@@ -1,20 +1,72 @@
-"""The only `torch.compile` of the engine.
+"""The only `torch.compile` and the only CUDA-graph capture of the engine.
 
 Compilation is regional: a model's blocks repeat, so one compilation per kind of block and shape serves them all, and a
-cold start costs a few compilations instead of one as long as the model.
+cold start costs a few compilations instead of one as long as the model. Inductor keeps what it has built on disk
+(`TORCHINDUCTOR_CACHE_DIR`), so that the next process starts quickly.
+
+Capture is for CUDA: on a CPU there is nothing to capture, and `StepGraphs` cannot be made.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 
+import torch
 from torch import nn
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compiles modules in place, without graph breaks; each shape is built at its first call."""
+    """Compiles modules in place, without graph breaks; each shape is built at its first call.
+
+    On CUDA every shape is tuned for itself. On a CPU, where the matrix products are a library's anyway, a second shape
+    is compiled for all the further ones too, since any number of rows may come.
+    """
     from torch._dynamo import config  # not above: it takes as long to import as torch itself
 
     # All blocks share one compiled call, whose limit counts every kind of block times every batch size.
     config.recompile_limit = max(config.recompile_limit, 256)
     for block in blocks:
-        cuda = next(block.parameters()).is_cuda
-        block.compile(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs" if cuda else None)
+        if next(block.parameters()).is_cuda:
+            block.compile(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+        else:
+            block.compile(fullgraph=True)
+
+
+class StepGraphs:
+    """CUDA graphs of steps, one for each key, in one memory pool; one thread at a time may use them.
+
+    A step is a function without arguments or result that works on memory which stays where it is: what it reads and
+    writes at its capture is what every replay reads and writes. It may not wait for the device, nor build a tensor
+    from values of the host. Memory of the pool holds nothing from one step to the next, so all graphs share it;
+    capture the largest first, and the others need no more.
+    """
+
+    def __init__(self, device: torch.device):
+        self.replays = 0  # steps that were replayed, to this day
+        self._stream = torch.cuda.Stream(device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops all graphs, and with them their hold on memory."""
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # a pool whose graphs are all gone cannot be captured into again
+
+    def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Does one step: a replay of the key's graph, or, the first time, the step itself and then its capture."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            self.replays += 1
+            return
+        # A real step in the thread and on the stream of the capture is also the warm-up that the capture needs:
+        # kernels are compiled and loaded and library handles made, none of which can be captured.
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            step()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: threads of other engines, and of this one's callers, go on allocating meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):  # records the step, does not do it
+            step()
+        self._graphs[key] = graph

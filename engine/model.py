@@ -10,7 +10,7 @@ only: nothing of pictures, words, masks, noise or solvers.
 Shapes: R rows, L tokens, C channels, D width, N packed elements, T times.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,22 @@ class PSUNet(nn.Module):
         """Times [T] → table [T, 6·D] (adaln) or [T, D] (token) for `forward`; made once, outside the loop."""
         return self.time(times)
 
-    def forward(self, inputs: Tensor, table: Tensor, index: Tensor, outputs: Iterable[str] | None = None) -> Tensor:
+    def encode(self, name: str, inputs: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        """The outputs of one modality's in-blocks, [depth, R, L, D]: `forward` takes them in place of running these.
+
+        Arguments as in `forward`; the modality has at least one in-block. They depend on its own part of the inputs
+        and times alone, so while these stay as they are one call serves every step.
+        """
+        return torch.stack(self._enter(self.config.modality(name), inputs, table, index)[1])
+
+    def forward(
+        self,
+        inputs: Tensor,
+        table: Tensor,
+        index: Tensor,
+        outputs: Iterable[str] | None = None,
+        encoded: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Predicts the noise (or v) of every element.
 
         inputs   [R, N] packed state of all modalities
@@ -179,30 +194,39 @@ class PSUNet(nn.Module):
         index    [R, L] int32, each token's row of the table
         outputs  the modalities whose prediction is wanted, default all; nothing of the others' out-blocks runs and
                  their part of the result is zero
+        encoded  what `encode` gave for some of the modalities, whose in-blocks then do not run
         returns  [R, N] in inputs' dtype
         """
         config = self.config
         wanted = set(config.token_slices if outputs is None else outputs)
-        dtype = next(self.parameters()).dtype
-        tokens, indices, skips = [], [], []
+        tokens, skips = [], []
         for m in config.modalities:
-            x = inputs.narrow(1, config.state_slices[m.name].start, m.size)  # [R, L·C]
-            x = x.unflatten(1, (m.tokens, m.channels)).to(dtype)  # [R, L, C]
-            i = index.narrow(1, config.token_slices[m.name].start, m.tokens)  # [R, L]
-            x, s = self.branches[m.name].enter(x, table, i)  # [R, L, D]
-            tokens.append(x), indices.append(i), skips.append(s)
+            if encoded is not None and m.name in encoded:
+                s = list(encoded[m.name].unbind())  # depth × [R, L, D]
+                x = s[-1]
+            else:
+                x, s = self._enter(m, inputs, table, index)  # [R, L, D]
+            tokens.append(x), skips.append(s)
 
         lengths = [x.shape[1] for x in tokens]
         x = self._shared(torch.cat(tokens, dim=1), table, index)  # [R, ΣL, D]
 
         predictions = []
-        for m, part, i, s in zip(config.modalities, x.split(lengths, dim=1), indices, skips, strict=True):
+        for m, part, s in zip(config.modalities, x.split(lengths, dim=1), skips, strict=True):
             if m.name in wanted:
-                y = self.branches[m.name].leave(part, s, table, i)  # [R, L, C]
+                y = self.branches[m.name].leave(part, s, table, self._index(m, index))  # [R, L, C]
                 predictions.append(y.flatten(1).to(inputs.dtype))  # [R, L·C]
             else:
                 predictions.append(inputs.new_zeros(inputs.shape[0], m.size))
         return torch.cat(predictions, dim=1)  # [R, N]
+
+    def _enter(self, m: Modality, inputs: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = inputs.narrow(1, self.config.state_slices[m.name].start, m.size)  # [R, L·C]
+        x = x.unflatten(1, (m.tokens, m.channels)).to(next(self.parameters()).dtype)  # [R, L, C]
+        return self.branches[m.name].enter(x, table, self._index(m, index))
+
+    def _index(self, m: Modality, index: Tensor) -> Tensor:
+        return index.narrow(1, self.config.token_slices[m.name].start, m.tokens)  # [R, L]
 
     def _shared(self, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
         skips = []

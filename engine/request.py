@@ -29,6 +29,7 @@ class Request:
     steps     steps of the solver
     solver    "dpm++" (DPM-Solver++(2M)), "ddim" or "ddpm"
     guidance  scale w of classifier-free guidance, 1 is none; None: the task's default
+    guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
     seed      0 … 2⁶⁴ − num
     resample  how often each stretch of `jump` steps is done (RePaint); 1: once, no resampling
     jump      steps of such a stretch
@@ -47,6 +48,7 @@ class Request:
     resample: int = 1
     jump: int = 5
     unknown_words: str = "error"
+    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self):
         if self.prompt is not None and not isinstance(self.prompt, str):
@@ -73,6 +75,10 @@ class Request:
             isinstance(self.guidance, int | float) and -100 <= self.guidance <= 100
         ):  # also NaN
             raise RequestError(f"guidance: {self.guidance!r} does not work; use a number from -100 to 100")
+        if self.guidance_interval is not None and not _is_interval(self.guidance_interval):
+            raise RequestError(
+                f"guidance_interval: {self.guidance_interval!r} does not work; use two numbers, 0 <= start < end <= 1"
+            )
         if self.mask is not None and self.image is None:
             raise RequestError("mask: a mask needs the image it belongs to; give image too")
         self._check_task()
@@ -92,6 +98,11 @@ class Request:
         }
         if self.task != "auto" and not wanted[self.task]:
             raise RequestError(f"task: {self.task!r} does not fit what is given; {remedy[self.task]}, or use auto")
+
+
+def _is_interval(value) -> bool:
+    pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    return pair and 0 <= value[0] < value[1] <= 1
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """`Engine`: the whole flow of a request, from words, pictures and masks through the sampler and back."""
 
+import resource
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from os import PathLike
 
 import numpy as np
@@ -14,14 +17,16 @@ from torch import Tensor
 from engine import masks
 from engine.checkpoint import BUILT_IN, Checkpoint, CheckpointError, load
 from engine.codecs.image import ImageCodec
+from engine.config import DiffusionConfig
 from engine.data.coco import DAMAGED, fit_image
 from engine.device import resolve
-from engine.graphs import compile_blocks
+from engine.graphs import StepGraphs, compile_blocks
 from engine.kernels import backend
+from engine.model import PSUNet
 from engine.pictures import to_image
 from engine.request import ATTENTIONS, Request, RequestError, Result, Sample
-from engine.sampler import Row, sample
-from engine.schedule import NoiseSchedule, solver_table, timesteps
+from engine.sampler import Row, Sampler
+from engine.schedule import NoiseSchedule, SolverTable, solver_table, timesteps
 
 # Guidance where a request names none: for text-to-image and image-to-text the best of 1, 2, 3 and 5 on the built-in
 # model (its card has the sweep); joint runs unguided, in one pass, and infill was not swept.
@@ -43,22 +48,59 @@ class Prepared:
     mask: np.ndarray | None  # [S, S] bool, its pixels to regenerate
 
 
+@dataclass(frozen=True)
+class Stats:
+    """What an engine has done since it was made."""
+
+    forwards: int  # calls of the model
+    replays: int  # of these, from a CUDA graph
+    rows: int  # samples finished
+    prepare_seconds: float  # of all calls together: requests into the model's terms, given pictures encoded
+    sample_seconds: float  # the steps; where calls share them, each counts them
+    decode_seconds: float  # pictures and words
+    memory: int  # bytes, the peak: allocated by this process on the CUDA device, or resident on a CPU
+
+
 class Engine:
     """A loaded model that samples; make one with `Engine.from_pretrained` and close it, or use it in a `with`.
 
-    Calls from several threads are served one after the other.
+    Several threads may call it: their samples share the slots of one batch.
     """
 
-    def __init__(self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype, max_rows: int = 64):
+    def __init__(
+        self,
+        loaded: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rows: int = 64,
+        attention: str = "auto",
+        compile: bool = False,
+        graphs: bool = True,
+    ):
         self.config, self.text = loaded.config, loaded.text
         self.model = loaded.model.to(device, dtype)
         self.device, self.dtype, self.max_rows = device, dtype, max_rows
         self.schedule = NoiseSchedule(self.config.diffusion.schedule, self.config.diffusion.timesteps)
         self._image_folder = loaded.image_folder
-        self._lock = threading.Lock()
+        self._encode_text = lru_cache(maxsize=256)(self.text.encode)
+        self._lock = threading.Lock()  # guards the two that follow
+        self._codec: ImageCodec | None = None
+        self._seconds = [0.0, 0.0, 0.0]
+        for block in self.model.blocks():
+            block.attention = attention
+        if compile:
+            compile_blocks(self.model.blocks())
         with torch.inference_mode():
             # All times at once: the loop only changes indices into this table.
             self._table = self.model.time_table(torch.arange(self.schedule.timesteps + 1, device=device))
+        cuda = device.type == "cuda"
+        # Where every size of batch is compiled or captured for itself there are few, else there is one for any number.
+        few = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
+        self._sampler = Sampler(
+            self._denoise, self.config.model, device, encode=self._encode,
+            buckets=few if cuda and (compile or graphs) else range(1, max_rows + 1),
+            graphs=StepGraphs(device) if cuda and graphs else None,
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(
@@ -78,7 +120,7 @@ class Engine:
         dtype      "auto" (bfloat16 where native), "float32", "bfloat16", "float16"; the sampler's state stays float32
         attention  "auto" (the fastest measured), "sdpa", "triton" or "xformers", the last two on CUDA only
         compile    torch.compile of the transformer blocks, at the first forward of each shape
-        graphs     allows CUDA-graph capture; this version never captures, so that it changes nothing yet
+        graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
         max_rows   samples computed together
         Raises ValueError (of several kinds) that name the argument or the damaged file.
         """
@@ -88,12 +130,8 @@ class Engine:
             raise ValueError(f"max_rows: {max_rows} does not work; use 1 or more")
         where, what = resolve(device, dtype)
         backend.check("attention", attention, where.type)
-        engine = cls(load(BUILT_IN if checkpoint is None else checkpoint), where, what, max_rows)
-        for block in engine.model.blocks():
-            block.attention = attention
-        if compile:
-            compile_blocks(engine.model.blocks())
-        return engine
+        loaded = load(BUILT_IN if checkpoint is None else checkpoint)
+        return cls(loaded, where, what, max_rows, attention, compile, graphs)
 
     def __enter__(self) -> "Engine":
         return self
@@ -102,46 +140,78 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees the model; the engine cannot be used afterwards."""
-        with self._lock:
-            self.model = None
-            self.__dict__.pop("image", None)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        """Frees the model, between two steps of whatever is running; the engine cannot be used afterwards."""
+        with self._sampler.paused():
+            self.model = self._table = self._codec = None
+            self._sampler.clear()
 
     def warmup(self, batch: int = 1) -> None:
-        """Runs one step of `batch` samples with and without guidance, so that nothing is loaded or compiled later."""
-        for guidance in (1.0, 2.0):
-            self.generate(Request(num=batch, steps=1, guidance=guidance))
+        """Runs a step of every task with and without guidance, so that nothing is loaded, compiled or captured later.
+
+        batch  samples that will come together; where sizes of batches are captured, all up to this one's are
+        """
+        size = self.config.image.size
+        tasks = [Request(), Request(image=Image.new("RGB", (size, size)))]
+        tasks += [Request(prompt=word) for word in self.text.vocabulary[1:2]]
+        captured = [rows for rows in self._sampler.buckets if self._sampler.graphs and rows < batch]
+        for rows in [batch, *reversed(captured)]:  # the largest first: the smaller ones fit into its memory
+            for request in tasks:
+                for guidance in (1.0, 2.0):
+                    self.generate(replace(request, num=rows, steps=1, guidance=guidance))
+
+    def stats(self) -> Stats:
+        sampler = self._sampler
+        replays = sampler.graphs.replays if sampler.graphs else 0
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Stats(sampler.forwards, replays, sampler.finished, *self._seconds, memory)
 
     def generate(
         self, requests: Request | Sequence[Request], callback: Callable[[int, int], None] | None = None
     ) -> Result | list[Result]:
         """Samples one request, or several of any tasks together.
 
-        callback  called as `callback(steps done, steps in all)` after every step; raise from it to cancel
+        callback  called in this thread as `callback(steps done, steps in all)` after every step that some of the
+                  samples took part in, the steps of all samples counted; raise from it to cancel
         Returns a Result, or a list of them in the requests' order. Raises ValueError before anything is computed if
-        one of the requests cannot be served.
+        one of the requests cannot be served, torch.OutOfMemoryError where half of the rows are still too many.
         """
         several = [requests] if isinstance(requests, Request) else list(requests)
         if not several:
             return []
-        with self._lock, torch.inference_mode():
-            if self.model is None:
-                raise RuntimeError("this engine is closed; make another with Engine.from_pretrained")
-            prepared = [self._prepare(request) for request in several]
-            rows = [row for p in prepared for row in self._rows(p)]
-            self.image  # noqa: B018 - loaded now, so that a damaged one is told of before the sampling, not after
-            states = self._sample(rows, callback)
+        self._open_model()
+        with torch.inference_mode():
+            with self._timed(0):
+                prepared = [self._prepare(request) for request in several]
+                rows = [row for p in prepared for row in self._rows(p)]
+                self.image  # noqa: B018 - loaded now: a damaged one is told of before the sampling, not after
+            with self._timed(1):
+                states = self._sampler.run(rows, callback).cpu()
             results = []
-            for p in prepared:
-                results.append(self._result(p, states[: p.request.num]))
-                states = states[p.request.num :]
+            with self._timed(2):
+                for p in prepared:
+                    results.append(self._result(p, states[: p.request.num]))
+                    states = states[p.request.num :]
         return results[0] if isinstance(requests, Request) else results
 
-    @cached_property
+    @contextmanager
+    def _timed(self, stage: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        with self._lock:
+            self._seconds[stage] += time.perf_counter() - start
+
+    @property
     def image(self) -> ImageCodec:
         """The picture codec, loaded when first needed: importing its library takes longer than many a sampling run."""
+        with self._lock:
+            if self._codec is None:
+                self._codec = self._load_image()
+            return self._codec
+
+    def _load_image(self) -> ImageCodec:
         size, patch, wanted = self.config.image.size, self.config.image.patch, self.config.model.modality("image")
         try:
             codec = ImageCodec.load(self._image_folder, size, patch, self.device)
@@ -158,7 +228,7 @@ class Engine:
         """Request → packed known values and generate mask."""
         model, size = self.config.model, self.config.image.size
         words = model.modality("text")
-        text, unknown = self.text.encode(request.prompt, words.tokens, request.unknown_words)  # [L, C], [L]
+        text, unknown = self._encode_text(request.prompt, words.tokens, request.unknown_words)  # [L, C], [L]
         generate = {"text": masks.text_elements(unknown, words.channels)}
         holes = unknown if request.prompt is not None else torch.zeros_like(unknown)  # [L]; else its length is free too
         known = {"text": text}
@@ -194,39 +264,23 @@ class Engine:
 
     def _rows(self, p: Prepared) -> list[Row]:
         """One row per sample, which differ in their seeds."""
-        diffusion, request = self.config.diffusion, p.request
-        table = solver_table(
-            self.schedule,
-            timesteps(diffusion.timesteps, request.steps),
-            prediction=diffusion.prediction,
-            conditioning=diffusion.conditioning,
-            solver=request.solver,
-            resample=request.resample,
-            jump=request.jump,
-            # With nothing known there is nothing to drop: the modalities guide each other in turn.
-            guidance="alternate" if p.task == "joint" else "masked",
-            guidance_scale=p.guidance,
-            guided_modalities=tuple(range(len(self.config.model.modalities))) if p.task == "joint" else (),
-        )
+        request = p.request
+        table = _solver_table(
+            self.schedule, self.config.diffusion, request.solver, request.steps, request.resample, request.jump,
+            p.guidance, request.guidance_interval, len(self.config.model.modalities) if p.task == "joint" else 0,
+        )  # fmt: skip
         return [Row(request.seed + i, table, p.generate, p.known) for i in range(request.num)]
 
-    def _sample(self, rows: list[Row], callback: Callable[[int, int], None] | None) -> Tensor:
-        """Packed samples [B, N] float32 on the CPU, computed `max_rows` at a time."""
-        parts = [rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows)]
-        lengths = [max(row.table.steps for row in part) for part in parts]
-        states = []
-        for i, part in enumerate(parts):
-            before = sum(lengths[:i])
+    def _denoise(self, inputs: Tensor, times: Tensor, outputs: tuple[str, ...], encoded: dict[str, Tensor]) -> Tensor:
+        return self._open_model()(inputs, self._table, times, outputs, encoded)
 
-            def report(done: int, _, before=before) -> None:
-                if callback is not None:
-                    callback(before + done, sum(lengths))
+    def _encode(self, name: str, inputs: Tensor, times: Tensor) -> Tensor:
+        return self._open_model().encode(name, inputs, self._table, times)
 
-            states.append(sample(self._denoise, part, self.config.model, self.device, report).cpu())
-        return torch.cat(states)
-
-    def _denoise(self, inputs: Tensor, times: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        return self.model(inputs, self._table, times, outputs)
+    def _open_model(self) -> PSUNet:
+        if self.model is None:
+            raise RuntimeError("this engine is closed; make another with Engine.from_pretrained")
+        return self.model
 
     def _result(self, p: Prepared, states: Tensor) -> Result:
         """Packed samples [num, N] → pictures and texts; what was given comes back as it was."""
@@ -247,6 +301,34 @@ class Engine:
             for i, (image, text) in enumerate(zip(pixels, texts, strict=True))
         )
         return Result(p.request, p.task, p.guidance, tuple(samples))
+
+
+@lru_cache(maxsize=256)
+def _solver_table(
+    schedule: NoiseSchedule,
+    diffusion: DiffusionConfig,
+    solver: str,
+    steps: int,
+    resample: int,
+    jump: int,
+    guidance_scale: float,
+    interval: tuple[float, float] | None,
+    joint: int,  # how many modalities guide each other in turn, since with nothing known there is nothing to drop
+) -> SolverTable:
+    N = schedule.timesteps
+    return solver_table(
+        schedule,
+        timesteps(N, steps),
+        prediction=diffusion.prediction,
+        conditioning=diffusion.conditioning,
+        solver=solver,
+        resample=resample,
+        jump=jump,
+        guidance="alternate" if joint else "masked",
+        guidance_scale=guidance_scale,
+        guidance_interval=None if interval is None else (round(N * (1 - interval[1])), round(N * (1 - interval[0]))),
+        guided_modalities=tuple(range(joint)),
+    )
 
 
 def _opened(argument: str, image) -> Image.Image:

@@ -43,6 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=25, help="steps of the solver (default: 25)")
     add("--solver", choices=SOLVERS, default="dpm++")
     add("--guidance", type=float, metavar="W", help="guidance scale, 1 is none (default: by task)")
+    add(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar=("START", "END"),
+        help="guide only this part of the way, 0 to 1; the rest takes one pass instead of two (default: all of it)",
+    )
     add("--seed", type=int, default=0, help="of each prompt's first sample, the others count up (default: 0)")
     add("--resample", type=int, default=1, metavar="R", help="RePaint: do each stretch of steps R times (default: 1)")
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
@@ -52,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     add("--attention", choices=ATTENTIONS, default="auto")
     add("--compile", action="store_true", help="compile the model; pays from some dozens of samples on")
-    add("--no-graphs", action="store_true", help="never capture CUDA graphs")
+    add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
     add("--out", type=Path, default=Path("samples"), metavar="DIR", help="where the pictures go (default: samples)")
     add("--json", action="store_true", help="print samples.json and nothing else")
     add("--quiet", action="store_true", help="print nothing")
@@ -87,6 +94,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
         Request(
             prompt, options.image, options.mask, options.task, num, options.steps, options.solver, options.guidance,
             options.seed, options.resample, options.jump, options.unknown_words,
+            tuple(options.guidance_interval) if options.guidance_interval else None,
         )
         for prompt in options.prompt or [None]
     ]  # fmt: skip

@@ -1,139 +1,296 @@
 """The sampling loop: rows of any tasks through a denoiser, one forward of all passes per step.
 
-A denoiser is a function
+A batch is a number of slots over device memory that stays where it is. Between two steps rows leave it when their
+tables end, and others enter, whatever their tasks, masks, steps, solvers and guidance: to enter is to have one row of
+that memory written. A denoiser is a function
 
     denoiser(inputs [R, N] float32, times [R, L] int32, outputs: tuple[str, ...]) -> prediction [R, N]
 
 of packed states and the time of every token; `outputs` names the modalities whose prediction is needed, the rest of
-the result may hold anything. The loop knows nothing else of the model, and nothing of pictures or words.
+the result may hold anything. One whose modalities have parts of their own before they meet may offer these as
+
+    encode(name: str, inputs [R, N], times [R, L]) -> encoded [depth, R, ...]
+
+and then takes a fourth argument, what `encode` gave by name: under clean conditioning a fully known modality enters
+every step alike, and is encoded once per row. The loop knows nothing else of the model, and nothing of pictures or
+words.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.batch import Batch, Row, batch_rows
 from engine.config import ModelConfig
-from engine.kernels.cfg_step import IDENTITY, Guided, Index, Progress, Rows, begin, cfg_step
-from engine.masks import token_mask, whole_tokens
+from engine.graphs import StepGraphs
+from engine.kernels.cfg_step import Guided, Index, Rows, cfg_step
+from engine.masks import whole_tokens
 from engine.schedule import SolverTable
 
-Denoiser = Callable[[Tensor, Tensor, tuple[str, ...]], Tensor]
+Denoiser = Callable[..., Tensor]
+Encoder = Callable[[str, Tensor, Tensor], Tensor]
+
+LINES = 64  # of the solver tables in a batch's memory, at least; longer ones double it
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One sample to make. Raises ValueError on values that cannot be sampled."""
+@dataclass(eq=False)
+class Job:
+    """A row on its way through the loop."""
 
-    seed: int  # 0 … 2⁶⁴ − 1
-    table: SolverTable
-    generate: Tensor  # [N] bool
-    known: Tensor  # [N] float32, read where generate is False
-    null: Tensor | None = None  # [N] float32, the known part's stand-in for "empty" guidance
-
-    def __post_init__(self):
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: {self.seed} does not fit; use 0 to 2^64 - 1")
-        if self.generate.dtype != torch.bool or self.generate.shape != self.known.shape:
-            found = f"{self.generate.dtype} {tuple(self.generate.shape)}"
-            raise ValueError(f"generate: {found} does not fit; give bool {tuple(self.known.shape)}, the shape of known")
-        if not torch.isfinite(self.known[~self.generate]).all():
-            raise ValueError("known: the given values contain NaN or infinity; give finite ones")
-        if self.null is None and (self.table.guided == Guided.EMPTY).any():
-            raise ValueError("null: None does not work with guidance 'empty'; give the values of an empty condition")
+    row: Row
+    passes: list[int]  # that each of its steps needs
+    generated: frozenset[str]  # modalities of which anything is generated
+    constant: frozenset[str]  # modalities that enter the model alike at every step
+    step: int = 0  # done so far
+    state: Tensor | None = None  # [N] float32, the sample; None until it is done
+    cancelled: bool = False  # set by whoever wants it no longer
 
 
-@torch.no_grad()
+class Sampler:
+    """The loop: rows wait for a slot, and every step is one forward of all that have one.
+
+    Several threads may `run` rows, which then share the slots. What a row becomes depends on its own seed, table and
+    masks only (as far as the denoiser's arithmetic does), not on its slot, the batch or its neighbours. An exception
+    in a step sends the rows that it was for back to wait: those that are still wanted begin again and come out the
+    same. So does running out of memory, once, with half the slots and a warning.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        model: ModelConfig,
+        device: torch.device | str = "cpu",
+        *,
+        buckets: Sequence[int],  # numbers of slots that a batch may have, ascending; the smallest that does is taken
+        passes: int = 2,  # P, the most that a row may need
+        encode: Encoder | None = None,
+        graphs: StepGraphs | None = None,  # captures and replays the steps; None: they run as they are
+    ):
+        self.denoiser, self.model, self.device, self.encode = denoiser, model, torch.device(device), encode
+        self.buckets, self.passes, self.graphs = list(buckets), passes, graphs
+        self.forwards = self.finished = 0  # calls of the denoiser, and rows, to this day
+        self._turn = threading.Condition()
+        self._stepping = False  # whether a thread is in a step; only that one touches what follows
+        self._waiting: deque[Job] = deque()  # but this, which any thread extends
+        self._slots: list[Job | None] = []
+        self._batches: dict[int, Batch] = {}  # by number of slots; only the one in use, unless graphs hold their memory
+        self._lines = LINES
+        self._halved = False
+
+    def run(self, rows: Sequence[Row], callback: Callable[[int, int], None] | None = None) -> Tensor:
+        """Samples of these rows, packed, [B, N] float32; known values come back bit for bit.
+
+        Whichever thread finds nobody stepping does the next step, for the rows of all threads. After every step that
+        some of these rows took part in, `callback(steps done, steps in all)` is called in their own thread, the steps
+        of all rows counted; to cancel, raise from it.
+        Raises ValueError before the first step if a row does not fit the model, and torch.OutOfMemoryError when memory
+        runs out a second time, or for a single row.
+        """
+        jobs = [self._job(row) for row in rows]
+        # The longest first: short ones fill the slots that are free at the end.
+        self._waiting.extend(sorted((job for job in jobs if job.state is None), key=lambda job: -job.row.table.steps))
+        total, seen = sum(row.table.steps for row in rows), 0
+        try:
+            while any(job.state is None for job in jobs):
+                with self._turn:
+                    while self._stepping and sum(job.step for job in jobs) == seen:
+                        self._turn.wait()
+                    mine, self._stepping = not self._stepping, True
+                if mine:
+                    try:
+                        self._step()
+                    finally:
+                        with self._turn:
+                            self._stepping = False
+                            self._turn.notify_all()
+                before, seen = seen, sum(job.step for job in jobs)
+                if callback is not None and seen != before:
+                    callback(seen, total)
+        finally:
+            for job in jobs:
+                job.cancelled = True  # means nothing to those that are done
+        return torch.stack([job.state for job in jobs])
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No step is under way within, in no thread."""
+        with self._turn:
+            while self._stepping:
+                self._turn.wait()
+            yield
+
+    def clear(self) -> None:
+        """Frees the memory of the batches; rows under way begin again."""
+        self._restart()
+        self._drop_batches()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Lets rows leave and enter, then does one step of all that are there; nothing if there are none."""
+        try:
+            # Triton launches on the current device, whatever device its tensors are on; -1 leaves it as it is.
+            with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+                self._arrange()
+                if self._slots:
+                    self._advance()
+            return
+        except torch.OutOfMemoryError:
+            slots = len(self._slots)
+        except BaseException:
+            self._restart()
+            raise
+        # Not among the exceptions: their tracebacks hold the tensors of the failed step.
+        self.clear()
+        smaller = [size for size in self.buckets if 2 * size <= slots]
+        if self._halved or not smaller:
+            raise torch.OutOfMemoryError(f"max_rows: memory does not suffice for {slots} rows; use fewer")
+        self._halved, self.buckets = True, smaller
+        warnings.warn(f"out of memory with {slots} rows at a time; going on with {smaller[-1]}", stacklevel=2)
+
+    def _job(self, row: Row) -> Job:
+        _check(row, self.model, self.passes)
+        generated, constant = [], []
+        for m in self.model.modalities:
+            if row.generate[self.model.state_slices[m.name]].any():
+                generated.append(m.name)
+            elif self.encode is not None and m.depth > 0 and row.table.constant_known:
+                constant.append(m.name)
+        state = None if generated else row.known.float().to(self.device)
+        return Job(row, _passes(row.table), frozenset(generated), frozenset(constant), state=state)
+
+    def _arrange(self) -> None:
+        """Empties the slots of rows that are done or cancelled, and fills the smallest bucket that holds the others."""
+        staying = [i for i, job in enumerate(self._slots) if job and job.state is None and not job.cancelled]
+        entering: list[Job] = []
+        while self._waiting and len(staying) + len(entering) < self.buckets[-1]:
+            job = self._waiting.popleft()
+            if not job.cancelled:
+                entering.append(job)
+        number = len(staying) + len(entering)
+        size = next(size for size in self.buckets if size >= number) if number else 0
+        lines = self._lines
+        while entering and lines <= max(job.row.table.steps for job in entering):
+            lines *= 2
+
+        before, source = self._slots, self._batches.get(len(self._slots))
+        if (size, lines) == (len(before), self._lines):
+            pairs = []
+            self._slots = [job if i in staying else None for i, job in enumerate(before)]
+        else:
+            pairs = [(slot, i) for i, slot in enumerate(staying)]
+            self._slots = [before[slot] for slot in staying] + [None] * (size - len(staying))
+        free = [i for i, job in enumerate(self._slots) if job is None][: len(entering)]
+        for i, job in zip(free, entering, strict=True):
+            self._slots[i] = job
+
+        # From here on every job has its place, where an exception finds it.
+        if self._lines != lines:
+            self._lines = lines
+            self._drop_batches()
+        elif self.graphs is None and size != len(before):
+            self._batches.clear()
+        if size and size not in self._batches:
+            self._batches[size] = Batch(self._rows([], size))
+        if pairs:
+            self._batches[size].copy(source, pairs)
+        if entering:
+            self._batches[size].copy(self._begun(entering), list(enumerate(free)))
+
+    def _begun(self, jobs: Sequence[Job]) -> Batch:
+        """A batch of these rows, before their first step."""
+        size = next(size for size in self.buckets if size >= len(jobs))  # shapes that the denoiser knows
+        rows = [job.row for job in jobs]
+        encoded = {}
+        if names := frozenset().union(*(job.constant for job in jobs)):
+            # A pass that is off at first has its dropped values later: encoded is what it is given when it is on.
+            lines = [SolverTable(r.table.coefficients[:1], r.table.first_guided) for r in rows]
+            first = Batch(self._rows([replace(r, table=line) for r, line in zip(rows, lines, strict=True)], size))
+            encoded = {name: self.encode(name, first.progress.inputs, first.progress.times) for name in sorted(names)}
+        batch = Batch(self._rows(rows, size))
+        batch.encoded = encoded
+        return batch
+
+    def _rows(self, rows: Sequence[Row], slots: int) -> Rows:
+        return batch_rows(rows, self.model, self.device, slots, self._lines, self.passes)
+
+    def _advance(self) -> None:
+        batch, live = self._batches[len(self._slots)], [job for job in self._slots if job]
+        passes = max(job.passes[job.step] for job in live)
+        generated = frozenset().union(*(job.generated for job in live))
+        outputs = tuple(name for name in self.model.state_slices if name in generated)
+        constant = frozenset.intersection(*(job.constant for job in live))
+        step = partial(self._compute, batch, passes, outputs, constant)
+        if self.graphs is None:
+            step()
+        else:
+            self.graphs((len(self._slots), passes, outputs, constant), step)
+        self.forwards += 1
+        for i, job in enumerate(self._slots):
+            if job:
+                job.step += 1
+                if job.step == job.row.table.steps:
+                    job.state = batch.progress.state[i].clone()
+                    self.finished += 1
+
+    def _compute(self, batch: Batch, passes: int, outputs: tuple[str, ...], constant: frozenset[str]) -> None:
+        """One step of a batch; reads and writes its memory only, so that it can be captured."""
+        live = passes * len(batch.progress.state)
+        encoded = ({name: batch.encoded[name][:, :live] for name in constant},) if self.encode else ()
+        prediction = self.denoiser(batch.progress.inputs[:live], batch.progress.times[:live], outputs, *encoded)
+        cfg_step(prediction, batch.rows, batch.progress)  # prediction [live, N]
+
+    def _restart(self) -> None:
+        """Sends all rows in slots back to wait for their first step."""
+        unfinished = [job for job in self._slots if job and job.state is None]
+        for job in unfinished:
+            job.step = 0
+        self._waiting.extendleft(reversed(unfinished))
+        self._slots = []
+
+    def _drop_batches(self) -> None:
+        self._batches.clear()
+        if self.graphs is not None:
+            self.graphs.clear()  # they write into that memory
+
+
 def sample(
     denoiser: Denoiser,
     rows: Sequence[Row],
     model: ModelConfig,
     device: torch.device | str = "cpu",
     callback: Callable[[int, int], None] | None = None,
+    encode: Encoder | None = None,
 ) -> Tensor:
-    """Samples of all rows, packed, [B, N] float32 on `device`; known values come back bit for bit.
-
-    Each row depends on its own seed, table and masks only, so it comes out the same whatever shares the batch (as far
-    as the denoiser's own arithmetic does). The batch runs as many steps as its longest table; finished rows wait.
-    `callback(steps done, steps in all)` is called after every step; to cancel, raise from it.
-    """
-    constants = batch_rows(rows, model, device)
-    passes = _passes([row.table for row in rows])
-    outputs = tuple(name for name, part in model.state_slices.items() if any(row.generate[part].any() for row in rows))
-    if not outputs:
-        return constants.known.clone()
-
-    progress = new_progress(constants)
-    begin(constants, progress)
-    for step, live in enumerate(n * len(rows) for n in passes):
-        prediction = denoiser(progress.inputs[:live], progress.times[:live], outputs)  # [live, N]
-        cfg_step(prediction, constants, progress)
-        if callback is not None:
-            callback(step + 1, len(passes))
-    return progress.state
-
-
-def batch_rows(rows: Sequence[Row], model: ModelConfig, device: torch.device | str) -> Rows:
-    """Stacks rows into the constants of `cfg_step`, shorter tables padded with lines that change nothing."""
+    """Samples of all rows in one batch, [B, N] float32 on `device`, as `Sampler.run` has it."""
     assert len(rows) > 0
-    for row in rows:
-        _check(row, model)
-    generate = torch.stack([row.generate for row in rows])  # [B, N]
-    steps = max(row.table.steps for row in rows) + 1  # every table ends in a line that changes nothing
-    extra = max(row.table.guided.shape[1] for row in rows)
-    coefficients = np.tile(np.array(IDENTITY, np.float32), (len(rows), steps, 1))
-    indices = np.zeros((len(rows), steps, Index.GUIDED + extra), np.int32)
-    indices[..., Index.GUIDED :] = Guided.OFF
-    for i, row in enumerate(rows):
-        coefficients[i, : row.table.steps] = row.table.coefficients
-        indices[i, : row.table.steps, : row.table.indices.shape[1]] = row.table.indices
-    sizes, tokens = [m.size for m in model.modalities], [m.tokens for m in model.modalities]
-    number = torch.arange(len(sizes), dtype=torch.int32)
-    constants = Rows(
-        seeds=torch.from_numpy(np.array([row.seed for row in rows], np.uint64).view(np.int64)),
-        generate=generate,
-        known=torch.stack([row.known.float() for row in rows]),
-        null=torch.stack([(row.known if row.null is None else row.null).float() for row in rows]),
-        modality=number.repeat_interleave(torch.tensor(sizes)),
-        token_generate=token_mask(generate, model),
-        token_modality=number.repeat_interleave(torch.tensor(tokens)),
-        coefficients=torch.from_numpy(coefficients),
-        indices=torch.from_numpy(indices),
-    )
-    return Rows(*(tensor.to(device) for tensor in constants))
+    passes = max(row.table.guided.shape[1] for row in rows) + 1
+    sampler = Sampler(denoiser, model, device, buckets=range(1, len(rows) + 1), passes=passes, encode=encode)
+    return sampler.run(rows, callback)
 
 
-def new_progress(rows: Rows) -> Progress:
-    """The buffers in which these rows are sampled; `begin` fills them."""
-    batch, size = rows.known.shape
-    passes, tokens = rows.indices.shape[2] - Index.GUIDED + 1, rows.token_modality.shape[0]
-    return Progress(
-        step=torch.zeros_like(rows.seeds),
-        state=torch.empty_like(rows.known),
-        x0_prev=torch.empty_like(rows.known),
-        inputs=rows.known.new_empty(passes * batch, size),
-        times=rows.indices.new_empty(passes * batch, tokens),
-        arrived=rows.indices.new_zeros(batch),
-    )
+def _passes(table: SolverTable) -> list[int]:
+    """How many passes each step needs: up to the last one that guides."""
+    number = np.arange(1, table.guided.shape[1] + 1)
+    return (1 + (number * (table.guided != Guided.OFF)).max(axis=1, initial=0)).tolist()  # [S]
 
 
-def _passes(tables: Sequence[SolverTable]) -> list[int]:
-    """How many passes each step of the batch needs: up to the last one that guides any row."""
-    passes = np.ones(max(table.steps for table in tables), int)
-    for table in tables:
-        number = np.arange(1, table.guided.shape[1] + 1)
-        needed = 1 + (number * (table.guided != Guided.OFF)).max(axis=1, initial=0)  # [S]
-        passes[: table.steps] = np.maximum(passes[: table.steps], needed)
-    return passes.tolist()
-
-
-def _check(row: Row, model: ModelConfig) -> None:
+def _check(row: Row, model: ModelConfig, passes: int) -> None:
     values = {"generate": row.generate, "known": row.known} | ({} if row.null is None else {"null": row.null})
     for name, tensor in values.items():
         if tensor.shape != (model.size,):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit; the model's state is [{model.size}]")
+    if row.table.guided.shape[1] >= passes:
+        raise ValueError(f"passes: a row needs {row.table.guided.shape[1] + 1}, the sampler does {passes}; use more")
     if (row.table.guided >= len(model.modalities)).any():
         raise ValueError(f"guided_modalities: the model has only {len(model.modalities)}; number them from 0")
     clean = (row.table.indices[:, Index.KNOWN_TIME] != row.table.indices[:, Index.TIME]).any()

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from engine.config import CONDITIONINGS, PREDICTIONS, SCHEDULES
-from engine.kernels.cfg_step import Guided, Index
+from engine.kernels.cfg_step import Coefficient, Guided, Index
 from engine.request import SOLVERS
 
 GUIDANCES = ("masked", "alternate", "unidiffuser", "empty")
@@ -79,6 +79,27 @@ class SolverTable:
     def guided(self) -> np.ndarray:
         """The codes of the P − 1 extra passes at each step, [S, P − 1]."""
         return self.indices[:, Index.GUIDED :]
+
+    @cached_property
+    def first_guided(self) -> np.ndarray:
+        """The first line of `indices` as it would be were every pass on that is ever, [1, Index.GUIDED + P − 1]."""
+        line = self.indices[:1].copy()
+        first = (self.guided != Guided.OFF).argmax(axis=0)  # 0 for a pass that never is
+        line[0, Index.GUIDED :] = self.guided[first, range(len(first))]
+        return line
+
+    @cached_property
+    def constant_known(self) -> bool:
+        """Whether a fully known modality enters all steps alike, in every pass whenever it is on."""
+        known = self.coefficients[:, [Coefficient.KNOWN_ALPHA, Coefficient.KNOWN_SIGMA]]
+        times = self.indices[:, Index.TIME + 1 : Index.GUIDED]  # of the known, of the dropped, and the dropped's draw
+        empty = self.guided == Guided.EMPTY
+        off = self.guided == Guided.OFF
+        return bool(
+            (known == [1, 0]).all()
+            and (times == times[0]).all()
+            and ((empty | off).all(axis=0) | ~empty.any(axis=0)).all()  # a pass drops always, or nulls always
+        )
 
 
 def solver_table(

@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -200,7 +199,7 @@ def test_progress_counts_every_step_to_the_end(tiny_checkpoint):
     with Engine.from_pretrained(tiny_checkpoint, dtype="float32", max_rows=2) as engine:
         requests = [Request(num=3, steps=2), Request(prompt="red", steps=5)]
         engine.generate(requests, lambda done, total: calls.append((done, total)))
-    assert calls == [(i + 1, 7) for i in range(7)], "two rows of 2 steps, then one of 2 and one of 5 together"
+    assert calls == [(done, 11) for done in (2, 4, 6, 8, 10, 11)], "5 steps and 2 + 2 + 2 beside them"
 
 
 def test_raising_from_the_callback_cancels_and_leaves_the_engine_usable(engine, mixed, alone):
@@ -208,7 +207,7 @@ def test_raising_from_the_callback_cancels_and_leaves_the_engine_usable(engine, 
         pass
 
     def cancel(done: int, total: int) -> None:
-        if done == 2:
+        if done >= 20:
             raise Cancelled
 
     with pytest.raises(Cancelled):
@@ -240,21 +239,40 @@ def test_no_requests_give_no_results(engine):
     assert engine.generate([]) == []
 
 
-def test_threads_are_served_one_after_the_other(engine, mixed, alone):
-    start, served = threading.Barrier(3), []
+def test_threads_share_the_slots_and_get_what_they_get_alone(engine, mixed, alone):
+    start, before = threading.Barrier(4), engine.stats()
 
     def generate(i: int):
-        def progress(done: int, total: int) -> None:
-            served.append(i)
-            time.sleep(0.01)  # lets the other threads in, if they are let
-
+        calls = []
         start.wait()
-        return engine.generate(mixed[i], progress)
+        result = engine.generate(mixed[i], lambda *progress: calls.append(progress))
+        return result, calls
 
-    with ThreadPoolExecutor(3) as pool:
-        for i, found in enumerate(pool.map(generate, range(3))):
-            assert_same(found, alone[i], rounding=0)
-    assert sum(a != b for a, b in pairwise(served)) == 2, served
+    with ThreadPoolExecutor(4) as pool:
+        for i, (found, calls) in enumerate(pool.map(generate, range(4))):
+            assert_same(found, alone[i])
+            assert calls == sorted(set(calls)) and calls[-1][0] == calls[-1][1]
+    after = engine.stats()
+    assert after.rows - before.rows == 7
+    assert 5 <= after.forwards - before.forwards <= 4 + 2 + 5 + STEPS
+
+
+def test_a_thread_that_cancels_leaves_the_others_alone(engine, mixed, alone):
+    entered = threading.Event()
+
+    def cancel(done: int, total: int) -> None:
+        entered.set()
+        raise KeyboardInterrupt
+
+    def cancelled() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(mixed[2], cancel)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cancelled)
+        entered.wait()
+        assert_same(engine.generate(mixed[0]), alone[0])
+        waiting.result()
 
 
 def test_engines_made_in_threads_work_side_by_side(tiny_checkpoint, mixed, alone):

@@ -21,6 +21,7 @@ RANKS = {  # a new file must be placed here; a folder stands for all files in it
     "engine.codecs": 2,
     "engine.model": 2,
     "engine.uvit": 2,
+    "engine.batch": 3,
     "engine.sampler": 3,
     "engine.checkpoint": 3,
     "engine.data": 3,

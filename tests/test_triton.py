@@ -7,12 +7,12 @@ left to the tests that need a GPU.
 import pytest
 import torch
 
+from engine.batch import Row, batch_rows, new_progress
 from engine.config import PRESETS
 from engine.kernels import adaln, cfg_step, timestep
 from engine.kernels.adaln import gated_residual, gated_residual_modulate, layer_norm_modulate
 from engine.kernels.attention import attention
 from engine.kernels.backend import jit, tl
-from engine.sampler import Row, batch_rows, new_progress
 from engine.schedule import NoiseSchedule, solver_table, timesteps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
