@@ -183,6 +183,10 @@ class Engine:
         if not packed.any():
             raise RequestError("prompt, image: everything is given, nothing is left to generate; "
                                "put _ in the prompt or give a mask with white in it")  # fmt: skip
+        for name, part in model.state_slices.items():
+            if packed[part].any() and name not in model.predicted:
+                raise RequestError(f"{'prompt' if name == 'text' else name}: this model takes {name} as given and "
+                                   f"generates {', '.join(model.predicted)} only; give all of it")  # fmt: skip
         task = masks.task_of(packed, model)
         if request.task not in ("auto", task):
             raise RequestError(f"task: {request.task!r} does not fit what is given, which is {task}; use auto")
