@@ -1,14 +1,18 @@
 """The models that are compared, how they are made equal, and what a forward of them costs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import build
+from engine import Engine, checkpoint
+from engine.codecs.image import ImageCodec, autoencoder_class
+from engine.codecs.text import END, TextCodec
 from engine.config import PRESETS, Config, ModelConfig, UViTConfig
 from engine.kernels import attention
 from engine.loss import distinct_times
+from engine.train import RECIPES
 
 
 def presets(full: bool) -> str:
@@ -44,7 +48,7 @@ def _depths(model: ModelConfig) -> list[ModelConfig]:
 
 def parameters(model: ModelConfig) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in build(model).parameters())
+        return sum(p.numel() for p in checkpoint.build(model).parameters())
 
 
 def forward_flops(model: ModelConfig, rows: int) -> int:
@@ -72,7 +76,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     """A model with random weights throughout: as initialised, gates and heads of zero would hide every error."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build(config)
+        model = checkpoint.build(config)
         with torch.no_grad():
             for p in model.parameters():
                 if not p.any():
@@ -93,3 +97,19 @@ def u_vit_config(config: Config, model: ModelConfig) -> Config:
     """A checkpoint config for a U-ViT-multi in place of `config`'s model."""
     return replace(config, model=model, diffusion=replace(PRESETS["uvit-emoji"].diffusion,
                    schedule=config.diffusion.schedule, prediction=config.diffusion.prediction))  # fmt: skip
+
+
+def engine_of(config: Config, folder: Path, device: str, dtype: str, **options) -> Engine:
+    """An engine with random weights, words word0 … word255 and an autoencoder of random weights, saved in `folder`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if config.image == PRESETS["emoji"].image:
+            autoencoder = autoencoder_class("AutoencoderDC")(**RECIPES["emoji"].autoencoder_config)
+        else:
+            autoencoder = autoencoder_class("AutoencoderTiny")()
+        vectors = torch.randn(256, config.model.modality("text").channels)
+    weights = random_model(config.model, torch.device("cpu"), torch.float32).state_dict()
+    checkpoint.save(folder, config, weights, torch.float32)
+    TextCodec((END, *(f"word{i}" for i in range(255))), vectors).save(folder / "text")
+    ImageCodec(autoencoder, config.image.size, config.image.patch).save(folder / "image")
+    return Engine.from_pretrained(folder, device=device, dtype=dtype, **options)
