@@ -88,6 +88,7 @@ def record(contender: Contender, timing: Timing, dtype: str, ceilings: dict[str,
     """What is stored beside the times: rates at the median, and how far they are from the measured ceilings."""
     median = statistics.median(timing.seconds)
     found = {"dtype": dtype, "peak_bytes": timing.peak_bytes, **contender.facts}
+    dtype = found["dtype"]
     found["p50"], found["p95"] = median, sorted(timing.seconds)[int(0.95 * (len(timing.seconds) - 1) + 0.5)]
     if contender.flops:
         found["flops"] = contender.flops

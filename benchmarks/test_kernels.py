@@ -191,6 +191,7 @@ def test_cfg_step(compete, device, full, contender, batch):
 
         flops, moved = cfg_step.cost(batch, model.size, model.tokens, passes=2)
         reference = call(CFG_STEP["engine"])().clone()
-        return table_of(CFG_STEP, device, call, lambda: reference, torch.float32, flops=flops, moved=moved)
+        return table_of(CFG_STEP, device, call, lambda: reference, torch.float32, flops=flops, moved=moved,
+                        facts={"dtype": "float32"})  # fmt: skip
 
     compete(f"cfg_step, {batch} rows of {model.size}", contender, build)

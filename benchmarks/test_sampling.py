@@ -77,6 +77,26 @@ def test_tasks(compete, engines, full, steps, model, task, batch):
     compete(f"sampling, {task}, batch {batch}, {steps} steps", model, build)
 
 
+@pytest.mark.parametrize("steps", [5, 10, 25, 50])
+@pytest.mark.parametrize("model", MODELS)
+def test_steps(compete, engines, full, model, steps):
+    batch = 64 if full else 4
+    if steps > 25 and not full:
+        pytest.skip("more steps only on a GPU or with --full")
+
+    def build():
+        contenders = {}
+        for name, engine in engines.items():
+            requests = requests_of("text-to-image", engine.config.image.size, batch, steps)
+            flops = steps * forward_flops(engine.config.model, 2 * batch)
+            facts = {"batch": batch, "steps": steps, "task": "text-to-image"}
+            contenders[name] = Contender(lambda e=engine, r=requests: e.generate(r), flops=flops, pictures=batch,
+                                         facts=facts)  # fmt: skip
+        return contenders
+
+    compete(f"sampling, steps, text-to-image, batch {batch}, {steps} steps", model, build)
+
+
 GUIDANCE = ("masked, 2 passes", "UniDiffuser, 3 passes in a batch", "UniDiffuser, 3 passes one by one")
 
 

@@ -162,7 +162,7 @@ def train_denoiser(
                 network.load_state_dict(init.state_dict())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
     words = config.model.modality("text").tokens
-    captions = [[text.encode(_shortened(c, words), words)[0] for c in several] for several in cache.captions]
+    captions = [[text.encode(shortened(c, words), words)[0] for c in several] for several in cache.captions]
 
     if options.compile:
         compile_blocks(model.blocks())
@@ -183,7 +183,7 @@ def train_denoiser(
         return loss(denoise, x0.to(options.device), generator)
 
     spread = range(0, len(cache), max(1, len(cache) // 24))[:24]
-    prompts = [prompt for i in spread if (prompt := _shortened(cache.captions[i][0], words))]
+    prompts = [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
 
     def export(step: int) -> None:
         """The checkpoint as it stands, the loss curve, and what the average draws: prompts, then joint samples."""
@@ -201,7 +201,7 @@ def train_denoiser(
     stage.run(losses, options.save_every, export)
 
 
-def _shortened(caption: str, words: int) -> str:
+def shortened(caption: str, words: int) -> str:
     """The first words of a caption; a lone _ in it is no hole, and one without any word becomes the empty text."""
     return " ".join([word for word in tokenize(caption) if word != HOLE][:words])
 
@@ -249,7 +249,7 @@ def _start(source: Path, config: Config) -> PSUNet | UViT:
     return loaded.model
 
 
-def _take_codecs(source: Path, run: Path) -> None:
+def take_codecs(source: Path, run: Path) -> None:
     """Copies a checkpoint's autoencoder and word vectors into a run that has none yet."""
     for part in ("image", "text"):
         folder = run / "checkpoint" / part
@@ -340,7 +340,7 @@ def train(options: argparse.Namespace) -> None:
     init = options.init and _start(options.init, config)
     _same_run(run, {key: str(getattr(options, key)) for key in ("preset", "seed", "autoencoder", "init")})
     if init and not options.init.is_file():
-        _take_codecs(options.init, run)
+        take_codecs(options.init, run)
 
     if codec is None and not folder.exists():
         codec = train_autoencoder(run, data, recipe, size, options)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.codecs.image import patchify, unpatchify
 from engine.config import ModelConfig
 from engine.kernels.attention import attention
 from engine.kernels.timestep import sinusoid
@@ -129,19 +130,11 @@ class UViT(nn.Module):
             if m.name in wanted and m.name in self.head:
                 y = self.head[m.name](x[:, config.token_slices[m.name]])  # [R, L, C]
                 if m.name == "image" and self.conv is not None:
-                    y = self._convolve(y)
+                    y = patchify(self.conv(unpatchify(y, config.uvit.patch)), config.uvit.patch)  # [R, L, C]
                 predictions.append(y.flatten(1).to(inputs.dtype))  # [R, L·C]
             else:
                 predictions.append(inputs.new_zeros(len(inputs), m.size))
         return torch.cat(predictions, dim=1)  # [R, N]
-
-    def _convolve(self, y: Tensor) -> Tensor:
-        """The 3×3 convolution over latents, tokens [R, L, p·p·c] in and out."""
-        p, side = self.config.uvit.patch, round(y.shape[1] ** 0.5)
-        y = y.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # [R, h, w, p, p, c]
-        y = y.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # [R, c, h·p, w·p]
-        y = self.conv(y).unflatten(3, (side, p)).unflatten(2, (side, p))  # [R, c, h, p, w, p]
-        return y.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [R, L, p·p·c]
 
 
 @torch.no_grad()
