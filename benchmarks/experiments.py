@@ -202,7 +202,7 @@ def masking(data: Data, options: argparse.Namespace) -> dict:
         "note": "Random tokens of the picture, random words of the name, or both are masked; measured inside. "
         "A ratio of 0 has nothing to generate and is left out.",
         "rows": rows,
-        "plot": lambda path: plot_curves(rows, "ratio", ("RMSE", "word accuracy"), "masked", path),
+        "plot": lambda path: plot_curves([(rows, "RMSE"), (rows, "word accuracy")], "ratio", "masked", path),
     }
 
 
@@ -217,7 +217,10 @@ def guidance(data: Data, options: argparse.Namespace) -> dict:
            "nearest picture)")
         + "; diversity the RMS difference of samples, of one name each or of all joint ones, in levels.",
         "rows": rows,
-        "plot": lambda path: plot_curves(rows, "diversity", ("quality",), "guidance", path),
+        "plot": lambda path: plot_curves(
+            [([r for r in rows if r["task"] == task], "quality") for task in ("text-to-image", "joint")],
+            "diversity", "guidance", path,
+        ),
     }  # fmt: skip
 
 

@@ -41,17 +41,17 @@ def plot_bars(rows: list[dict], name: str, metrics: tuple[str, ...], path: Path)
     figure.savefig(path, format="png")
 
 
-def plot_curves(rows: list[dict], x: str, ys: tuple[str, ...], series: str, path: Path) -> None:
-    """A panel for each y; a line for each value of `series` that has it, in the rows' order."""
-    figure = Figure(figsize=(6 * len(ys), 4.5), dpi=100, layout="constrained")
+def plot_curves(panels: list[tuple[list[dict], str]], x: str, series: str, path: Path) -> None:
+    """A panel for each (rows, y); in it a line for each value of `series` among the rows that have y."""
+    figure = Figure(figsize=(6 * len(panels), 4.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, y in zip(figure.subplots(1, len(ys), squeeze=False)[0], ys, strict=True):
+    for axes, (rows, y) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key in dict.fromkeys(row[series] for row in rows if y in row):
             line = [row for row in rows if row[series] == key and y in row]
             axes.plot([row[x] for row in line], [row[y] for row in line], marker="o", label=key)
             if "scale" in line[0]:
                 for row in line:
-                    axes.annotate(f"{row['scale']:g}", (row[x], row[y]), fontsize=6)
+                    axes.annotate(f"{row['scale']:g}", (row[x], row[y]), fontsize=7)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)

@@ -97,36 +97,39 @@ def guidance_sweep(
         return torch.cat([values[m.name] for m in model.modalities])  # [N]
 
     empty = packed(engine.text.encode("", words)[0])
-    kinds = [(f"text-to-image, {kind}, {known}", kind, known, drawn) for known in ("clean", "renoise")
-             for kind in ("masked", "empty")]  # fmt: skip
-    kinds += [(f"joint, {label}", kind, "clean", everything) for label, kind in
-              (("alternate (2 passes)", "alternate"), ("UniDiffuser (1 + 2)", "unidiffuser"))]  # fmt: skip
-    for label, kind, conditioning, generate in kinds:
+    kinds = [("text-to-image", kind, known) for known in ("clean", "renoise") for kind in ("masked", "empty")]
+    kinds += [("joint", "alternate", "clean"), ("joint", "unidiffuser", "clean")]
+    for task, kind, conditioning in kinds:
+        generate = drawn if task == "text-to-image" else everything
         for scale in scales:
             table = solver_table(
                 NoiseSchedule(engine.config.diffusion.schedule, engine.config.diffusion.timesteps),
                 timesteps(engine.config.diffusion.timesteps, steps), conditioning=conditioning, guidance=kind,
                 prediction=engine.config.diffusion.prediction, guidance_scale=scale,
-                guided_modalities=tuple(range(len(model.modalities))) if kind in ("alternate", "unidiffuser") else (),
+                guided_modalities=tuple(range(len(model.modalities))) if task == "joint" else (),
             )  # fmt: skip
-            several = SAMPLES if generate is drawn else 1
+            several = SAMPLES if task == "text-to-image" else 1
             made = [Row(seed + SAMPLES * i + k, table, generate, packed(prompt), empty)
                     for i, prompt in enumerate(prompts) for k in range(several)]  # fmt: skip
             pictures, texts = _sampled(engine, made)
             if features:  # as many samples as there are real pictures, which the distance depends on
                 quality = frechet_distance(features(pictures[::several]), real)
-            elif generate is drawn:
+            elif task == "text-to-image":
                 found = gallery.nearest(pictures.flatten(1))
                 wanted = [name for name in names for _ in range(several)]
                 quality = statistics.mean(base_name(f) == base_name(n) for f, n in zip(found, wanted, strict=True))
             else:
                 found = gallery.nearest(pictures.flatten(1))
                 quality = statistics.mean(word_f1(t, f) for t, f in zip(texts, found, strict=True))
-            if generate is drawn:
+            if task == "text-to-image":
                 spread = statistics.mean(diversity(p) for p in pictures.split(several))
             else:
                 spread = diversity(pictures)
-            rows.append({"guidance": label, "scale": scale, "quality": float(quality), "diversity": spread})
+            label = (
+                f"{kind}, {conditioning}" if task == "text-to-image" else f"{kind}, {1 + len(table.guided[0])} passes"
+            )
+            rows.append({"task": task, "guidance": label, "scale": scale, "quality": float(quality),
+                         "diversity": spread})  # fmt: skip
     return rows
 
 
