@@ -1,12 +1,14 @@
 """Configurations and presets: frozen dataclasses, no torch, unknown keys refused."""
 
 from dataclasses import asdict, dataclass, field, fields
+from math import isqrt
 
 SCHEDULES = ("scaled_linear", "cosine")
 PREDICTIONS = ("epsilon", "v_prediction")
 CONDITIONINGS = ("renoise", "clean")
-TRAINING_TIMES = ("shared", "independent", "masked")
+TRAINING_TIMES = ("shared", "independent", "masked", "conditional")
 TIME_CONDITIONINGS = ("adaln", "token")
+NORMS = ("pre", "post")
 
 
 class ConfigError(ValueError):
@@ -29,8 +31,32 @@ class Modality:
 
 
 @dataclass(frozen=True)
+class UViTConfig:
+    """What makes a U-ViT (arXiv 2209.12152) of the shared stack: no branches, time tokens before all others."""
+
+    timed: tuple[str, ...]  # modalities with a time token of their own; independent times want one each
+    predicted: tuple[str, ...]  # the others are conditions: always known, never predicted
+    norm: str = "pre"  # where the blocks normalise: before a sublayer (U-ViT) or after it (UniDiffuser's release)
+    patch: int = 0  # latents per side of an image token, for U-ViT's last 3×3 convolution; 0: no convolution
+    extra_tokens: int = 0  # learned tokens beside the others (UniDiffuser's data type is one)
+
+    def __post_init__(self):
+        for key in ("timed", "predicted"):
+            names = getattr(self, key)
+            right = isinstance(names, list | tuple) and len(set(names)) == len(names) >= 1
+            _require(right, f"uvit.{key}", names, "give a list of different modalities")
+            object.__setattr__(self, key, tuple(names))
+        _require(self.norm in NORMS, "uvit.norm", self.norm, f"use one of {NORMS}")
+        for key in ("patch", "extra_tokens"):
+            _require(getattr(self, key) >= 0, f"uvit.{key}", getattr(self, key), "use 0 or more")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """PS-U-Net (arXiv 2311.16488, section 3.1): a branch per modality around a shared U-ViT stack."""
+    """PS-U-Net (arXiv 2311.16488, section 3.1): a branch per modality around a shared U-ViT stack.
+
+    With `uvit` it is a U-ViT, which is the stack alone.
+    """
 
     modalities: tuple[Modality, ...]
     shared_depth: int  # N_shared; 0 or odd: ⌊N/2⌋ in-blocks, one middle block, ⌊N/2⌋ out-blocks
@@ -38,6 +64,7 @@ class ModelConfig:
     head_dim: int = 64
     mlp_ratio: int = 4
     time: str = "adaln"  # "adaln": modulations per token; "token": a time token per modality (U-ViT)
+    uvit: UViTConfig | None = None
 
     def __post_init__(self):
         names = [m.name for m in self.modalities]
@@ -61,6 +88,27 @@ class ModelConfig:
         )
         _require(self.mlp_ratio >= 1, "mlp_ratio", self.mlp_ratio, "use 1 or more")
         _require(self.time in TIME_CONDITIONINGS, "time", self.time, f"use one of {TIME_CONDITIONINGS}")
+        if self.uvit is not None:
+            self._check_uvit(self.uvit, names)
+
+    def _check_uvit(self, uvit: UViTConfig, names: list[str]) -> None:
+        _require(self.time == "token", "time", self.time, "a U-ViT's time is a token: use 'token'")
+        _require(self.shared_depth >= 1, "shared_depth", self.shared_depth, "a U-ViT needs an odd number")
+        for m in self.modalities:
+            _require(m.depth == 0, f"{m.name}.depth", m.depth, "a U-ViT has no blocks of one modality: use 0")
+        for key in ("timed", "predicted"):
+            unknown = sorted(set(getattr(uvit, key)) - set(names))
+            _require(not unknown, f"uvit.{key}", ", ".join(unknown), f"the modalities are {', '.join(names)}")
+        if uvit.patch:
+            _require("image" in names, "uvit.patch", uvit.patch, "without a modality named image use 0")
+            image = self.modality("image")
+            fits = isqrt(image.tokens) ** 2 == image.tokens and image.channels % uvit.patch**2 == 0
+            _require(fits, "uvit.patch", uvit.patch, "tokens must form a square and channels be a multiple of patch²")
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """Names of the modalities that the model predicts; any others are conditions."""
+        return tuple(m.name for m in self.modalities) if self.uvit is None else self.uvit.predicted
 
     @property
     def size(self) -> int:
@@ -97,7 +145,7 @@ class DiffusionConfig:
     timesteps: int = 1000  # N; time 0 is clean data, time N the noisiest
     prediction: str = "epsilon"
     conditioning: str = "renoise"  # how known values enter: at their scheduled noise, or clean at time 0
-    times: str = "shared"  # training times: one t for all, one per modality, or masked (known tokens at time 0)
+    times: str = "shared"  # training times, see `engine.loss`
 
     def __post_init__(self):
         for key, allowed in (
@@ -108,7 +156,7 @@ class DiffusionConfig:
         ):
             _require(getattr(self, key) in allowed, key, getattr(self, key), f"use one of {allowed}")
         _require(self.timesteps >= 2, "timesteps", self.timesteps, "use 2 or more")
-        fits = {"shared": ("renoise",), "independent": CONDITIONINGS, "masked": ("clean",)}[self.times]
+        fits = {"shared": ("renoise",), "independent": CONDITIONINGS}.get(self.times, ("clean",))
         _require(self.conditioning in fits, "conditioning", self.conditioning, f"times={self.times!r} trains {fits}")
 
 
@@ -140,6 +188,19 @@ class Config:
                 "masked",
                 "a time token is one per modality: use 'adaln', or times 'shared' or 'independent'",
             )
+        conditional = len(self.model.predicted) < len(self.model.modalities)
+        _require(
+            conditional == (self.diffusion.times == "conditional"),
+            "times",
+            self.diffusion.times,
+            f"for a model that predicts {', '.join(self.model.predicted)} use "
+            + ("'conditional'" if conditional else "'shared', 'independent' or 'masked'"),
+        )
+        if self.diffusion.times == "independent" and self.model.uvit is not None:
+            timed = self.model.uvit.timed
+            _require(
+                len(timed) == len(self.model.modalities), "uvit.timed", timed, "independent times need a token each"
+            )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -152,6 +213,8 @@ class Config:
         modalities = model.get("modalities")
         _require(isinstance(modalities, list | tuple), "model.modalities", modalities, "give a list")
         model["modalities"] = tuple(_build(Modality, m, "model.modalities") for m in modalities)
+        if model.get("uvit") is not None:
+            model["uvit"] = _build(UViTConfig, model["uvit"], "model.uvit")
         image = values.get("image")
         return cls(
             model=_build(ModelConfig, model, "model"),
@@ -206,10 +269,45 @@ PRESETS: dict[str, Config] = {
         DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked"),
         ImageConfig(size=64, patch=2),
     ),
+    # U-ViT-multi, depth 12 as on MS-COCO: one stack, a time token per modality. The paper's baseline.
+    "uvit-multi-coco256": Config(
+        ModelConfig(
+            (Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)), shared_depth=13, dim=512,
+            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
+        ),
+        DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "independent"),
+        ImageConfig(size=256, patch=2),
+    ),
+    # U-ViT for text-to-image: the text is a condition, the last layer a convolution.
+    "uvit-t2i-coco256": Config(
+        ModelConfig(
+            (Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)), shared_depth=13, dim=512,
+            time="token", uvit=UViTConfig(("image",), ("image",), patch=2),
+        ),
+        DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "conditional"),
+        ImageConfig(size=256, patch=2),
+    ),
+    # As many blocks and skips as `emoji`, all of them shared.
+    "uvit-emoji": Config(
+        ModelConfig(
+            (Modality("image", 16, 32, depth=0), Modality("text", 16, 32, depth=0)), shared_depth=15, dim=192,
+            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
+        ),
+        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent"),
+        ImageConfig(size=64, patch=2),
+    ),
     # For tests: seconds, not minutes.
+    "uvit-tiny": Config(
+        ModelConfig(
+            (Modality("image", 16, 4, depth=0), Modality("text", 6, 8, depth=0)), shared_depth=3, dim=64,
+            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
+        ),
+        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent"),
+        ImageConfig(size=32, patch=1),
+    ),
     "tiny": Config(
         ModelConfig((Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1)), shared_depth=3, dim=64),
         DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked"),
         ImageConfig(size=32, patch=1),
     ),
-}
+}  # fmt: skip

@@ -90,8 +90,8 @@ def evaluate(
     told = run("image-to-text", [Request(image=i, steps=steps, seed=s) for s, (_, i) in numbered])
     filled = run("infill", [Request(prompt=w, image=i, mask=left, steps=steps, seed=s) for s, (w, i) in numbered])
 
-    found = gallery.nearest(torch.stack([_pixels(s.image) for s in drawn]).flatten(1))
-    inside = torch.stack([_pixels(s.image) for s in filled])[..., : size // 2] - flat[..., : size // 2]
+    found = gallery.nearest(torch.stack([pixels_of(s.image) for s in drawn]).flatten(1))
+    inside = torch.stack([pixels_of(s.image) for s in filled])[..., : size // 2] - flat[..., : size // 2]
     decoded = torch.cat([engine.image.decode(engine.image.encode(p.to(engine.device))).cpu() for p in flat.split(64)])
     error = ((decoded - flat) / 2).square().mean((1, 2, 3))  # [n], of levels 0..1
     return Scores(
@@ -105,7 +105,7 @@ def evaluate(
     )
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # [3, S, S]
 
 
@@ -152,12 +152,12 @@ def _run(options: argparse.Namespace) -> dict[str, Scores]:
         gallery = Gallery.of([pair for pairs in splits.values() for pair in pairs])
         count = options.count or len(splits["test"])
         return {
-            split: evaluate(engine, _spread(pairs, count), gallery, options.steps, options.seed)
+            split: evaluate(engine, spread(pairs, count), gallery, options.steps, options.seed)
             for split, pairs in splits.items()
         }
 
 
-def _spread(pairs: list, count: int) -> list:
+def spread(pairs: list, count: int) -> list:
     """`count` of the pairs, evenly spaced, or all."""
     step = max(1.0, len(pairs) / count)
     return [pairs[int(i * step)] for i in range(min(count, len(pairs)))]

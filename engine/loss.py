@@ -7,6 +7,7 @@ Training times (`DiffusionConfig.times`)
     independent  one t per modality (UniDiffuser, arXiv 2303.06555)
     masked       one t for what is to be generated; each sample's known tokens enter clean, labelled time 0, and for
                  some samples as pure noise labelled time N; only generated tokens count
+    conditional  as masked, with the modalities that the model does not predict as what is known (U-ViT's text)
 """
 
 from collections.abc import Callable
@@ -89,7 +90,12 @@ class DenoisingLoss:
         times = self._draw_times(generator, batch, 1).expand(shape)  # [B, L]
         if config.diffusion.times == "shared":
             return times, everything, nothing
-        generate = self._draw_masks(batch, generator)  # [B, L]
+        if config.diffusion.times == "conditional":
+            generate = nothing.clone()
+            for name in model.predicted:
+                generate[:, model.token_slices[name]] = True
+        else:
+            generate = self._draw_masks(batch, generator)  # [B, L]
         dropped = ~generate & (torch.rand(batch, 1, generator=generator) < DROPPED)  # [B, L]
         times = torch.where(generate, times, torch.where(dropped, N, 0))
         return times, generate, dropped

@@ -27,6 +27,7 @@ from engine.pictures import to_image
 from engine.request import ATTENTIONS, Request, RequestError, Result, Sample
 from engine.sampler import Row, Sampler
 from engine.schedule import NoiseSchedule, SolverTable, solver_table, timesteps
+from engine.uvit import UViT
 
 # Guidance where a request names none: for text-to-image and image-to-text the best of 1, 2, 3 and 5 on the built-in
 # model (its card has the sweep); joint runs unguided, in one pass, and infill was not swept.
@@ -97,7 +98,8 @@ class Engine:
         # Where every size of batch is compiled or captured for itself there are few, else there is one for any number.
         few = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
         self._sampler = Sampler(
-            self._denoise, self.config.model, device, encode=self._encode,
+            self._denoise, self.config.model, device,
+            encode=self._encode if isinstance(self.model, PSUNet) else None,  # a U-ViT's modalities meet at once
             buckets=few if cuda and (compile or graphs) else range(1, max_rows + 1),
             graphs=StepGraphs(device) if cuda and graphs else None,
         )  # fmt: skip
@@ -255,6 +257,10 @@ class Engine:
         if not packed.any():
             raise RequestError("prompt, image: everything is given, nothing is left to generate; "
                                "put _ in the prompt or give a mask with white in it")  # fmt: skip
+        for name, part in model.state_slices.items():
+            if packed[part].any() and name not in model.predicted:
+                raise RequestError(f"{'prompt' if name == 'text' else name}: this model takes {name} as given and "
+                                   f"generates {', '.join(model.predicted)} only; give all of it")  # fmt: skip
         task = masks.task_of(packed, model)
         if request.task not in ("auto", task):
             raise RequestError(f"task: {request.task!r} does not fit what is given, which is {task}; use auto")
@@ -271,13 +277,13 @@ class Engine:
         )  # fmt: skip
         return [Row(request.seed + i, table, p.generate, p.known) for i in range(request.num)]
 
-    def _denoise(self, inputs: Tensor, times: Tensor, outputs: tuple[str, ...], encoded: dict[str, Tensor]) -> Tensor:
-        return self._open_model()(inputs, self._table, times, outputs, encoded)
+    def _denoise(self, inputs: Tensor, times: Tensor, outputs: tuple[str, ...], *encoded: dict[str, Tensor]) -> Tensor:
+        return self._open_model()(inputs, self._table, times, outputs, *encoded)
 
     def _encode(self, name: str, inputs: Tensor, times: Tensor) -> Tensor:
         return self._open_model().encode(name, inputs, self._table, times)
 
-    def _open_model(self) -> PSUNet:
+    def _open_model(self) -> PSUNet | UViT:
         if self.model is None:
             raise RuntimeError("this engine is closed; make another with Engine.from_pretrained")
         return self.model

@@ -31,6 +31,7 @@ from engine.pictures import grid, to_image
 from engine.request import Request
 from engine.runtime import Engine
 from engine.training import Stage, StageConfig, plot_curve, write_atomically
+from engine.uvit import UViT, initialise_from
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,33 @@ def _narrow_autoencoder(channels: tuple[int, ...], layers: tuple[int, ...], late
     }  # fmt: skip
 
 
+# As U-ViT on MS-COCO (arXiv 2209.12152, appendix): 1 M steps of 256.
+COCO256 = Recipe(
+    StageConfig(steps=1_000_000, batch=256, learning_rate=2e-4, warmup=5000, decay=0, betas=(0.9, 0.9), ema=0.9999)
+)
+EMOJI = Recipe(
+    StageConfig(steps=20_000, batch=64, learning_rate=2e-3, warmup=500, decay=0.4, ema=0.9995),
+    StageConfig(steps=2000, batch=32, learning_rate=1e-3, decay=0.4, weight_decay=1e-4, ema=0.995),
+    _narrow_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=8),
+    gamma=5.0,
+    skew=3.0,
+    first_caption=0.9,
+    weights_dtype=torch.float16,
+)
+TINY = Recipe(
+    StageConfig(steps=20, batch=8, learning_rate=1e-3, warmup=5),
+    StageConfig(steps=10, batch=8, learning_rate=1e-3, warmup=5),
+    _narrow_autoencoder((8, 8, 8, 16), (0, 1, 1, 1), latent_channels=4),
+)
+# The same training for PS-U-Net and the U-ViTs it is compared with.
 RECIPES: dict[str, Recipe] = {
-    "coco256": Recipe(
-        # As U-ViT on MS-COCO (arXiv 2209.12152, appendix): 1 M steps of 256.
-        StageConfig(steps=1_000_000, batch=256, learning_rate=2e-4, warmup=5000, decay=0, betas=(0.9, 0.9), ema=0.9999)
-    ),
-    "emoji": Recipe(
-        StageConfig(steps=20_000, batch=64, learning_rate=2e-3, warmup=500, decay=0.4, ema=0.9995),
-        StageConfig(steps=2000, batch=32, learning_rate=1e-3, decay=0.4, weight_decay=1e-4, ema=0.995),
-        _narrow_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=8),
-        gamma=5.0,
-        skew=3.0,
-        first_caption=0.9,
-        weights_dtype=torch.float16,
-    ),
-    "tiny": Recipe(
-        StageConfig(steps=20, batch=8, learning_rate=1e-3, warmup=5),
-        StageConfig(steps=10, batch=8, learning_rate=1e-3, warmup=5),
-        _narrow_autoencoder((8, 8, 8, 16), (0, 1, 1, 1), latent_channels=4),
-    ),
+    "coco256": COCO256,
+    "uvit-multi-coco256": COCO256,
+    "uvit-t2i-coco256": COCO256,
+    "emoji": EMOJI,
+    "uvit-emoji": EMOJI,
+    "tiny": TINY,
+    "uvit-tiny": TINY,
 }
 
 NOISE = 0.1  # added to the latents while the autoencoder trains, so that it forgives the denoiser's small errors
@@ -139,18 +148,21 @@ def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> Tex
 
 
 def train_denoiser(
-    run: Path, cache: LatentCache, text: TextCodec, config: Config, recipe: Recipe, options, init: PSUNet | None
+    run: Path, cache: LatentCache, text: TextCodec, config: Config, recipe: Recipe, options, init: PSUNet | UViT | None
 ) -> None:
     """Trains the denoiser, from `init` if given, on cached latents and captions, and writes RUN/checkpoint."""
     torch.manual_seed(options.seed)
-    model = PSUNet(config.model).to(options.device)
+    model = checkpoint.build(config.model).to(options.device)
     stage = Stage(run / "denoiser", model, recipe.denoiser, len(cache), options.dtype)
     if init is not None and stage.step == 0:
         for network in (stage.module, stage.average):
-            network.load_state_dict(init.state_dict())
+            if config.model.uvit is None and init.config.uvit is not None:
+                initialise_from(network, init)
+            else:
+                network.load_state_dict(init.state_dict())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
     words = config.model.modality("text").tokens
-    captions = [[text.encode(_shortened(c, words), words)[0] for c in several] for several in cache.captions]
+    captions = [[text.encode(shortened(c, words), words)[0] for c in several] for several in cache.captions]
 
     if options.compile:
         compile_blocks(model.blocks())
@@ -171,14 +183,15 @@ def train_denoiser(
         return loss(denoise, x0.to(options.device), generator)
 
     spread = range(0, len(cache), max(1, len(cache) // 24))[:24]
-    prompts = [prompt for i in spread if (prompt := _shortened(cache.captions[i][0], words))]
+    prompts = [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
 
     def export(step: int) -> None:
         """The checkpoint as it stands, the loss curve, and what the average draws: prompts, then joint samples."""
         checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), recipe.weights_dtype)
         plot_curve(stage.curve, stage.folder / "curve.png")
         engine = Engine(checkpoint.load(run / "checkpoint"), torch.device(options.device), options.dtype)
-        results = engine.generate([*(Request(prompt=p, seed=options.seed) for p in prompts), Request(num=16)])
+        joint = [Request(num=16)] if "text" in config.model.predicted else []
+        results = engine.generate([*(Request(prompt=p, seed=options.seed) for p in prompts), *joint])
         samples = [sample for result in results for sample in result.samples]
         sheet = grid([s.image for s in samples], [s.text for s in samples], columns=8)
         write_atomically(stage.folder / f"samples-{step:07d}.png", lambda p: sheet.save(p, "PNG"))
@@ -188,7 +201,7 @@ def train_denoiser(
     stage.run(losses, options.save_every, export)
 
 
-def _shortened(caption: str, words: int) -> str:
+def shortened(caption: str, words: int) -> str:
     """The first words of a caption; a lone _ in it is no hole, and one without any word becomes the empty text."""
     return " ".join([word for word in tokenize(caption) if word != HOLE][:words])
 
@@ -201,9 +214,10 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     if denoiser.batch % denoiser.accumulate:
         raise ValueError(f"--accumulate: {denoiser.accumulate} does not divide the batch of {denoiser.batch}")
     autoencoder = recipe.autoencoder
-    if options.init and options.autoencoder:
+    brings_codecs = options.init and not options.init.is_file()
+    if brings_codecs and options.autoencoder:
         raise ValueError(f"--autoencoder: {options.autoencoder} cannot be used with --init, which brings its own")
-    if autoencoder is None and not (options.autoencoder or options.init):
+    if autoencoder is None and not (options.autoencoder or brings_codecs):
         raise ValueError(f"--autoencoder: preset {options.preset!r} needs a trained one; give its folder or hub id")
     if autoencoder is not None:
         steps = options.autoencoder_steps or autoencoder.steps
@@ -220,15 +234,22 @@ def _same_run(run: Path, settings: dict) -> None:
     write_atomically(path, lambda p: p.write_text(json.dumps(settings) + "\n"))
 
 
-def _start(source: Path, config: Config) -> PSUNet:
-    """The denoiser of a checkpoint to go on from."""
+def _start(source: Path, config: Config) -> PSUNet | UViT:
+    """The denoiser of a checkpoint, or of a file of published U-ViT weights, to go on from."""
+    if source.is_file():
+        model = checkpoint.load_uvit(source, config.model.modality("text").tokens)
+        if config.model.uvit is None or model.config == config.model:
+            return model
+        raise ValueError(f"--init: {source} holds a U-ViT of another shape; use a --preset that fits, or a PS-U-Net's")
     loaded = checkpoint.load(source)
+    if config.model.uvit is None and loaded.config.model.uvit is not None and loaded.config.image == config.image:
+        return loaded.model
     if loaded.config.model != config.model or loaded.config.image != config.image:
         raise ValueError(f"--init: {source} holds a model of another shape; use the --preset it was trained with")
     return loaded.model
 
 
-def _take_codecs(source: Path, run: Path) -> None:
+def take_codecs(source: Path, run: Path) -> None:
     """Copies a checkpoint's autoencoder and word vectors into a run that has none yet."""
     for part in ("image", "text"):
         folder = run / "checkpoint" / part
@@ -274,7 +295,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="pictures and captions.json, MS-COCO captions layout")
     add("--out", type=Path, required=True, metavar="RUN", help="folder of the run; an interrupted run goes on")
     add("--autoencoder", metavar="DIR", help="a trained diffusers autoencoder (folder or hub id) instead of an own one")
-    add("--init", type=Path, metavar="DIR", help="start from a checkpoint: its autoencoder, word vectors and denoiser")
+    add("--init", type=Path, metavar="DIR", help="start from a checkpoint, or a U-ViT weights file")
     add("--steps", type=_positive, help="optimiser steps of the denoiser")
     add("--batch", type=_positive, help="samples a step of the denoiser")
     add("--learning-rate", type=_rate, help="of the denoiser")
@@ -318,8 +339,8 @@ def train(options: argparse.Namespace) -> None:
         _fits(config, codec)
     init = options.init and _start(options.init, config)
     _same_run(run, {key: str(getattr(options, key)) for key in ("preset", "seed", "autoencoder", "init")})
-    if init:
-        _take_codecs(options.init, run)
+    if init and not options.init.is_file():
+        take_codecs(options.init, run)
 
     if codec is None and not folder.exists():
         codec = train_autoencoder(run, data, recipe, size, options)

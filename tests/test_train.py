@@ -113,6 +113,19 @@ def test_word_vectors_cut_off_by_a_kill_are_made_again(pictures, run, tmp_path, 
     assert weights_of(tmp_path) == weights_of(run)
 
 
+def test_a_u_vit_is_trained_and_a_ps_u_net_goes_on_from_it(pictures, tmp_path):
+    options = [*SHORT, "--data", str(pictures), "--out"]
+    assert train.main([*options, str(tmp_path / "u-vit"), "--preset", "uvit-tiny"]) == 0
+    source = checkpoint.load(tmp_path / "u-vit" / "checkpoint")
+    assert source.config == PRESETS["uvit-tiny"]
+    init = ["--init", str(tmp_path / "u-vit" / "checkpoint"), "--steps", "1", "--learning-rate", "1e-9"]
+    assert train.main([*options, str(tmp_path / "run"), *init]) == 0
+    loaded = checkpoint.load(tmp_path / "run" / "checkpoint")
+    assert loaded.config == PRESETS["tiny"]
+    # tiny has one block before the shared ones, of which one is left unmatched
+    torch.testing.assert_close(loaded.model.shared_middle[0].fc1.weight, source.model.middle.fc1.weight)
+
+
 def refusal(capsys, *arguments):
     """The one line on stderr of a refused command."""
     capsys.readouterr()

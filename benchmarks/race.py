@@ -1,0 +1,144 @@
+"""Measuring contenders against each other: the same inputs, checked first, warmed up, then timed in turns.
+
+A machine's speed drifts, so contenders that are measured one after the other meet different machines. Here all
+contenders of a heat run once per round, in an order that rotates. pytest-benchmark, which times one function at a
+time, is then shown the times already taken, through a clock that the heat moves on.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import synchronize
+
+ROUND_SECONDS = 0.005  # short calls are repeated until a round takes this long, so that the clock's grain is nothing
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute something."""
+
+    run: Callable[[], object]  # one call on inputs that are ready
+    expected: Callable[[], Tensor] | None = None  # what `run` must return; None: it is the reference itself
+    tolerance: float = 1e-5  # largest relative error, in the 2-norm
+    flops: float = 0  # of one call
+    moved: float = 0  # bytes of one call, at least
+    pictures: float = 0  # that one call makes or trains on
+    facts: dict = field(default_factory=dict)  # more to record
+
+    def wrong(self) -> str | None:
+        """What is wrong with its result, if anything is."""
+        if self.expected is None:
+            return None
+        found, expected = self.run().double(), self.expected().double()
+        error = ((found - expected).norm() / expected.norm()).item()
+        return None if error <= self.tolerance else f"computes something else: relative error {error:.2g}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a contender took in one heat."""
+
+    seconds: list[float]  # of one call, by round
+    peak_bytes: int | None  # of device memory beyond what was allocated before the call; None on a CPU
+
+
+def heat(contenders: dict[str, Contender], device: torch.device, seconds: float, least: int = 5) -> dict[str, Timing]:
+    """Times all contenders in turns for about `seconds` in all, at least `least` rounds each, after a warm-up."""
+    repeats, peaks, round_seconds = {}, {}, 0.0
+    for name, contender in contenders.items():
+        contender.run()
+        once = min(_timed(contender.run, 1, device) for _ in range(2))
+        repeats[name] = max(1, round(ROUND_SECONDS / once))
+        round_seconds += once * repeats[name]
+        peaks[name] = _peak_bytes(contender.run, device)
+    names, times = list(contenders), {name: [] for name in contenders}
+    for number in range(max(least, min(200, round(seconds / round_seconds)))):
+        for i in range(len(names)):
+            name = names[(number + i) % len(names)]
+            times[name].append(_timed(contenders[name].run, repeats[name], device))
+    return {name: Timing(times[name], peaks[name]) for name in names}
+
+
+def _timed(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def _peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def record(contender: Contender, timing: Timing, dtype: str, ceilings: dict[str, float]) -> dict:
+    """What is stored beside the times: rates at the median, and how far they are from the measured ceilings."""
+    median = statistics.median(timing.seconds)
+    found = {"dtype": dtype, "peak_bytes": timing.peak_bytes, **contender.facts}
+    dtype = found["dtype"]
+    found["p50"], found["p95"] = median, sorted(timing.seconds)[int(0.95 * (len(timing.seconds) - 1) + 0.5)]
+    if contender.flops:
+        found["flops"] = contender.flops
+        found["flops_per_second"] = contender.flops / median
+        found["percent_of_matmul"] = 100 * contender.flops / median / ceilings[dtype]
+    if contender.moved:
+        found["bytes"] = contender.moved
+        found["bytes_per_second"] = contender.moved / median
+        found["percent_of_copy"] = 100 * contender.moved / median / ceilings["copy"]
+    if contender.pictures:
+        found["pictures_per_second"] = contender.pictures / median
+    return found
+
+
+class Replay:
+    """A clock for pytest-benchmark that moves only when a time already measured is played back."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, seconds: list[float]) -> Callable[[], None]:
+        """A function whose n-th call takes the n-th time by this clock."""
+        times = iter(seconds)
+
+        def call() -> None:
+            self.now += next(times)
+
+        return call
+
+
+CLOCK = Replay()
+
+
+def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A function of no arguments on static CUDA tensors, as a replayed CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay

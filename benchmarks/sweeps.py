@@ -1,0 +1,152 @@
+"""What one model is asked over and over: infilling under growing masks, and guidance of every kind and scale."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.metrics import diversity, frechet_distance
+from engine import Engine, Request
+from engine.codecs.text import tokenize
+from engine.data.coco import CaptionedImage
+from engine.data.emoji import base_name
+from engine.evaluate import Gallery, pixels_of, word_f1
+from engine.pictures import to_image
+from engine.sampler import Row, sample
+from engine.schedule import NoiseSchedule, solver_table, timesteps
+from engine.train import shortened
+
+Pairs = list[tuple[CaptionedImage, Tensor]]  # pictures uint8 [3, S, S]
+TOGETHER = 64  # rows sampled at a time
+SAMPLES = 2  # of each name, for the diversity
+
+
+def masking_sweep(engine: Engine, pairs: Pairs, ratios: Sequence[float], steps: int, seed: int) -> list[dict]:
+    """Errors inside the masks: RMSE of pixels in levels, and the share of masked words that come back."""
+    model, size = engine.config.model, engine.config.image.size
+    side = round(model.modality("image").tokens ** 0.5)
+    captions = [tokenize(shortened(item.captions[0], model.modality("text").tokens)) for item, _ in pairs]
+    rows = []
+    for masked in ("image", "text", "both"):
+        for ratio in ratios:
+            generator = np.random.default_rng(seed)  # the same masks, growing, for every model and kind
+            requests, wanted = [], []
+            for i, ((_, picture), words) in enumerate(zip(pairs, captions, strict=True)):
+                cells = _chosen(generator, side * side, ratio).reshape(side, side)
+                holes = _chosen(generator, len(words), ratio)
+                pixels = cells.repeat(size // side, 0).repeat(size // side, 1)  # [S, S]
+                given = {"image": to_image(picture / 127.5 - 1), "prompt": " ".join(words)}
+                if masked != "text":
+                    given["mask"] = Image.fromarray(pixels.astype(np.uint8) * 255)
+                if masked != "image":
+                    given["prompt"] = " ".join("_" if h else w for h, w in zip(holes, words, strict=True))
+                requests.append(Request(**given, steps=steps, seed=seed + i, unknown_words="fill"))
+                wanted.append((picture, torch.from_numpy(pixels), words, holes))
+            results = engine.generate(requests)
+            row = {"masked": masked, "ratio": ratio}
+            if masked != "text":
+                errors = [(pixels_of(r.image) - p / 127.5 + 1)[:, m].square() for r, (p, m, _, _) in
+                          zip(results, wanted, strict=True)]  # fmt: skip
+                row["RMSE"] = torch.cat([e.flatten() for e in errors]).mean().sqrt().item() * 127.5
+            if masked != "image":
+                row["word accuracy"] = _word_accuracy([r.text for r in results], [w[2:] for w in wanted])
+            rows.append(row)
+    return rows
+
+
+def _chosen(generator: np.random.Generator, count: int, ratio: float) -> np.ndarray:
+    """At least one of `count`, [count] bool; a larger ratio chooses the same and more."""
+    order = generator.permutation(count)
+    return order < max(1, round(ratio * count))
+
+
+def _word_accuracy(texts: list[str], wanted: list[tuple[list[str], np.ndarray]]) -> float:
+    right = []
+    for text, (words, holes) in zip(texts, wanted, strict=True):
+        found = tokenize(text)
+        right += [i < len(found) and found[i] == words[i] for i in np.flatnonzero(holes)]
+    return statistics.mean(right)
+
+
+def guidance_sweep(
+    engine: Engine,
+    pairs: Pairs,
+    gallery: Gallery,
+    features: Callable[[Tensor], Tensor] | None,
+    scales: Sequence[float],
+    steps: int,
+    seed: int,
+) -> list[dict]:
+    """Quality and diversity of text-to-image and joint samples, by kind of guidance, conditioning and scale."""
+    model, rows = engine.config.model, []
+    words = model.modality("text").tokens
+    names = [item.captions[0] for item, _ in pairs]
+    prompts = [engine.text.encode(shortened(name, words), words, "fill")[0] for name in names]
+    nothing = torch.zeros(model.modality("image").size)
+    part = model.state_slices["image"]
+    drawn = torch.zeros(model.size, dtype=torch.bool)
+    drawn[part] = True
+    everything = torch.ones_like(drawn)
+    real = features(torch.stack([p for _, p in pairs]) / 127.5 - 1) if features else None
+
+    def packed(text: Tensor) -> Tensor:
+        values = {"image": nothing, "text": text.flatten()}
+        return torch.cat([values[m.name] for m in model.modalities])  # [N]
+
+    empty = packed(engine.text.encode("", words)[0])
+    kinds = [("text-to-image", kind, known) for known in ("clean", "renoise") for kind in ("masked", "empty")]
+    kinds += [("joint", "alternate", "clean"), ("joint", "unidiffuser", "clean")]
+    for task, kind, conditioning in kinds:
+        generate = drawn if task == "text-to-image" else everything
+        for scale in scales:
+            table = solver_table(
+                NoiseSchedule(engine.config.diffusion.schedule, engine.config.diffusion.timesteps),
+                timesteps(engine.config.diffusion.timesteps, steps), conditioning=conditioning, guidance=kind,
+                prediction=engine.config.diffusion.prediction, guidance_scale=scale,
+                guided_modalities=tuple(range(len(model.modalities))) if task == "joint" else (),
+            )  # fmt: skip
+            several = SAMPLES if task == "text-to-image" else 1
+            made = [Row(seed + SAMPLES * i + k, table, generate, packed(prompt), empty)
+                    for i, prompt in enumerate(prompts) for k in range(several)]  # fmt: skip
+            pictures, texts = _sampled(engine, made)
+            if features:  # as many samples as there are real pictures, which the distance depends on
+                quality = frechet_distance(features(pictures[::several]), real)
+            elif task == "text-to-image":
+                found = gallery.nearest(pictures.flatten(1))
+                wanted = [name for name in names for _ in range(several)]
+                quality = statistics.mean(base_name(f) == base_name(n) for f, n in zip(found, wanted, strict=True))
+            else:
+                found = gallery.nearest(pictures.flatten(1))
+                quality = statistics.mean(word_f1(t, f) for t, f in zip(texts, found, strict=True))
+            if task == "text-to-image":
+                spread = statistics.mean(diversity(p) for p in pictures.split(several))
+            else:
+                spread = diversity(pictures)
+            label = (
+                f"{kind}, {conditioning}" if task == "text-to-image" else f"{kind}, {1 + len(table.guided[0])} passes"
+            )
+            rows.append({"task": task, "guidance": label, "scale": scale, "quality": float(quality),
+                         "diversity": spread})  # fmt: skip
+    return rows
+
+
+@torch.inference_mode()
+def _sampled(engine: Engine, rows: list[Row]) -> tuple[Tensor, list[str]]:
+    """Pictures [B, 3, S, S] in −1..1 and texts of rows, past `Engine`, which has one way of guidance for each task."""
+    model, pictures, texts = engine.config.model, [], []
+    image, words = model.modality("image"), model.modality("text")
+    table = engine.model.time_table(torch.arange(engine.config.diffusion.timesteps + 1, device=engine.device))
+
+    def denoise(inputs: Tensor, times: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        return engine.model(inputs, table, times, outputs)
+
+    for i in range(0, len(rows), TOGETHER):
+        states = sample(denoise, rows[i : i + TOGETHER], model, engine.device)  # [B, N]
+        tokens = states[:, model.state_slices["image"]].unflatten(1, (image.tokens, image.channels))
+        pictures.append(engine.image.decode(tokens).cpu())
+        tokens = states[:, model.state_slices["text"]].unflatten(1, (words.tokens, words.channels))
+        texts += [decoded.text for decoded in engine.text.decode(tokens.cpu())]
+    return torch.cat(pictures), texts

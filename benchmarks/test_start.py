@@ -1,0 +1,48 @@
+"""Start: a fresh process until its first picture, with the built-in model; seconds since the process began."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.race import CLOCK
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = """
+import json, sys, time
+started = time.perf_counter()
+done = {}
+def stage(name):
+    done[name] = time.perf_counter() - started
+import engine
+stage("import engine")
+from engine import Engine, Request
+stage("import torch and the engine")
+engine = Engine.from_pretrained(device=sys.argv[1], dtype=sys.argv[2], compile=sys.argv[3] == "compiled")
+stage("load")
+engine.warmup()
+stage("warm up")
+engine.generate(Request(prompt="red heart"))
+stage("first picture")
+print(json.dumps(done))
+"""
+STARTS = {"eager": 3, "compiled": 1}
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_start(benchmark, tmp_path, device, dtype, mode):
+    name = str(dtype).removeprefix("torch.")
+    command = [sys.executable, "-c", PROGRAM, str(device), name, mode]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # nothing compiled before is found again
+    runs = []
+    for _ in range(STARTS[mode]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    runs.sort(key=lambda run: run["first picture"])
+    benchmark.group = "start, built-in model"
+    benchmark.extra_info |= {"contender": mode, "dtype": name, "stages": runs[len(runs) // 2]}
+    benchmark.pedantic(CLOCK.play([run["first picture"] for run in runs]), rounds=len(runs))

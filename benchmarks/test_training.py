@@ -1,0 +1,54 @@
+"""Training: one optimiser step of the denoiser, PS-U-Net against the U-ViT-multi of as many parameters."""
+
+import pytest
+import torch
+
+from benchmarks.race import Contender
+from benchmarks.workloads import equal_parameters, forward_flops, parameters, presets, u_vit_config
+from engine import checkpoint
+from engine.config import PRESETS
+from engine.graphs import compile_blocks
+from engine.loss import DenoisingLoss, distinct_times
+from engine.train import RECIPES
+from engine.training import Stage
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("model", ["PS-U-Net", "U-ViT-multi"])
+def test_training_step(compete, tmp_path, device, dtype, full, model, mode):
+    if mode == "compiled" and not full:
+        pytest.skip("compiling the backward takes minutes on a CPU: --full does")
+    preset = presets(full)
+    batch = RECIPES[preset].denoiser.batch
+
+    def step_of(config, name, compiled):
+        torch.manual_seed(0)
+        network = checkpoint.build(config.model).to(device)
+        stage = Stage(tmp_path / name, network, RECIPES[preset].denoiser, batch, dtype)
+        if compiled:
+            compile_blocks(network.blocks())
+        loss = DenoisingLoss(config, RECIPES[preset].gamma, device=device)
+        x0 = torch.randn(batch, config.model.size, generator=torch.Generator().manual_seed(0)).to(device)
+
+        def denoise(inputs, times):
+            distinct, index = distinct_times(times, 2 * batch + 2)
+            return network(inputs, network.time_table(distinct), index)
+
+        return lambda: torch.tensor(list(stage.train_step(lambda g, _: loss(denoise, x0, g)).values()))
+
+    def build():
+        config, contenders = PRESETS[preset], {}
+        other = u_vit_config(config, equal_parameters(config.model))
+        for name, c in (("PS-U-Net", config), ("U-ViT-multi", other)):
+            for compiled in (False, True) if full else (False,):
+                key = f"{name}, {'compiled' if compiled else 'eager'}"
+                step = step_of(c, key.replace(", ", "-"), compiled)
+                losses = step()
+                assert losses.isfinite().all() and (losses > 0).all(), losses
+                contenders[key] = Contender(
+                    step, flops=3 * forward_flops(c.model, batch), pictures=batch,
+                    facts={"batch": batch, "parameters": parameters(c.model)},
+                )  # fmt: skip
+        return contenders
+
+    compete(f"training, batch {batch}", f"{model}, {mode}", build)
