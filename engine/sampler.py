@@ -100,14 +100,16 @@ class Sampler:
         total, seen = sum(row.table.steps for row in rows), 0
         try:
             while any(job.state is None for job in jobs):
-                with self._turn:
-                    while self._stepping and sum(job.step for job in jobs) == seen:
-                        self._turn.wait()
-                    mine, self._stepping = not self._stepping, True
-                if mine:
-                    try:
+                mine = False
+                try:
+                    with self._turn:
+                        while self._stepping and sum(job.step for job in jobs) == seen:
+                            self._turn.wait()
+                        mine, self._stepping = not self._stepping, True
+                    if mine:
                         self._step()
-                    finally:
+                finally:
+                    if mine:
                         with self._turn:
                             self._stepping = False
                             self._turn.notify_all()

@@ -275,6 +275,49 @@ def test_a_thread_that_cancels_leaves_the_others_alone(engine, mixed, alone):
         waiting.result()
 
 
+def test_guidance_outside_its_interval_takes_one_pass_and_another_picture(engine):
+    base = {"prompt": "red cat", "steps": 8, "guidance": 9.0}
+    always, unguided = engine.generate([Request(**base), Request(**base | {"guidance": 1.0})])
+    whole, late = (engine.generate(Request(**base, guidance_interval=i)) for i in ((0, 1), (0.5, 1)))
+    assert_same(whole, always)
+    assert abs(levels(late.image) - levels(always.image)).max() > 1
+    assert abs(levels(late.image) - levels(unguided.image)).max() > 1
+    passes = []
+    hook = engine.model.shared_middle[0].register_forward_hook(lambda _, args, out: passes.append(len(out)))
+    engine.generate(Request(**base, guidance_interval=(0.5, 1)))
+    hook.remove()
+    assert passes == [1] * 4 + [2] * 4
+
+
+def test_more_samples_than_slots_take_full_slots(tiny_checkpoint):
+    requests = [Request(num=4, steps=10 + 5 * i, prompt=("red _", "cat", None)[i % 3], seed=i) for i in range(8)]
+    with Engine.from_pretrained(tiny_checkpoint, dtype="float32", max_rows=8) as engine:
+        engine.generate(requests)
+        stats = engine.stats()
+    rows = sum(request.num for request in requests)
+    full = -(-sum(request.num * request.steps for request in requests) // 8)
+    assert stats.rows == rows and full <= stats.forwards <= 1.1 * full
+
+
+def test_stats_count_what_was_done(tiny_checkpoint):
+    with Engine.from_pretrained(tiny_checkpoint) as engine:
+        assert (engine.stats().forwards, engine.stats().rows) == (0, 0)
+        engine.generate([Request(num=2, steps=4), Request(prompt="red", steps=3)])
+        stats = engine.stats()
+    assert (stats.forwards, stats.replays, stats.rows) == (4, 0, 3)
+    assert min(stats.prepare_seconds, stats.sample_seconds, stats.decode_seconds) > 0
+    assert stats.memory > 1e6
+
+
+def test_warmup_leaves_no_kind_of_step_for_later(tiny_checkpoint):
+    with Engine.from_pretrained(tiny_checkpoint) as engine:
+        shapes = set()
+        hook = engine.model.shared_middle[0].register_forward_hook(lambda _, args, out: shapes.add(len(out)))
+        engine.warmup(batch=2)
+        assert shapes == {2, 4}
+        hook.remove()
+
+
 def test_engines_made_in_threads_work_side_by_side(tiny_checkpoint, mixed, alone):
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda _: Engine.from_pretrained(tiny_checkpoint, dtype="float32"), range(2)))

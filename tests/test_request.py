@@ -95,3 +95,14 @@ def test_a_task_only_checks_what_is_given(given, fitting):
 def test_a_request_cannot_be_changed_after_its_checks():
     with pytest.raises(AttributeError):
         Request().steps = 0
+
+
+@pytest.mark.parametrize("interval", [None, (0, 1), (0.25, 0.75), [0.0, 0.5]])
+def test_a_guidance_interval_is_two_fractions(interval):
+    assert Request(guidance_interval=interval).guidance_interval == interval
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.7, 0.2), (-0.1, 1), (0, 1.1), (0,), "01", 0.5, (0, float("nan"))])
+def test_any_other_guidance_interval_is_refused(interval):
+    with pytest.raises(RequestError, match="^guidance_interval: .*use two numbers, 0 <= start < end <= 1"):
+        Request(guidance_interval=interval)

@@ -237,6 +237,8 @@ NUMBERS = [
     *(bad("--steps", value) for value in ("0", "-3", "1001", "inf", "two")),
     *(bad("--guidance", value) for value in ("nan", "inf", "100.5", "x", "")),
     bad("--guidance", "1e30", said="1e+30"),
+    bad("--guidance-interval", "0.7", said="expected 2"),
+    bad("--guidance-interval", "0.7", "0.2", said="0 <= start < end <= 1"),
     bad("--guidance=-inf", said="-inf"),
     *(bad("--seed", value) for value in ("-1", "1e3", "x", "nan", str(2**64))),
     bad("--seed", str(2**64 - 1), "--num", "2"),

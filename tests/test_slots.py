@@ -1,11 +1,13 @@
 """The loop's slots: rows enter and leave between steps, and neither slots, buckets nor neighbours change a row."""
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import PRESETS, Modality, ModelConfig
 from engine.model import PSUNet
@@ -264,3 +266,72 @@ def test_a_row_of_more_passes_than_the_sampler_does_is_refused():
     wide = row(1, "image text", 3, guidance="unidiffuser", guidance_scale=2.0, guided_modalities=(0, 1))
     with pytest.raises(ValueError, match="^passes: a row needs 3, the sampler does 2; use more"):
         Sampler(Denoiser(), MODEL, buckets=POWERS).run([row(2, "image", 2), wide])
+
+
+class Recorded:
+    """Stands in for CUDA graphs: does the step that came first under its key, whatever comes later."""
+
+    def __init__(self):
+        self.steps, self.replays = {}, 0
+
+    def __call__(self, key, step):
+        self.replays += key in self.steps
+        self.steps.setdefault(key, step)()
+
+    def clear(self):
+        self.steps.clear()
+
+
+def test_the_first_step_of_a_kind_replayed_does_what_every_later_one_would(alone):
+    """So that a captured one may be replayed: it reads and writes memory that stays where it is."""
+    denoiser, graphs = Denoiser(), Recorded()
+    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, graphs=graphs)
+    for order in (range(8), (3, 1, 6), (7, 4, 5, 0, 2), range(8)):
+        replays, forwards = graphs.replays, sampler.forwards
+        assert_same(sampler.run([mixed_rows()[i] for i in order]), alone[list(order)])
+    assert graphs.replays - replays == sampler.forwards - forwards, "nothing new the second time"
+    sampler.run([row(1, "image", 130)])
+    assert len(graphs.steps) == 1, "longer tables lie elsewhere, what was captured before is gone"
+
+
+class Operations(TorchDispatchMode):
+    """Collects the names of all operations that are run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **keywords or {})
+
+
+def test_a_step_reads_nothing_on_the_host_and_brings_nothing_from_there():
+    """Either would keep it from being captured."""
+    operations, denoiser = Operations(), Denoiser()
+
+    def recorded(key, step):
+        with operations:
+            step()
+
+    Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, graphs=recorded).run(mixed_rows())
+    assert {"addmm", "gather", "where", "copy_"} <= operations.names
+    waits = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "allclose"}
+    assert not operations.names & (waits | {"lift_fresh", "lift_fresh_copy", "_pin_memory"})
+
+
+def test_nothing_is_kept_of_rows_that_are_done():
+    denoiser = Denoiser()
+    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode)
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    rows = mixed_rows()
+    sampler.run(rows)
+    before = tensors()
+    for _ in range(20):
+        sampler.run(rows[::2])
+        sampler.run(rows)
+    assert tensors() <= before
