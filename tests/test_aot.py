@@ -25,14 +25,16 @@ def compiled(request):
 @pytest.mark.slow
 def test_kernels_fit_the_device_without_spills_and_do_not_grow(compiled):
     target, usages = compiled
-    committed = {(u.case, u.kernel): u for u in aot.parse(COMMITTED.read_text()) if u.target == target}
+    text = COMMITTED.read_text()
+    committed = {(u.case, u.kernel): u for u in aot.parse(text) if u.target == target}
+    same_compiler = f"triton {aot.triton.__version__}." in text
     assert {(u.case, u.kernel) for u in usages} == committed.keys()
     for u in usages:
         before = committed[u.case, u.kernel]
         # ptxas saves a few registers around the slow path of cos and sin, which runs for angles above 10⁵ only.
         assert u.spills == 0 or (u.kernel == "_timestep_table" and u.spills <= 32), u
         assert u.shared <= aot.SHARED_LIMIT[target], u
-        assert u.registers <= 1.1 * before.registers + 2, (u, before)  # Triton's next release may differ a little
+        assert not same_compiler or u.registers <= before.registers, (u, before)
         # 16-bit attention runs on tensor cores: on sm_90 by wgmma, which needs 64 rows a program.
         if u.kernel.startswith("_attention") and "fp32" not in u.case:
             assert u.matrix > 0, u
