@@ -72,29 +72,30 @@ def choose(operation: str, x: torch.Tensor, sizes: tuple[int, ...], supported: b
     asked      the caller's choice or "auto"
     Raises BackendError if the one asked for cannot run. Pure Python on constants, so that torch.compile traces it.
     """
+    argument = operation
     if asked == "auto":
-        asked = ENVIRONMENT[operation]
+        asked, argument = ENVIRONMENT[operation], f"PSUNET_{operation.upper()}"
     if asked == "auto":
         return _automatic(operation, x, sizes, supported)
-    check(operation, asked, x.device.type)
+    check(operation, asked, x.device.type, argument)
     if asked == "triton" and not supported:
         remedy = f"use {PORTABLE[operation]} or auto"
-        raise BackendError(f"{operation}: 'triton' does not take sizes {sizes} in {x.dtype}; {remedy}")
+        raise BackendError(f"{argument}: 'triton' does not take sizes {sizes} in {x.dtype}; {remedy}")
     return asked
 
 
-def check(operation: str, asked: str, device_type: str) -> None:
-    """Raises BackendError unless the backend asked for, or "auto", exists and can run on such a device."""
-    portable = PORTABLE[operation]
+def check(operation: str, asked: str, device_type: str, argument: str | None = None) -> None:
+    """Raises BackendError, naming `argument`, unless the backend asked for exists and can run on such a device."""
+    portable, argument = PORTABLE[operation], argument or operation
     if asked in ("auto", portable):
         return
     if asked not in BACKENDS[operation]:
         known = ", ".join(("auto", *BACKENDS[operation]))
-        raise BackendError(f"{operation}: {asked!r} is not known; use one of {known}")
+        raise BackendError(f"{argument}: {asked!r} is not known; use one of {known}")
     if asked == "triton" and triton is None:
-        raise BackendError(f"{operation}: 'triton' is not installed; install triton, or use {portable} or auto")
+        raise BackendError(f"{argument}: 'triton' is not installed; install triton, or use {portable} or auto")
     if device_type != "cuda" and not (asked == "triton" and INTERPRETED):
-        raise BackendError(f"{operation}: {asked!r} needs a CUDA device; use {portable} or auto")
+        raise BackendError(f"{argument}: {asked!r} needs a CUDA device; use {portable} or auto")
 
 
 def _automatic(operation: str, x: torch.Tensor, sizes: tuple[int, ...], supported: bool) -> str:

@@ -99,6 +99,12 @@ def test_what_cannot_run_on_a_cpu_is_refused(asked, message, monkeypatch):
         backend.choose("attention", torch.zeros(1), SIZES, asked=asked)
 
 
+def test_a_bad_environment_variable_is_named(monkeypatch):
+    monkeypatch.setitem(backend.ENVIRONMENT, "adaln", "fast")
+    with pytest.raises(backend.BackendError, match="^PSUNET_ADALN: 'fast' is not known; use one of auto, torch, triton"):
+        backend.choose("adaln", torch.zeros(1), SIZES)
+
+
 def test_cpus_take_pytorch_for_everything():
     assert {o: backend.choose(o, torch.zeros(1), SIZES) for o in backend.BACKENDS} == backend.PORTABLE
 
