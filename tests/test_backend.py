@@ -101,7 +101,9 @@ def test_what_cannot_run_on_a_cpu_is_refused(asked, message, monkeypatch):
 
 def test_a_bad_environment_variable_is_named(monkeypatch):
     monkeypatch.setitem(backend.ENVIRONMENT, "adaln", "fast")
-    with pytest.raises(backend.BackendError, match="^PSUNET_ADALN: 'fast' is not known; use one of auto, torch, triton"):
+    with pytest.raises(
+        backend.BackendError, match="^PSUNET_ADALN: 'fast' is not known; use one of auto, torch, triton"
+    ):
         backend.choose("adaln", torch.zeros(1), SIZES)
 
 
