@@ -17,7 +17,6 @@ from torch import Tensor
 from engine import masks
 from engine.checkpoint import BUILT_IN, Checkpoint, CheckpointError, load
 from engine.codecs.image import ImageCodec
-from engine.config import DiffusionConfig
 from engine.data.coco import DAMAGED, fit_image
 from engine.device import resolve
 from engine.graphs import StepGraphs, compile_blocks
@@ -26,7 +25,7 @@ from engine.model import PSUNet
 from engine.pictures import to_image
 from engine.request import ATTENTIONS, Request, RequestError, Result, Sample
 from engine.sampler import Row, Sampler
-from engine.schedule import NoiseSchedule, SolverTable, solver_table, timesteps
+from engine.schedule import NoiseSchedule, spaced_table
 from engine.uvit import UViT
 
 # Guidance where a request names none: for text-to-image and image-to-text the best of 1, 2, 3 and 5 on the built-in
@@ -270,10 +269,15 @@ class Engine:
 
     def _rows(self, p: Prepared) -> list[Row]:
         """One row per sample, which differ in their seeds."""
-        request = p.request
-        table = _solver_table(
-            self.schedule, self.config.diffusion, request.solver, request.steps, request.resample, request.jump,
-            p.guidance, request.guidance_interval, len(self.config.model.modalities) if p.task == "joint" else 0,
+        request, diffusion, joint = p.request, self.config.diffusion, p.task == "joint"
+        # From fractions of the way to times, which run from N down.
+        start, end = (round(diffusion.timesteps * (1 - x)) for x in request.guidance_interval or (0, 1))
+        table = spaced_table(
+            self.schedule, request.steps, prediction=diffusion.prediction, conditioning=diffusion.conditioning,
+            solver=request.solver, resample=request.resample, jump=request.jump,
+            # With nothing known there is nothing to drop: the modalities guide each other in turn.
+            guidance="alternate" if joint else "masked", guidance_scale=p.guidance, guidance_interval=(end, start),
+            guided_modalities=tuple(range(len(self.config.model.modalities))) if joint else (),
         )  # fmt: skip
         return [Row(request.seed + i, table, p.generate, p.known) for i in range(request.num)]
 
@@ -307,34 +311,6 @@ class Engine:
             for i, (image, text) in enumerate(zip(pixels, texts, strict=True))
         )
         return Result(p.request, p.task, p.guidance, tuple(samples))
-
-
-@lru_cache(maxsize=256)
-def _solver_table(
-    schedule: NoiseSchedule,
-    diffusion: DiffusionConfig,
-    solver: str,
-    steps: int,
-    resample: int,
-    jump: int,
-    guidance_scale: float,
-    interval: tuple[float, float] | None,
-    joint: int,  # how many modalities guide each other in turn, since with nothing known there is nothing to drop
-) -> SolverTable:
-    N = schedule.timesteps
-    return solver_table(
-        schedule,
-        timesteps(N, steps),
-        prediction=diffusion.prediction,
-        conditioning=diffusion.conditioning,
-        solver=solver,
-        resample=resample,
-        jump=jump,
-        guidance="alternate" if joint else "masked",
-        guidance_scale=guidance_scale,
-        guidance_interval=None if interval is None else (round(N * (1 - interval[1])), round(N * (1 - interval[0]))),
-        guided_modalities=tuple(range(joint)),
-    )
 
 
 def _opened(argument: str, image) -> Image.Image:

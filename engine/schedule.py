@@ -5,7 +5,7 @@ line per call of the model. This file knows nothing of models, states or devices
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -163,6 +163,12 @@ def solver_table(
         codes = _guided_codes(guidance, guided_modalities, step, off=w == 1)
         indices.append((t, known_time, drop_time, draw, *codes))
     return SolverTable(np.array(coefficients, np.float32), np.array(indices, np.int32))
+
+
+@lru_cache(maxsize=256)
+def spaced_table(schedule: NoiseSchedule, steps: int, **options) -> SolverTable:
+    """`solver_table` of evenly spaced times, with its options; made once for the same settings."""
+    return solver_table(schedule, timesteps(schedule.timesteps, steps), **options)
 
 
 def _repaint_walk(steps: int, resample: int, jump: int):
