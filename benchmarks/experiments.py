@@ -261,7 +261,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("experiment", choices=list(EXPERIMENTS))
     add("--data", type=Path, required=True, metavar="DIR", help="pictures and captions, MS-COCO captions layout")
-    add("--preset", choices=["emoji", "coco256"], default="emoji", help="default: %(default)s")
+    add("--preset", choices=["emoji", "coco256", "tiny"], default="emoji", help="default: %(default)s")
     add("--size", type=int, help="pixels a side, if not the preset's")
     add("--autoencoder", metavar="DIR", help="a diffusers autoencoder, and word vectors trained on --data, instead of "
         "the built-in model's")  # fmt: skip

@@ -19,6 +19,7 @@ def facts(device: torch.device) -> dict:
         found = {"device": torch.cuda.get_device_name(device), "driver": "n/a", "cuda": torch.version.cuda}
         if meter := PowerMeter.open(device):
             found |= meter.facts()
+    found["load"] = round(os.getloadavg()[0], 1)  # what else ran: shared cores make noisy times
     found["python"] = platform.python_version()
     for package in PACKAGES:
         try:

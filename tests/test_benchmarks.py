@@ -1,0 +1,265 @@
+"""The benchmarks themselves: fair heats, right counts and metrics, reports that say what was not measured."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import experiments, report
+from benchmarks.metrics import bleu4, diversity, features_of, frechet_distance
+from benchmarks.race import Contender, Replay, Timing, heat, record
+from benchmarks.workloads import equal_compute, equal_depth, equal_parameters, forward_flops, forward_inputs, parameters
+from engine.checkpoint import BUILT_IN, build
+from engine.config import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+CEILINGS = {"copy": 1e10, "float32": 1e11, "bfloat16": 2e11}
+
+
+def test_contenders_take_turns_in_an_order_that_rotates(monkeypatch):
+    calls = []
+    monkeypatch.setattr("benchmarks.race.ROUND_SECONDS", 0)
+    timings = heat({name: Contender(lambda n=name: calls.append(n)) for name in "abc"}, CPU, seconds=0, least=4)
+    rounds = ["".join(calls[-12:][i : i + 3]) for i in range(0, 12, 3)]
+    assert rounds == ["abc", "bca", "cab", "abc"]
+    assert all(len(t.seconds) == 4 and t.peak_bytes is None for t in timings.values())
+
+
+def test_short_calls_are_repeated_until_the_clock_can_tell_them_apart():
+    count = [0]
+    heat({"a": Contender(lambda: count.__setitem__(0, count[0] + 1))}, CPU, seconds=0, least=2)
+    assert count[0] > 1000
+
+
+def test_a_contender_that_computes_something_else_is_told_of():
+    right = torch.ones(3)
+    assert Contender(lambda: right + 1e-7, lambda: right).wrong() is None
+    assert "computes something else" in Contender(lambda: right + 1e-3, lambda: right).wrong()
+
+
+def test_a_replayed_clock_shows_the_times_that_were_measured():
+    clock = Replay()
+    call, seen = clock.play([0.25, 4.0]), []
+    for _ in range(2):
+        started = clock()
+        call()
+        seen.append(clock() - started)
+    assert seen == [0.25, 4.0]
+
+
+def test_a_record_says_how_far_the_ceilings_are():
+    contender = Contender(lambda: None, flops=1e10, moved=1e9, pictures=4, facts={"rows": 2})
+    found = record(contender, Timing([0.5, 0.2, 0.2], None), "float32", CEILINGS)
+    assert found["percent_of_matmul"] == pytest.approx(50) and found["percent_of_copy"] == pytest.approx(50)
+    assert found["pictures_per_second"] == pytest.approx(20) and found["p95"] == 0.5 and found["rows"] == 2
+
+
+TINY, COCO = PRESETS["tiny"].model, PRESETS["coco256"].model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        TINY,
+        replace(TINY, time="token"),
+        equal_depth(TINY),
+        PRESETS["uvit-tiny"].model,
+        PRESETS["uvit-t2i-coco256"].model,
+    ],
+    ids=["psunet", "time token", "equal depth", "uvit", "t2i"],
+)
+def test_forward_flops_are_those_of_the_matrix_products(model):
+    network = build(model)
+    inputs, times, index = forward_inputs(model, 2, CPU)
+    table = network.time_table(times)
+    with FlopCounterMode(display=False) as counter:
+        network(inputs, table, index)
+    convolution = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    assert forward_flops(model, 2) == counter.get_total_flops() - convolution
+
+
+def test_models_are_made_equal_in_what_they_are_said_to_be():
+    assert equal_depth(COCO).shared_depth == 17
+    assert parameters(equal_parameters(COCO)) == pytest.approx(parameters(COCO), rel=0.04)
+    assert forward_flops(equal_compute(COCO), 1) == pytest.approx(forward_flops(COCO, 1), rel=0.06)
+
+
+def test_the_frechet_distance_is_that_of_the_fitted_gaussians():
+    x = torch.tensor([[0.0, 0], [2, 0], [0, 2], [2, 2]])  # mean 1, covariance 4/3
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, x + 3) == pytest.approx(18)
+    assert frechet_distance(x, 2 * x) == pytest.approx(2 + 2 * (2 - 1) ** 2 * 4 / 3)
+    skew = torch.tensor([[1.0, 2], [3, 1], [0, 5], [2, 2], [7, 1]])
+    assert frechet_distance(x, skew) == pytest.approx(frechet_distance(skew, x))
+    with pytest.raises(ValueError, match="count"):
+        frechet_distance(x[:1], x)
+
+
+def test_bleu_counts_clipped_n_grams_and_punishes_brevity():
+    assert bleu4(["a red car on a road"], [["a red car on a road", "something else"]]) == pytest.approx(1)
+    assert bleu4(["the the the the the"], [["the cat sat on the mat"]]) == 0
+    # 1-grams 6/6, 2-grams 4/5, 3-grams 3/4, 4-grams 2/3; as long as the nearest reference
+    expected = (4 / 5 * 3 / 4 * 2 / 3) ** 0.25
+    assert bleu4(["a b c d e a"], [["a b c d e", "x a a y z w"]]) == pytest.approx(expected * 1.0, rel=1e-6)
+    short = bleu4(["a b c d"], [["a b c d e f"]])
+    assert short == pytest.approx(2.718281828459045 ** (1 - 6 / 4))
+
+
+def test_diversity_is_in_levels():
+    pictures = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 1.0)])
+    assert diversity(pictures) == pytest.approx(127.5)
+
+
+def test_features_come_from_a_file_and_others_are_refused(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text("import torch\ndef load():\n    return torch.nn.Flatten()\n")
+    assert features_of(file, CPU)(torch.full((2, 3, 4, 4), -1.0)).eq(0).all()
+    (tmp_path / "other.py").write_text("")
+    for wrong in (tmp_path / "other.py", tmp_path / "nowhere.py", tmp_path / "weights.pt"):
+        with pytest.raises(ValueError, match="--features"):
+            features_of(wrong, CPU)
+
+
+def stored_run(medians, device="a processor"):
+    statistics = {"iqr": 0.01, "min": 0.1, "rounds": 5}
+    benchmarks = [
+        {
+            "group": "attention, 2 rows", "name": name, "fullname": f"benchmarks/test_kernels.py::{name}",
+            "extra_info": {"contender": name, "dtype": "float32", "p95": median, "peak_bytes": None, "flops": 1e6,
+                           "bytes": 1e5, "flops_per_second": 1e6 / median, "percent_of_matmul": 1.0,
+                           "bytes_per_second": 1e5 / median, "percent_of_copy": 2.0},
+            "stats": {"median": median, **statistics},
+        }
+        for name, median in medians.items()
+    ]  # fmt: skip
+    engine = {"device": device, "threads": 1, "torch": "2", "ceilings": CEILINGS}
+    return {
+        "machine_info": {"engine": engine}, "commit_info": {"id": "abc", "dirty": True}, "benchmarks": benchmarks,
+        "datetime": "2026-01-02T03:04:05",
+    }  # fmt: skip
+
+
+def test_a_run_is_compared_by_ratios_with_the_machines_drift_taken_out():
+    old = stored_run({"a": 1.0, "b": 2.0, "c": 3.0})
+    lines, well = report.compare(stored_run({"a": 2.0, "b": 4.0, "c": 6.0}), old, 1.25)
+    assert well and "median ratio is 2.000" in lines[0]
+    lines, well = report.compare(stored_run({"a": 1.0, "b": 2.0, "c": 6.0}), old, 1.25)
+    assert not well and "SLOWER" in lines[1] and lines[1].endswith("c") and "SLOWER" not in lines[2]
+    with pytest.raises(ValueError, match="different machines.*another"):
+        report.compare(stored_run({"a": 1.0}, device="another"), old, 1.25)
+    with pytest.raises(ValueError, match="no benchmark in common"):
+        report.compare(stored_run({"z": 1.0}), old, 1.25)
+
+
+def test_results_name_the_machine_the_ceilings_and_what_is_missing(tmp_path, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "cpu.json").write_text(json.dumps(stored_run({"a": 1e-3, "b": 2e-3})))
+    assert report.main(["--results", str(results), "--out", str(tmp_path / "RESULTS.md")]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    for part in ("a processor", "with uncommitted changes", "copy 10.0 GB/s", "| b | 2 ms |", "| 2.00 |"):
+        assert part in text
+    assert "**Not measured:** Anything on a GPU" in text and "experiments on architecture" in text
+    pictures = {path.name for path in results.glob("*.png")}
+    assert pictures == {"cpu-bars-kernels.png", "cpu-roofline.png"} and all(p in text for p in pictures)
+    for wrong in ("{}", "not json"):
+        (results / "cpu.json").write_text(wrong)
+        assert report.main(["--results", str(results)]) == 2
+        assert "cpu.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def emoji(tmp_path):
+    """Five pictures to train on and three to test with, named in words the built-in model knows."""
+    names = ["red heart", "dog", "cat", "man running", "blue heart", "woman running", "tree", "sun"]
+    (tmp_path / "images").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(8):
+        pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).resize((64, 64)).save(tmp_path / "images" / f"{i}.png")
+    for file, ids in (("captions.json", range(5)), ("captions_test.json", range(5, 8))):
+        content = {
+            "images": [{"id": i, "file_name": f"{i}.png"} for i in ids],
+            "annotations": [{"image_id": i, "caption": names[i]} for i in ids],
+        }
+        (tmp_path / file).write_text(json.dumps(content))
+    return tmp_path
+
+
+def experiment(emoji, *options):
+    arguments = ["--data", str(emoji), "--out", str(emoji / "runs"), "--results", str(emoji / "results")]
+    return experiments.main([*options, *arguments, "--device", "cpu", "--dtype", "float32", "--sampling-steps", "1"])
+
+
+TRAINED = ["--preset", "tiny", "--autoencoder", str(BUILT_IN / "image"), "--steps", "1", "--batch", "2"]
+
+
+@pytest.mark.parametrize(
+    "options, rows",
+    [
+        (["masking", "--ratios", "0.5", "1"], 6),
+        (["guidance", "--scales", "1", "3"], 12),
+        (["architecture", *TRAINED, "--seeds", "0", "1"], 5),
+        (["depths", *TRAINED], 2),
+        (["masking", *TRAINED, "--ratios", "0.5"], 3),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value),
+)
+def test_an_experiment_writes_a_table_and_a_picture(emoji, options, rows):
+    assert experiment(emoji, *options) == 0
+    preset = "tiny" if "tiny" in options else "emoji"
+    stored = json.loads((emoji / "results" / f"experiment-{options[0]}-{preset}.json").read_text())
+    assert len(stored["rows"]) == rows and stored["command"].startswith(
+        f"python -m benchmarks.experiments {options[0]}"
+    )
+    with Image.open(emoji / "results" / stored["picture"]) as picture:
+        picture.verify()
+    assert report.main(["--results", str(emoji / "results"), "--out", str(emoji / "RESULTS.md")]) == 0
+    assert stored["title"] in (emoji / "RESULTS.md").read_text()
+
+
+def test_photos_are_measured_with_given_features(emoji):
+    net = emoji / "net.py"
+    network = "torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten())"
+    net.write_text(f"import torch\ndef load():\n    return {network}\n")
+    assert experiment(emoji, "architecture", *TRAINED, "--features", str(net)) == 0
+    row = json.loads((emoji / "results" / "experiment-architecture-tiny.json").read_text())["rows"][0]
+    assert row["FD"] > 0 and 0 <= row["BLEU-4"] <= 1 and row["± FD"] == "one seed"
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["architecture"], "--steps"),
+        (["masking", "--ratios", "0"], "--ratios"),
+        (["masking", "--count", "1"], "--count"),
+        (["guidance", "--features", "x.py"], "--autoencoder"),
+        (["guidance", "--checkpoint", "nowhere"], "nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_experiments_refuse_what_cannot_work(emoji, capsys, options, named):
+    assert experiment(emoji, *options) == 2
+    assert named in capsys.readouterr().err
+    assert not (emoji / "results").exists()
+
+
+@pytest.mark.slow
+def test_a_benchmark_runs_and_its_stored_run_is_reported(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-k", "cfg_step", "--seconds", "0.1",
+               "--device", "cpu", "--dtype", "float32", "--benchmark-json", str(results / "run.json")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stored = report.read(results / "run.json")
+    assert stored["machine_info"]["engine"]["ceilings"]["float32"] > 1e9
+    assert all(b["extra_info"]["percent_of_copy"] > 0 for b in stored["benchmarks"])
+    assert [str(p.name) for p in report.write(results, tmp_path / "RESULTS.md")][0] == "RESULTS.md"
