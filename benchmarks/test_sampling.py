@@ -17,7 +17,13 @@ from engine.sampler import Row, sample
 from engine.schedule import NoiseSchedule, solver_table, timesteps
 
 MODELS = ("PS-U-Net", "U-ViT-multi, equal parameters")
-PASSES = {"joint": 1, "text-to-image": 2, "image-to-text": 2, "infill": 2}  # at the engine's default guidance
+# Passes at the engine's default guidance, and what is generated.
+TASKS = {
+    "joint": (1, ("image", "text")),
+    "text-to-image": (2, ("image",)),
+    "image-to-text": (2, ("text",)),
+    "infill": (2, ("image", "text")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ def requests_of(task: str, size: int, batch: int, steps: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16, 64])
-@pytest.mark.parametrize("task", PASSES)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("model", MODELS)
 def test_tasks(compete, engines, full, steps, model, task, batch):
     if batch > 4 and not full:
@@ -63,7 +69,8 @@ def test_tasks(compete, engines, full, steps, model, task, batch):
         contenders = {}
         for name, engine in engines.items():
             requests = requests_of(task, engine.config.image.size, batch, steps)
-            flops = steps * forward_flops(engine.config.model, batch * PASSES[task])
+            passes, outputs = TASKS[task]
+            flops = steps * forward_flops(engine.config.model, batch * passes, outputs)
             facts = {"batch": batch, "steps": steps, "task": task}
 
             def run(engine=engine, requests=requests):
@@ -88,7 +95,7 @@ def test_steps(compete, engines, full, model, steps):
         contenders = {}
         for name, engine in engines.items():
             requests = requests_of("text-to-image", engine.config.image.size, batch, steps)
-            flops = steps * forward_flops(engine.config.model, 2 * batch)
+            flops = steps * forward_flops(engine.config.model, 2 * batch, ("image",))
             facts = {"batch": batch, "steps": steps, "task": "text-to-image"}
             contenders[name] = Contender(lambda e=engine, r=requests: e.generate(r), flops=flops, pictures=batch,
                                          facts=facts)  # fmt: skip

@@ -51,18 +51,21 @@ def parameters(model: ModelConfig) -> int:
         return sum(p.numel() for p in checkpoint.build(model).parameters())
 
 
-def forward_flops(model: ModelConfig, rows: int) -> int:
-    """Multiplications and additions of the matrix products of one forward; what is elementwise is left out."""
+def forward_flops(model: ModelConfig, rows: int, outputs: tuple[str, ...] | None = None) -> int:
+    """Multiplications and additions of the matrix products of one forward; what is elementwise is left out.
+
+    `outputs` as in the models' forward: out-blocks and heads of the others do not run.
+    """
+    wanted = model.predicted if outputs is None else outputs
     prefix = 0 if model.uvit is None else len(model.uvit.timed) + model.uvit.extra_tokens
-    times = len(model.modalities) if model.uvit is None and model.time == "token" else 0
-    shared = _stack_flops(model, prefix + times + model.tokens, model.shared_depth, model.shared_depth // 2)
-    total = rows * shared
+    time = int(model.uvit is None and model.time == "token")  # a PS-U-Net's modality carries its own time token
+    tokens = prefix + model.tokens + time * len(model.modalities)
+    total = _stack_flops(model, tokens, model.shared_depth, model.shared_depth // 2)
     for m in model.modalities:
-        tokens = m.tokens + (times > 0)
-        total += rows * _stack_flops(model, tokens, 2 * m.depth, m.depth)
-        ends = 1 + (m.name in model.predicted)
-        total += rows * ends * 2 * m.tokens * m.channels * model.dim  # embedding and head
-    return total
+        sides = 1 + (m.name in wanted)
+        total += _stack_flops(model, m.tokens + time, sides * m.depth, (sides - 1) * m.depth)
+        total += sides * 2 * m.tokens * m.channels * model.dim  # embedding, and head
+    return rows * total
 
 
 def _stack_flops(model: ModelConfig, tokens: int, blocks: int, skips: int) -> int:

@@ -75,14 +75,15 @@ TINY, COCO = PRESETS["tiny"].model, PRESETS["coco256"].model
     ],
     ids=["psunet", "time token", "equal depth", "uvit", "t2i"],
 )
-def test_forward_flops_are_those_of_the_matrix_products(model):
+@pytest.mark.parametrize("outputs", [None, ("image",)], ids=["all", "image"])
+def test_forward_flops_are_those_of_the_matrix_products(model, outputs):
     network = build(model)
     inputs, times, index = forward_inputs(model, 2, CPU)
     table = network.time_table(times)
     with FlopCounterMode(display=False) as counter:
-        network(inputs, table, index)
+        network(inputs, table, index, outputs)
     convolution = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
-    assert forward_flops(model, 2) == counter.get_total_flops() - convolution
+    assert forward_flops(model, 2, outputs) == counter.get_total_flops() - convolution
 
 
 def test_models_are_made_equal_in_what_they_are_said_to_be():

@@ -100,6 +100,11 @@ def test_imports_point_downwards(module):
     assert not upward, f"{module} (rank {rank(module)}) imports {upward}"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_the_engine_knows_nothing_of_benchmarks_and_tests(module):
+    assert not {name.split(".")[0] for name in imports(ast.walk(TREES[module]))} & {"benchmarks", "tests"}
+
+
 def test_imports_make_no_circle():
     graph = {module: imports(ast.walk(tree)) & TREES.keys() for module, tree in TREES.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
