@@ -26,7 +26,7 @@ import torch
 from benchmarks import machine
 from benchmarks.metrics import bleu4, features_of, frechet_distance
 from benchmarks.plots import plot_bars, plot_curves
-from benchmarks.sweeps import guidance_sweep, masking_sweep
+from benchmarks.sweeps import denoising_errors, guidance_sweep, masking_sweep
 from benchmarks.workloads import equal_compute, equal_parameters, forward_flops, parameters, u_vit_config
 from engine import Engine, Request
 from engine.checkpoint import BUILT_IN
@@ -40,6 +40,10 @@ from engine.evaluate import Gallery, evaluate, pixels_of, spread, word_f1
 from engine.pictures import to_image
 from engine.train import RECIPES, shortened, take_codecs, train_denoiser
 
+ERRORS = (
+    "Image error and text error: the mean square error of the model's prediction of one modality, held-out pictures, "
+    "at evenly spaced times, the other modality known."
+)
 GRID = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # (N_text, N_image); N_shared takes what is left
 
 
@@ -80,9 +84,15 @@ def read_data(options: argparse.Namespace) -> Data:
     return Data(config, train, spread(pairs, options.count), Gallery.of(everything), codecs, features)
 
 
-def trained(name: str, config: Config, steps: int, seed: int, data: Data, options: argparse.Namespace) -> Engine:
-    """The model of one run, trained now or taken from the folder where an earlier start has left it."""
-    run = options.out / f"{name}-{steps}-seed{seed}".lower().replace(" ", "-").replace(",", "")
+def trained(
+    name: str, config: Config, steps: int, seed: int, data: Data, options: argparse.Namespace, total: int | None = None
+) -> Engine:
+    """The model of one run after `steps` of its `total`, trained now or as far as an earlier start has not.
+
+    At a constant learning rate, so that a run's way can be looked at: the averaged weights make up for the decay.
+    """
+    total = total or steps
+    run = options.out / f"{name}-{total}-seed{seed}".lower().replace(" ", "-").replace(",", "")
     run.mkdir(parents=True, exist_ok=True)
     take_codecs(data.codecs, run)
     image = ImageCodec.load(data.codecs / "image", config.image.size, config.image.patch, options.device)
@@ -92,9 +102,10 @@ def trained(name: str, config: Config, steps: int, seed: int, data: Data, option
         str(data.codecs.resolve()), config.image.size,
     )  # fmt: skip
     recipe = RECIPES[options.preset]
-    denoiser = replace(recipe.denoiser, steps=steps, seed=seed, batch=options.batch or recipe.denoiser.batch)
+    denoiser = replace(recipe.denoiser, steps=steps, seed=seed, batch=options.batch or recipe.denoiser.batch, decay=0.0,
+                       warmup=min(recipe.denoiser.warmup, total // 10))  # fmt: skip
     settings = argparse.Namespace(seed=seed, device=options.device, dtype=options.dtype, compile=options.compile,
-                                  save_every=max(1, steps // 4))  # fmt: skip
+                                  save_every=steps)  # fmt: skip
     train_denoiser(run, cache, text, config, replace(recipe, denoiser=denoiser), settings, None)
     name_of_dtype = str(options.dtype).removeprefix("torch.")
     return Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=name_of_dtype)
@@ -126,29 +137,50 @@ def scores(engine: Engine, data: Data, options: argparse.Namespace, seed: int) -
     }
 
 
-def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options: argparse.Namespace) -> list[dict]:
-    """Trains every variant with every seed and measures it: a row a variant, means and spreads over the seeds."""
-    rows, done, total, started = [], 0, len(variants) * len(options.seeds), time.perf_counter()
+def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options: argparse.Namespace) -> dict:
+    """Trains every variant with every seed: a row a variant with means and spreads over the seeds, and the way there.
+
+    On the way, at `--points` evenly spaced steps, the errors of `denoising_errors` are taken; at its end the samples
+    are measured too.
+    """
+    rows, way, done, total, started = [], [], 0, len(variants) * len(options.seeds), time.perf_counter()
+    batch = options.batch or RECIPES[options.preset].denoiser.batch
     for name, config in variants.items():
-        found = []
+        found, errors = [], []
+        petaflop = 3 * forward_flops(config.model, batch) / 1e15  # a training step's: forward, and twice that backward
+        points = sorted({max(1, steps[name] * k // options.points) for k in range(1, options.points + 1)})
         for seed in options.seeds:
-            with trained(name, config, steps[name], seed, data, options) as engine:
-                found.append(scores(engine, data, options, seed))
+            errors.append([])
+            for point in points:
+                with trained(name, config, point, seed, data, options, steps[name]) as engine:
+                    errors[-1].append(denoising_errors(engine, data.test, seed))
+                    if point == points[-1]:
+                        found.append(errors[-1][-1] | scores(engine, data, options, seed))
             done += 1
             left = (time.perf_counter() - started) / done * (total - done) / 60
             print(f"{name}, seed {seed}: {found[-1]}; {done} of {total}, about {left:.0f} minutes left", flush=True)
-        batch = options.batch or RECIPES[options.preset].denoiser.batch
+        for point, several in zip(points, zip(*errors, strict=True), strict=True):
+            mean = {metric: statistics.mean(e[metric] for e in several) for metric in several[0]}
+            way.append({"model": name, "steps": point, "training PFLOP": petaflop * point} | mean)
         row = {
             "model": name, "M parameters": parameters(config.model) / 1e6,
             "MFLOP/forward": forward_flops(config.model, 1) / 1e6, "steps": steps[name],
-            "training PFLOP": 3 * forward_flops(config.model, batch) * steps[name] / 1e15,
+            "training PFLOP": petaflop * steps[name],
         }  # fmt: skip
         for metric in found[0]:
             values = [f[metric] for f in found]
             row[metric] = statistics.mean(values)
             row[f"± {metric}"] = statistics.stdev(values) if len(values) > 1 else "one seed"
         rows.append(row)
-    return rows
+    panels = [(way, metric) for metric in way[0] if metric.endswith("error")]
+    return {
+        "rows": rows,
+        "way": way,
+        "plots": {
+            "": lambda path: plot_bars(rows, "model", _metrics(rows), path),
+            "-training": lambda path: plot_curves(panels, "training PFLOP", "model", path),
+        },
+    }
 
 
 def architecture(data: Data, options: argparse.Namespace) -> dict:
@@ -164,13 +196,11 @@ def architecture(data: Data, options: argparse.Namespace) -> dict:
         "U-ViT-multi, equal compute a forward": u_vit_config(config, compute),
     }
     steps = dict.fromkeys(variants, options.steps) | {"U-ViT-multi, equal parameters, equal training compute": fewer}
-    rows = race(variants, steps, data, options)
     return {
         "title": "PS-U-Net against U-ViT-multi",
         "note": "Same data, seeds, batches, optimiser and noise schedule. PS-U-Net as its preset trains it, and with "
-        "the U-ViT's independent times, so that nothing but the architecture differs.",
-        "rows": rows,
-        "plot": lambda path: plot_bars(rows, "model", _metrics(rows), path),
+        f"the U-ViT's independent times, so that nothing but the architecture differs. {ERRORS}",
+        **race(variants, steps, data, options),
     }
 
 
@@ -185,12 +215,11 @@ def depths(data: Data, options: argparse.Namespace) -> dict:
             modalities = tuple(replace(m, depth=depth[m.name]) for m in model.modalities)
             variant = replace(model, modalities=modalities, shared_depth=shared)
             variants[f"{text}/{image}/{shared}"] = replace(data.config, model=variant)
-    rows = race(variants, dict.fromkeys(variants, options.steps), data, options)
     return {
         "title": "Depths (N_text/N_image/N_shared) at equal parameters",
-        "note": f"{blocks} blocks and as many skips each, so equally many parameters; the cost of a forward differs.",
-        "rows": rows,
-        "plot": lambda path: plot_bars(rows, "model", _metrics(rows), path),
+        "note": f"{blocks} blocks and as many skips each, so equally many parameters; the cost of a forward differs. "
+        + ERRORS,
+        **race(variants, dict.fromkeys(variants, options.steps), data, options),
     }
 
 
@@ -202,7 +231,7 @@ def masking(data: Data, options: argparse.Namespace) -> dict:
         "note": "Random tokens of the picture, random words of the name, or both are masked; measured inside. "
         "A ratio of 0 has nothing to generate and is left out.",
         "rows": rows,
-        "plot": lambda path: plot_curves([(rows, "RMSE"), (rows, "word accuracy")], "ratio", "masked", path),
+        "plots": {"": lambda path: plot_curves([(rows, "RMSE"), (rows, "word accuracy")], "ratio", "masked", path)},
     }
 
 
@@ -217,10 +246,10 @@ def guidance(data: Data, options: argparse.Namespace) -> dict:
            "nearest picture)")
         + "; diversity the RMS difference of samples, of one name each or of all joint ones, in levels.",
         "rows": rows,
-        "plot": lambda path: plot_curves(
+        "plots": {"": lambda path: plot_curves(
             [([r for r in rows if r["task"] == task], "quality") for task in ("text-to-image", "joint")],
             "diversity", "guidance", path,
-        ),
+        )},
     }  # fmt: skip
 
 
@@ -271,6 +300,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, metavar="DIR", help="masking, guidance: the model; default: the built-in one")
     add("--steps", type=int, help="of training; masking, guidance: train a model instead of loading one")
     add("--batch", type=int, help="of training; default: the preset's")
+    add("--points", type=int, default=4, help="of training at which errors are taken (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--count", type=int, default=96, help="held-out pictures to measure on (default: %(default)s)")
     add("--sampling-steps", type=int, default=25)
@@ -302,7 +332,7 @@ def run(options: argparse.Namespace, command: str) -> dict:
         raise ValueError(f"--steps: {options.steps} does not work; say how many steps to train, 1 or more")
     if options.features is not None and not options.autoencoder:
         raise ValueError("--autoencoder: photos need one beside --features; give its folder")
-    for argument, smallest in (("count", 2), ("sampling_steps", 1), ("batch", 1), ("size", 8)):
+    for argument, smallest in (("count", 2), ("sampling_steps", 1), ("batch", 1), ("size", 8), ("points", 1)):
         value = getattr(options, argument)
         if value is not None and value < smallest:
             raise ValueError(f"--{argument.replace('_', '-')}: {value} does not work; use {smallest} or more")
@@ -310,13 +340,15 @@ def run(options: argparse.Namespace, command: str) -> dict:
         raise ValueError(f"--ratios: {options.ratios} do not work; use numbers above 0 and up to 1")
     options.device, options.dtype = resolve(options.device, options.dtype)
     started = time.perf_counter()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     found = EXPERIMENTS[options.experiment](read_data(options), options)
     name = f"experiment-{options.experiment}-{options.preset}"
     options.results.mkdir(parents=True, exist_ok=True)
-    found.pop("plot")(options.results / f"{name}.png")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    pictures = {f"{name}{suffix}.png": plot for suffix, plot in found.pop("plots").items()}
+    for file, plot in pictures.items():
+        plot(options.results / file)
     stored = {
-        "experiment": options.experiment, **found, "picture": f"{name}.png", "command": command,
+        "experiment": options.experiment, **found, "pictures": list(pictures), "command": command,
         "commit": commit.stdout.strip() or "unknown", "date": datetime.now(timezone.utc).isoformat(),
         "machine": machine.facts(options.device), "seconds": time.perf_counter() - started,
     }  # fmt: skip

@@ -149,7 +149,7 @@ def experiment_markdown(name: str, stored: dict) -> str:
         f"{machine['torch']}; {stored['seconds']:.0f} s.",
         stored["note"],
         _table(header, rows),
-        f"![{stored['title']}](results/{stored['picture']})",
+        *(f"![{stored['title']}](results/{picture})" for picture in stored["pictures"]),
     ])  # fmt: skip
 
 

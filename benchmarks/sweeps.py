@@ -24,6 +24,43 @@ TOGETHER = 64  # rows sampled at a time
 SAMPLES = 2  # of each name, for the diversity
 
 
+@torch.inference_mode()
+def denoising_errors(engine: Engine, pairs: Pairs, seed: int, levels: int = 8) -> dict[str, float]:
+    """{"image error": …, "text error": …}: mean square errors of the prediction of one modality, the other known.
+
+    Over all pairs at `levels` evenly spaced times; the known modality enters as the model's conditioning has it. The
+    noise depends on the seed alone, so it is the same for every model.
+    """
+    config, model = engine.config, engine.config.model
+    schedule = NoiseSchedule(config.diffusion.schedule, config.diffusion.timesteps)
+    words = model.modality("text").tokens
+    texts = [engine.text.encode(shortened(item.captions[0], words), words, "fill")[0] for item, _ in pairs]
+    pictures = torch.stack([picture for _, picture in pairs]).float() / 127.5 - 1
+    known = {"image": engine.image.encode(pictures.to(engine.device)).flatten(1), "text": torch.stack(texts).flatten(1)}
+    x0 = torch.cat([known[m.name].to(engine.device).float() for m in model.modalities], dim=1)  # [n, N]
+    table = engine.model.time_table(torch.arange(schedule.timesteps + 1, device=engine.device))
+    renoise = config.diffusion.conditioning == "renoise"
+    found = {}
+    for name in ("image", "text"):
+        part, tokens = model.state_slices[name], model.token_slices[name]
+        generator, total = torch.Generator().manual_seed(seed), 0.0
+        for level in range(levels):
+            t = round(schedule.timesteps * (level + 0.5) / levels)
+            alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+            noise = torch.randn(x0.shape, generator=generator).to(engine.device)
+            noisy = alpha * x0 + sigma * noise
+            inputs = noisy if renoise else x0.clone()
+            inputs[:, part] = noisy[:, part]
+            times = torch.full((len(x0), model.tokens), t if renoise else 0, dtype=torch.int32, device=engine.device)
+            times[:, tokens] = t
+            prediction = engine.model(inputs, table, times, (name,))[:, part].float()
+            v = config.diffusion.prediction == "v_prediction"
+            target = (alpha * noise - sigma * x0 if v else noise)[:, part]
+            total += (prediction - target).square().mean().item() / levels
+        found[f"{name} error"] = total
+    return found
+
+
 def masking_sweep(engine: Engine, pairs: Pairs, ratios: Sequence[float], steps: int, seed: int) -> list[dict]:
     """Errors inside the masks: RMSE of pixels in levels, and the share of masked words that come back."""
     model, size = engine.config.model, engine.config.image.size

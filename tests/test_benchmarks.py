@@ -220,8 +220,11 @@ def test_an_experiment_writes_a_table_and_a_picture(emoji, options, rows):
     assert len(stored["rows"]) == rows and stored["command"].startswith(
         f"python -m benchmarks.experiments {options[0]}"
     )
-    with Image.open(emoji / "results" / stored["picture"]) as picture:
-        picture.verify()
+    for name in stored["pictures"]:
+        with Image.open(emoji / "results" / name) as picture:
+            picture.verify()
+    if "way" in stored:  # the last point of the way is the table's
+        assert stored["way"][-1]["image error"] == stored["rows"][-1]["image error"] > 0
     assert report.main(["--results", str(emoji / "results"), "--out", str(emoji / "RESULTS.md")]) == 0
     assert stored["title"] in (emoji / "RESULTS.md").read_text()
 
