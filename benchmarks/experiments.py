@@ -39,6 +39,7 @@ from engine.device import resolve
 from engine.evaluate import Gallery, evaluate, pixels_of, spread, word_f1
 from engine.pictures import to_image
 from engine.train import RECIPES, shortened, take_codecs, train_denoiser
+from engine.training import write_atomically
 
 ERRORS = (
     "Image error and text error: the mean square error of the model's prediction of one modality, held-out pictures, "
@@ -92,7 +93,7 @@ def trained(
     At a constant learning rate, so that a run's way can be looked at: the averaged weights make up for the decay.
     """
     total = total or steps
-    run = options.out / f"{name}-{total}-seed{seed}".lower().replace(" ", "-").replace(",", "")
+    run = _folder(name, total, seed, options)
     run.mkdir(parents=True, exist_ok=True)
     take_codecs(data.codecs, run)
     image = ImageCodec.load(data.codecs / "image", config.image.size, config.image.patch, options.device)
@@ -109,6 +110,27 @@ def trained(
     train_denoiser(run, cache, text, config, replace(recipe, denoiser=denoiser), settings, None)
     name_of_dtype = str(options.dtype).removeprefix("torch.")
     return Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=name_of_dtype)
+
+
+def _folder(name: str, total: int, seed: int, options: argparse.Namespace) -> Path:
+    return options.out / f"{name}-{total}-seed{seed}".lower().replace(" ", "-").replace(",", "").replace("/", "-")
+
+
+def measured(
+    name: str, config: Config, points: list[int], seed: int, data: Data, options: argparse.Namespace
+) -> list[dict[str, float]]:
+    """The metrics of one run at its points, at the last those of samples too; kept beside it, so none is taken twice."""
+    found = []
+    for point in points:
+        file = _folder(name, points[-1], seed, options) / f"measured-{point}.json"
+        if not file.exists():
+            with trained(name, config, point, seed, data, options, points[-1]) as engine:
+                values = denoising_errors(engine, data.test, seed)
+                if point == points[-1]:
+                    values |= scores(engine, data, options, seed)
+            write_atomically(file, lambda path, v=values: path.write_text(json.dumps(v)))
+        found.append(json.loads(file.read_text()))
+    return found
 
 
 def scores(engine: Engine, data: Data, options: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -146,21 +168,17 @@ def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options
     rows, way, done, total, started = [], [], 0, len(variants) * len(options.seeds), time.perf_counter()
     batch = options.batch or RECIPES[options.preset].denoiser.batch
     for name, config in variants.items():
-        found, errors = [], []
+        errors = []
         petaflop = 3 * forward_flops(config.model, batch) / 1e15  # a training step's: forward, and twice that backward
         points = sorted({max(1, steps[name] * k // options.points) for k in range(1, options.points + 1)})
         for seed in options.seeds:
-            errors.append([])
-            for point in points:
-                with trained(name, config, point, seed, data, options, steps[name]) as engine:
-                    errors[-1].append(denoising_errors(engine, data.test, seed))
-                    if point == points[-1]:
-                        found.append(errors[-1][-1] | scores(engine, data, options, seed))
+            errors.append(measured(name, config, points, seed, data, options))
             done += 1
             left = (time.perf_counter() - started) / done * (total - done) / 60
-            print(f"{name}, seed {seed}: {found[-1]}; {done} of {total}, about {left:.0f} minutes left", flush=True)
+            print(f"{name}, seed {seed}: {errors[-1][-1]}; {done} of {total}, about {left:.0f} minutes left", flush=True)
+        found = [run[-1] for run in errors]
         for point, several in zip(points, zip(*errors, strict=True), strict=True):
-            mean = {metric: statistics.mean(e[metric] for e in several) for metric in several[0]}
+            mean = {metric: statistics.mean(e[metric] for e in several) for metric in errors[0][0]}
             way.append({"model": name, "steps": point, "training PFLOP": petaflop * point} | mean)
         row = {
             "model": name, "M parameters": parameters(config.model) / 1e6,
