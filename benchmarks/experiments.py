@@ -119,7 +119,7 @@ def _folder(name: str, total: int, seed: int, options: argparse.Namespace) -> Pa
 def measured(
     name: str, config: Config, points: list[int], seed: int, data: Data, options: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """The metrics of one run at its points, at the last those of samples too; kept beside it, so none is taken twice."""
+    """The metrics of a run at its points, at the last those of samples too; kept beside it, so none is taken twice."""
     found = []
     for point in points:
         file = _folder(name, points[-1], seed, options) / f"measured-{point}.json"
@@ -175,7 +175,8 @@ def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options
             errors.append(measured(name, config, points, seed, data, options))
             done += 1
             left = (time.perf_counter() - started) / done * (total - done) / 60
-            print(f"{name}, seed {seed}: {errors[-1][-1]}; {done} of {total}, about {left:.0f} minutes left", flush=True)
+            last = errors[-1][-1]
+            print(f"{name}, seed {seed}: {last}; {done} of {total}, about {left:.0f} minutes left", flush=True)
         found = [run[-1] for run in errors]
         for point, several in zip(points, zip(*errors, strict=True), strict=True):
             mean = {metric: statistics.mean(e[metric] for e in several) for metric in errors[0][0]}

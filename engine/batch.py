@@ -44,6 +44,7 @@ class Batch:
     def __init__(self, rows: Rows):
         self.rows, self.progress = rows, new_progress(rows)
         self.encoded: dict[str, Tensor] = {}  # by modality [depth, P·B, ...], pass-major like the inputs
+        self.kept: Tensor | None = None  # [P·B, ...], what the denoiser keeps from step to step; made when first needed
         begin(rows, self.progress)
 
     def copy(self, source: "Batch", pairs: Sequence[tuple[int, int]]) -> None:
@@ -57,6 +58,9 @@ class Batch:
                 depth, rows, *shape = values.shape
                 slots = rows // len(source.progress.state) * len(self.progress.state)
                 self.encoded[name] = values.new_zeros(depth, slots, *shape)
+        if source.kept is not None and self.kept is None:
+            _, *shape = source.kept.shape
+            self.kept = source.kept.new_zeros(len(self.progress.inputs), *shape)
         values = source._by_slot()
         for name, (tensor, dim) in self._by_slot().items():
             if name in values:
@@ -74,6 +78,8 @@ class Batch:
             found[name] = (tensor.unflatten(0, (-1, slots)), 1) if passes else (tensor, 0)
         for name, tensor in self.encoded.items():
             found[f"encoded {name}"] = tensor.unflatten(1, (-1, slots)), 2
+        if self.kept is not None:
+            found["kept"] = self.kept.unflatten(0, (-1, slots)), 1
         return found
 
 

@@ -7,7 +7,7 @@ cold start costs a few compilations instead of one as long as the model. Inducto
 Capture is for CUDA: on a CPU there is nothing to capture, and `StepGraphs` cannot be made.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ class StepGraphs:
     def __init__(self, device: torch.device):
         self.replays = 0  # steps that were replayed, to this day
         self._stream = torch.cuda.Stream(device)
+        self._sides: list[torch.cuda.Stream] = []
         self.clear()
 
     def clear(self) -> None:
@@ -70,3 +71,22 @@ class StepGraphs:
         ):  # records the step, does not do it
             step()
         self._graphs[key] = graph
+
+    def side_by_side(self, calls: Sequence[Callable[[], torch.Tensor]]) -> list:
+        """Results of calls, within a step, that need nothing of each other; all but the first on streams of their own.
+
+        In the graph they become branches, which small kernels share the device in. What the calls take and give is safe
+        to free: a side stream starts after all that the main one was given before, which waits for it at the end.
+        """
+        main = torch.cuda.current_stream(self._stream.device)
+        while len(self._sides) < len(calls) - 1:
+            self._sides.append(torch.cuda.Stream(self._stream.device))
+        sides, results = self._sides[: len(calls) - 1], []
+        for side, call in zip(sides, calls[1:], strict=True):
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                results.append(call())
+        results.insert(0, calls[0]())
+        for side in sides:
+            main.wait_stream(side)
+        return results

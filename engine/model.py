@@ -10,7 +10,9 @@ only: nothing of pictures, words, masks, noise or solvers.
 Shapes: R rows, L tokens, C channels, D width, N packed elements, T times.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,24 @@ from engine.kernels.timestep import sinusoid, timestep_table
 
 FREQUENCIES = 256  # channels of the sinusoidal time embedding
 SHIFT_ATTENTION, SCALE_ATTENTION, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
+
+
+class InnerCache(NamedTuple):
+    """What the inner shared blocks gave when they last ran (step caching: DeepCache, Ma et al. 2023, arXiv 2312.00858).
+
+    Inner are all but the outermost pair of the shared stack. That pair, the modalities' own blocks and every long skip
+    between them always run, so what changes fast from step to step is always computed.
+    """
+
+    output: Tensor  # [R, L, D] in the model's dtype, L with time tokens; read, and written where the blocks run
+    refresh: Tensor | None  # [R] bool, the rows for which they run; None: for none, and they do not run at all
+
+    def through(self, blocks: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """blocks(x), or for the other rows what is kept: [R, L, D]."""
+        if self.refresh is None:
+            return self.output
+        self.output.copy_(torch.where(self.refresh[:, None, None], blocks(x), self.output))
+        return self.output
 
 
 class TimeTable(nn.Module):
@@ -135,8 +155,14 @@ class Branch(nn.Module):
         return self.head(layer_norm_modulate(x, table, index, self.modulation, SHIFT_ATTENTION, SCALE_ATTENTION))
 
 
+def one_by_one(calls: Sequence[Callable]) -> list:
+    return [call() for call in calls]
+
+
 class PSUNet(nn.Module):
     """The denoiser. `forward` takes packed inputs; `time_table` gives the rows that its time indices point into."""
+
+    side_by_side = staticmethod(one_by_one)  # how the modalities' branches run; `engine.graphs` can do better
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -186,6 +212,7 @@ class PSUNet(nn.Module):
         index: Tensor,
         outputs: Iterable[str] | None = None,
         encoded: Mapping[str, Tensor] | None = None,
+        inner: InnerCache | None = None,
     ) -> Tensor:
         """Predicts the noise (or v) of every element.
 
@@ -195,30 +222,29 @@ class PSUNet(nn.Module):
         outputs  the modalities whose prediction is wanted, default all; nothing of the others' out-blocks runs and
                  their part of the result is zero
         encoded  what `encode` gave for some of the modalities, whose in-blocks then do not run
+        inner    where the inner shared blocks' results are kept and used again; None: they run for all rows
         returns  [R, N] in inputs' dtype
         """
         config = self.config
         wanted = set(config.token_slices if outputs is None else outputs)
-        tokens, skips = [], []
-        for m in config.modalities:
+
+        def enter(m: Modality) -> tuple[Tensor, list[Tensor]]:
             if encoded is not None and m.name in encoded:
                 s = list(encoded[m.name].unbind())  # depth × [R, L, D]
-                x = s[-1]
-            else:
-                x, s = self._enter(m, inputs, table, index)  # [R, L, D]
-            tokens.append(x), skips.append(s)
+                return s[-1], s
+            return self._enter(m, inputs, table, index)  # [R, L, D]
 
-        lengths = [x.shape[1] for x in tokens]
-        x = self._shared(torch.cat(tokens, dim=1), table, index)  # [R, ΣL, D]
+        def leave(m: Modality, x: Tensor, s: list[Tensor]) -> Tensor:
+            if m.name not in wanted:
+                return inputs.new_zeros(inputs.shape[0], m.size)
+            y = self.branches[m.name].leave(x, s, table, self._index(m, index))  # [R, L, C]
+            return y.flatten(1).to(inputs.dtype)  # [R, L·C]
 
-        predictions = []
-        for m, part, s in zip(config.modalities, x.split(lengths, dim=1), skips, strict=True):
-            if m.name in wanted:
-                y = self.branches[m.name].leave(part, s, table, self._index(m, index))  # [R, L, C]
-                predictions.append(y.flatten(1).to(inputs.dtype))  # [R, L·C]
-            else:
-                predictions.append(inputs.new_zeros(inputs.shape[0], m.size))
-        return torch.cat(predictions, dim=1)  # [R, N]
+        tokens, skips = zip(*self.side_by_side([partial(enter, m) for m in config.modalities]), strict=True)
+        x = self._shared(torch.cat(tokens, dim=1), table, index, inner)  # [R, ΣL, D]
+        parts = x.split([t.shape[1] for t in tokens], dim=1)  # [R, L, D] each
+        branches = zip(config.modalities, parts, skips, strict=True)
+        return torch.cat(self.side_by_side([partial(leave, *branch) for branch in branches]), dim=1)  # [R, N]
 
     def _enter(self, m: Modality, inputs: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = inputs.narrow(1, self.config.state_slices[m.name].start, m.size)  # [R, L·C]
@@ -228,13 +254,16 @@ class PSUNet(nn.Module):
     def _index(self, m: Modality, index: Tensor) -> Tensor:
         return index.narrow(1, self.config.token_slices[m.name].start, m.tokens)  # [R, L]
 
-    def _shared(self, x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-        skips = []
-        for block in self.shared_in:
-            x = block(x, None, table, index)  # [R, ΣL, D]
-            skips.append(x)
-        for block in self.shared_middle:
-            x = block(x, None, table, index)
-        for block in self.shared_out:
-            x = block(x, skips.pop(), table, index)
-        return x
+    def _shared(self, x: Tensor, table: Tensor, index: Tensor, inner: InnerCache | None, pair: int = 0) -> Tensor:
+        """The shared stack from one of its pairs inwards: an in-block, all that is within, the mirrored out-block."""
+        if pair == len(self.shared_in):
+            for block in self.shared_middle:
+                x = block(x, None, table, index)  # [R, ΣL, D]
+            return x
+        skip = self.shared_in[pair](x, None, table, index)  # [R, ΣL, D]
+
+        def within(x: Tensor) -> Tensor:
+            return self._shared(x, table, index, None, pair + 1)
+
+        x = within(skip) if inner is None else inner.through(within, skip)  # [R, ΣL, D]
+        return self.shared_out[-1 - pair](x, skip, table, index)

@@ -33,6 +33,7 @@ class Request:
     seed      0 … 2⁶⁴ − num
     resample  how often each stretch of `jump` steps is done (RePaint); 1: once, no resampling
     jump      steps of such a stretch
+    step_cache  an approximation: run the inner shared blocks at every so many steps only, 1: at all
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
     """
 
@@ -49,6 +50,7 @@ class Request:
     jump: int = 5
     unknown_words: str = "error"
     guidance_interval: tuple[float, float] | None = None
+    step_cache: int = 1
 
     def __post_init__(self):
         if self.prompt is not None and not isinstance(self.prompt, str):
@@ -63,7 +65,7 @@ class Request:
             if getattr(self, key) not in allowed:
                 raise RequestError(f"{key}: {getattr(self, key)!r} is not known; use one of {', '.join(allowed)}")
         for key, lowest, highest in (
-            ("num", 1, MAX_NUM), ("steps", 1, 1000), ("resample", 1, 100), ("jump", 1, 1000),
+            ("num", 1, MAX_NUM), ("steps", 1, 1000), ("resample", 1, 100), ("jump", 1, 1000), ("step_cache", 1, 1000),
             ("seed", 0, 2**64 - (self.num if isinstance(self.num, int) else 1)),
         ):  # fmt: skip
             value = getattr(self, key)

@@ -21,7 +21,7 @@ from engine.data.coco import DAMAGED, fit_image
 from engine.device import resolve
 from engine.graphs import StepGraphs, compile_blocks
 from engine.kernels import backend
-from engine.model import PSUNet
+from engine.model import InnerCache, PSUNet
 from engine.pictures import to_image
 from engine.request import ATTENTIONS, Request, RequestError, Result, Sample
 from engine.sampler import Row, Sampler
@@ -94,13 +94,18 @@ class Engine:
             # All times at once: the loop only changes indices into this table.
             self._table = self.model.time_table(torch.arange(self.schedule.timesteps + 1, device=device))
         cuda = device.type == "cuda"
+        captured = StepGraphs(device) if cuda and graphs else None
+        if captured is not None and isinstance(self.model, PSUNet):
+            self.model.side_by_side = captured.side_by_side
         # Where every size of batch is compiled or captured for itself there are few, else there is one for any number.
         few = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
         self._sampler = Sampler(
             self._denoise, self.config.model, device,
-            encode=self._encode if isinstance(self.model, PSUNet) else None,  # a U-ViT's modalities meet at once
+            # A U-ViT's modalities meet at once, and it has no blocks outside of its stack.
+            encode=self._encode if isinstance(self.model, PSUNet) else None,
+            keep=self._keep if isinstance(self.model, PSUNet) else None,
             buckets=few if cuda and (compile or graphs) else range(1, max_rows + 1),
-            graphs=StepGraphs(device) if cuda and graphs else None,
+            graphs=captured,
         )  # fmt: skip
 
     @classmethod
@@ -278,11 +283,26 @@ class Engine:
             # With nothing known there is nothing to drop: the modalities guide each other in turn.
             guidance="alternate" if joint else "masked", guidance_scale=p.guidance, guidance_interval=(end, start),
             guided_modalities=tuple(range(len(self.config.model.modalities))) if joint else (),
+            step_cache=request.step_cache,
         )  # fmt: skip
         return [Row(request.seed + i, table, p.generate, p.known) for i in range(request.num)]
 
-    def _denoise(self, inputs: Tensor, times: Tensor, outputs: tuple[str, ...], *encoded: dict[str, Tensor]) -> Tensor:
-        return self._open_model()(inputs, self._table, times, outputs, *encoded)
+    def _denoise(
+        self,
+        inputs: Tensor,
+        times: Tensor,
+        outputs: tuple[str, ...],
+        kept: Tensor | None = None,
+        refresh: Tensor | None = None,
+        **encoded: dict[str, Tensor],
+    ) -> Tensor:
+        inner = {} if kept is None else {"inner": InnerCache(kept, refresh)}
+        return self._open_model()(inputs, self._table, times, outputs, **encoded, **inner)
+
+    def _keep(self, rows: int) -> Tensor:
+        model = self.config.model
+        tokens = model.tokens + (len(model.modalities) if model.time == "token" else 0)
+        return torch.zeros(rows, tokens, model.dim, device=self.device, dtype=self.dtype)
 
     def _encode(self, name: str, inputs: Tensor, times: Tensor) -> Tensor:
         return self._open_model().encode(name, inputs, self._table, times)

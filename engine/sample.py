@@ -50,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("START", "END"),
         help="guide only this part of the way, 0 to 1; the rest takes one pass instead of two (default: all of it)",
     )
+    add(
+        "--step-cache",
+        type=int,
+        default=1,
+        metavar="K",
+        help="an approximation: run the inner blocks at every K-th step only (default: 1, all steps)",
+    )
     add("--seed", type=int, default=0, help="of each prompt's first sample, the others count up (default: 0)")
     add("--resample", type=int, default=1, metavar="R", help="RePaint: do each stretch of steps R times (default: 1)")
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
@@ -94,7 +101,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
         Request(
             prompt, options.image, options.mask, options.task, num, options.steps, options.solver, options.guidance,
             options.seed, options.resample, options.jump, options.unknown_words,
-            tuple(options.guidance_interval) if options.guidance_interval else None,
+            tuple(options.guidance_interval) if options.guidance_interval else None, options.step_cache,
         )
         for prompt in options.prompt or [None]
     ]  # fmt: skip

@@ -11,9 +11,14 @@ the result may hold anything. One whose modalities have parts of their own befor
 
     encode(name: str, inputs [R, N], times [R, L]) -> encoded [depth, R, ...]
 
-and then takes a fourth argument, what `encode` gave by name: under clean conditioning a fully known modality enters
-every step alike, and is encoded once per row. The loop knows nothing else of the model, and nothing of pictures or
-words.
+and then takes `encoded`, what that gave by name: under clean conditioning a fully known modality enters every step
+alike, and is encoded once per row. One that can use a part of its work again in later steps may offer memory for it,
+
+    keep(rows: int) -> kept [rows, ...]
+
+and then takes `kept` and `refresh` [R] bool, the rows for which that part has to be done anew at this step, or None
+where it is for none: with step caching (`SolverTable.refresh`) that is so at most steps. The loop knows nothing else of
+the model, and nothing of pictures or words.
 """
 
 import threading
@@ -31,12 +36,13 @@ from torch import Tensor
 from engine.batch import Batch, Row, batch_rows
 from engine.config import ModelConfig
 from engine.graphs import StepGraphs
-from engine.kernels.cfg_step import Guided, Index, Rows, cfg_step
+from engine.kernels.cfg_step import Guided, Index, Rows, at_step, cfg_step
 from engine.masks import whole_tokens
 from engine.schedule import SolverTable
 
 Denoiser = Callable[..., Tensor]
 Encoder = Callable[[str, Tensor, Tensor], Tensor]
+Keeper = Callable[[int], Tensor]
 
 LINES = 64  # of the solver tables in a batch's memory, at least; longer ones double it
 
@@ -72,9 +78,11 @@ class Sampler:
         buckets: Sequence[int],  # numbers of slots that a batch may have, ascending; the smallest that does is taken
         passes: int = 2,  # P, the most that a row may need
         encode: Encoder | None = None,
+        keep: Keeper | None = None,
         graphs: StepGraphs | None = None,  # captures and replays the steps; None: they run as they are
     ):
-        self.denoiser, self.model, self.device, self.encode = denoiser, model, torch.device(device), encode
+        self.denoiser, self.model, self.device = denoiser, model, torch.device(device)
+        self.encode, self.keep = encode, keep
         self.buckets, self.passes, self.graphs = list(buckets), passes, graphs
         self.forwards = self.finished = 0  # calls of the denoiser, and rows, to this day
         self._turn = threading.Condition()
@@ -161,6 +169,8 @@ class Sampler:
 
     def _job(self, row: Row) -> Job:
         _check(row, self.model, self.passes)
+        if self.keep is None and not row.table.refresh.all():
+            raise ValueError("step_cache: this model keeps nothing from step to step, only a PS-U-Net does; use 1")
         generated, constant = [], []
         for m in self.model.modalities:
             if row.generate[self.model.state_slices[m.name]].any():
@@ -231,11 +241,16 @@ class Sampler:
         generated = frozenset().union(*(job.generated for job in live))
         outputs = tuple(name for name in self.model.state_slices if name in generated)
         constant = frozenset.intersection(*(job.constant for job in live))
-        step = partial(self._compute, batch, passes, outputs, constant)
+        reuse = None  # whether everything is computed because nothing is kept, or something is, or something is used
+        if self.keep is not None and not all(job.row.table.refresh.all() for job in live):
+            reuse = not any(job.row.table.refresh[job.step] for job in live)
+            if batch.kept is None:
+                batch.kept = self.keep(len(batch.progress.inputs))
+        step = partial(self._compute, batch, passes, outputs, constant, reuse)
         if self.graphs is None:
             step()
         else:
-            self.graphs((len(self._slots), passes, outputs, constant), step)
+            self.graphs((len(self._slots), passes, outputs, constant, reuse), step)
         self.forwards += 1
         for i, job in enumerate(self._slots):
             if job:
@@ -244,11 +259,17 @@ class Sampler:
                     job.state = batch.progress.state[i].clone()
                     self.finished += 1
 
-    def _compute(self, batch: Batch, passes: int, outputs: tuple[str, ...], constant: frozenset[str]) -> None:
+    def _compute(
+        self, batch: Batch, passes: int, outputs: tuple[str, ...], constant: frozenset[str], reuse: bool | None
+    ) -> None:
         """One step of a batch; reads and writes its memory only, so that it can be captured."""
-        live = passes * len(batch.progress.state)
-        encoded = ({name: batch.encoded[name][:, :live] for name in constant},) if self.encode else ()
-        prediction = self.denoiser(batch.progress.inputs[:live], batch.progress.times[:live], outputs, *encoded)
+        live, more = passes * len(batch.progress.state), {}
+        if self.encode is not None:
+            more["encoded"] = {name: batch.encoded[name][:, :live] for name in constant}
+        if reuse is not None:
+            refresh = (at_step(batch.rows, batch.progress)[1][:, Index.REFRESH] != 0).repeat(passes)  # [R]
+            more |= {"kept": batch.kept[:live], "refresh": None if reuse else refresh}
+        prediction = self.denoiser(batch.progress.inputs[:live], batch.progress.times[:live], outputs, **more)
         cfg_step(prediction, batch.rows, batch.progress)  # prediction [live, N]
 
     def _restart(self) -> None:
@@ -272,11 +293,12 @@ def sample(
     device: torch.device | str = "cpu",
     callback: Callable[[int, int], None] | None = None,
     encode: Encoder | None = None,
+    keep: Keeper | None = None,
 ) -> Tensor:
     """Samples of all rows in one batch, [B, N] float32 on `device`, as `Sampler.run` has it."""
     assert len(rows) > 0
     passes = max(row.table.guided.shape[1] for row in rows) + 1
-    sampler = Sampler(denoiser, model, device, buckets=range(1, len(rows) + 1), passes=passes, encode=encode)
+    sampler = Sampler(denoiser, model, device, buckets=range(1, len(rows) + 1), passes=passes, encode=encode, keep=keep)
     return sampler.run(rows, callback)
 
 

@@ -80,6 +80,11 @@ class SolverTable:
         """The codes of the P − 1 extra passes at each step, [S, P − 1]."""
         return self.indices[:, Index.GUIDED :]
 
+    @property
+    def refresh(self) -> np.ndarray:
+        """Whether the model's inner blocks run at each step, [S] bool."""
+        return self.indices[:, Index.REFRESH] != 0
+
     @cached_property
     def first_guided(self) -> np.ndarray:
         """The first line of `indices` as it would be were every pass on that is ever, [1, Index.GUIDED + P − 1]."""
@@ -92,7 +97,7 @@ class SolverTable:
     def constant_known(self) -> bool:
         """Whether a fully known modality enters all steps alike, in every pass whenever it is on."""
         known = self.coefficients[:, [Coefficient.KNOWN_ALPHA, Coefficient.KNOWN_SIGMA]]
-        times = self.indices[:, Index.TIME + 1 : Index.GUIDED]  # of the known, of the dropped, and the dropped's draw
+        times = self.indices[:, Index.TIME + 1 : Index.REFRESH]  # of the known, of the dropped, and the dropped's draw
         empty = self.guided == Guided.EMPTY
         off = self.guided == Guided.OFF
         return bool(
@@ -116,13 +121,15 @@ def solver_table(
     guidance_scale: float = 1.0,  # w = 1: no guidance
     guidance_interval: tuple[int, int] | None = None,  # times (lowest, highest) with guidance; None: all
     guided_modalities: tuple[int, ...] = (),  # for "alternate" and "unidiffuser": which to guide, by position
+    step_cache: int = 1,  # run the model's inner blocks at every step_cache-th step only; 1: at every step
 ) -> SolverTable:
     """Everything about one row that changes from step to step.
 
     `prediction` and `conditioning` are what the model was trained with (`engine.config.DiffusionConfig`). Guidance
     "masked" drops the known part, "empty" replaces it by null values, "unidiffuser" has one extra pass per guided
-    modality, "alternate" one extra pass that takes the guided modalities in turn. Raises ValueError on anything out of
-    range.
+    modality, "alternate" one extra pass that takes the guided modalities in turn. With `step_cache` the inner blocks
+    also run where they could not know better: at the first step, after a jump back, and when the passes change (which
+    "alternate" does at every step). Raises ValueError on anything out of range.
     """
     _require(prediction in PREDICTIONS, "prediction", prediction, f"use one of {PREDICTIONS}")
     _require(conditioning in CONDITIONINGS, "conditioning", conditioning, f"use one of {CONDITIONINGS}")
@@ -131,6 +138,7 @@ def solver_table(
     _require(np.isfinite(guidance_scale), "guidance", guidance_scale, "use a finite number; 1 is no guidance")
     _require(0 <= eta <= 1, "eta", eta, "use 0 to 1")
     _require(eta == 0 or solver == "ddim", "eta", eta, f"only solver 'ddim' has it, not {solver!r}")
+    _require(step_cache >= 1, "step_cache", step_cache, "use 1 or more; 1 runs every block at every step")
     _require(resample >= 1, "resample", resample, "use 1 or more; 1 is no resampling")
     _require(jump >= 1, "jump", jump, "use 1 or more")
     _require(resample == 1 or jump < len(times), "jump", jump, f"use fewer than the {len(times)} steps")
@@ -145,9 +153,15 @@ def solver_table(
 
     lowest, highest = guidance_interval or (0, schedule.timesteps)
     coefficients, indices = [], []
+    ran, ran_codes = 0, ()  # the step at which the model's inner blocks last ran, and its passes
     t_prev = None  # time of the previous step, as long as its x̂0 is of use
     for step, (level, target, jump_to) in enumerate(_repaint_walk(len(times), resample, jump)):
         t, s = levels[level], levels[target]
+        w = guidance_scale if lowest <= t <= highest else 1.0
+        codes = _guided_codes(guidance, guided_modalities, step, off=w == 1)
+        refresh = t_prev is None or step - ran >= step_cache or codes != ran_codes
+        if refresh:
+            ran, ran_codes = step, codes
         a, b, c, d = _update(schedule, solver, eta, t_prev, t, s)
         t_prev = t
         if jump_to is not None:  # RePaint (arXiv 2201.09865): x_u = k·x_s + m·z′ is linear, so it joins the update
@@ -156,12 +170,10 @@ def solver_table(
             a, b, c, d = k * a, k * b, k * c, np.hypot(k * d, m)
             t_prev = None
         known = (schedule.alpha(t), schedule.sigma(t)) if conditioning == "renoise" else (1.0, 0.0)
-        w = guidance_scale if lowest <= t <= highest else 1.0
         coefficients.append((*known, *_clean_estimate(schedule, prediction, t), a, b, c, d, w))
         # renoise: as noisy as the state, fresh each step. clean: known at time 0, dropped at N, drawn once for all.
         known_time, drop_time, draw = (t, t, step) if conditioning == "renoise" else (0, schedule.timesteps, 0)
-        codes = _guided_codes(guidance, guided_modalities, step, off=w == 1)
-        indices.append((t, known_time, drop_time, draw, *codes))
+        indices.append((t, known_time, drop_time, draw, refresh, *codes))
     return SolverTable(np.array(coefficients, np.float32), np.array(indices, np.int32))
 
 

@@ -52,7 +52,8 @@ class Index(IntEnum):
     KNOWN_TIME = 1  # of known tokens
     DROP_TIME = 2  # of tokens that an extra pass replaced by noise
     DROP_DRAW = 3  # which draw that noise is: the step for fresh noise, 0 for one draw per request
-    GUIDED = 4
+    REFRESH = 4  # 0: the model may use its inner blocks' last result again; not read here
+    GUIDED = 5
 
 
 class Guided(IntEnum):
@@ -167,7 +168,7 @@ def cfg_step(prediction: Tensor, rows: Rows, progress: Progress, backend: str = 
 
 def _torch_step(prediction: Tensor, rows: Rows, progress: Progress) -> None:
     f_0, *f_extra = prediction.float().reshape(-1, *progress.state.shape)  # [B, N] each
-    coefficients, indices = _at_step(rows, progress)
+    coefficients, indices = at_step(rows, progress)
     p, q, a, b, c, d, w = (coefficients[:, column, None] for column in range(Coefficient.P, len(Coefficient)))  # [B, 1]
 
     f = f_0
@@ -185,7 +186,7 @@ def _torch_step(prediction: Tensor, rows: Rows, progress: Progress) -> None:
     _write_inputs(rows, progress, xi)
 
 
-def _at_step(rows: Rows, progress: Progress) -> tuple[Tensor, Tensor]:
+def at_step(rows: Rows, progress: Progress) -> tuple[Tensor, Tensor]:
     """Each row's line of its tables: [B, len(Coefficient)] and [B, Index.GUIDED + P − 1]."""
     line = progress.step.clamp(max=rows.coefficients.shape[1] - 1)[:, None, None]  # the last line is IDENTITY
     coefficients = rows.coefficients.gather(1, line.expand(-1, 1, rows.coefficients.shape[2]))
@@ -195,7 +196,7 @@ def _at_step(rows: Rows, progress: Progress) -> tuple[Tensor, Tensor]:
 
 def _write_inputs(rows: Rows, progress: Progress, xi: Tensor) -> None:
     """The inputs and times of all passes at the rows' present steps; ξ [B, N] is the known part's noise."""
-    coefficients, indices = _at_step(rows, progress)
+    coefficients, indices = at_step(rows, progress)
     known_alpha = coefficients[:, Coefficient.KNOWN_ALPHA, None]  # [B, 1]
     known_noise = coefficients[:, Coefficient.KNOWN_SIGMA, None] * xi  # [B, N]
     time, known_time, drop_time = (indices[:, i, None] for i in (Index.TIME, Index.KNOWN_TIME, Index.DROP_TIME))
@@ -252,7 +253,7 @@ def _cfg_step(PREDICTION, SEEDS, GENERATE, KNOWN, NULL, MODALITY, TOKEN_GENERATE
     line = COEFFICIENTS + (row * lines + tl.minimum(step, lines - 1)) * 9
     p, q, w = tl.load(line + 2), tl.load(line + 3), tl.load(line + 8)
     a, b, c, d = tl.load(line + 4), tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
-    codes = INDICES + (row * lines + tl.minimum(step, lines - 1)) * (3 + PASSES) + 4
+    codes = INDICES + (row * lines + tl.minimum(step, lines - 1)) * (4 + PASSES) + 5
 
     # Guidance, x̂0 and the solver's update
     modality = tl.load(MODALITY + element, mask=real, other=0)
@@ -276,7 +277,7 @@ def _cfg_step(PREDICTION, SEEDS, GENERATE, KNOWN, NULL, MODALITY, TOKEN_GENERATE
 
     # The next step's inputs and times
     following = row * lines + tl.minimum(step + 1, lines - 1)
-    line, index = COEFFICIENTS + following * 9, INDICES + following * (3 + PASSES)
+    line, index = COEFFICIENTS + following * 9, INDICES + following * (4 + PASSES)
     known_alpha, known_sigma = tl.load(line), tl.load(line + 1)
     time, known_time = tl.load(index), tl.load(index + 1)
     drop_time, drop_draw = tl.load(index + 2), tl.load(index + 3)
@@ -289,7 +290,7 @@ def _cfg_step(PREDICTION, SEEDS, GENERATE, KNOWN, NULL, MODALITY, TOKEN_GENERATE
     token_time = tl.where(token_generate, time, known_time)
     tl.store(TIMES + token_at, token_time, mask=exists)
     for k in tl.static_range(PASSES - 1):
-        code = tl.load(index + 4 + k)
+        code = tl.load(index + 5 + k)
         eta, _ = _normals(seed, element, drop_draw, 1 + k)
         null = tl.load(NULL + at, mask=real, other=0.0)
         nulled = tl.where((code == -2) & ~generate, known_alpha * null + known_sigma * xi, kept)

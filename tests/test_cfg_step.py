@@ -92,7 +92,7 @@ def one_row(codes, known_alpha=1.0, known_sigma=0.0, w=1.0, generate=GENERATE, t
     for name, value in values.items():
         coefficients[0, 0, Coefficient[name]] = value
     coefficients[0, 1] = torch.tensor(IDENTITY)
-    indices = torch.tensor([[[TIME, KNOWN_TIME, DROP_TIME, 0, *codes], [0, 0, 0, 0, *[Guided.OFF] * len(codes)]]])
+    indices = torch.tensor([[[TIME, KNOWN_TIME, DROP_TIME, 0, 1, *codes], [0, 0, 0, 0, 0, *[Guided.OFF] * len(codes)]]])
     rows = Rows(
         torch.tensor([seed]), generate[None], KNOWN[None], NULL[None], MODALITY, token_generate[None], TOKEN_MODALITY,
         coefficients, indices.int(),

@@ -104,7 +104,7 @@ def test_samples_count_up_in_seed(engine):
 
 @pytest.mark.parametrize(
     "change",
-    [{"prompt": "blue dog"}, {"seed": 1}, {"steps": 5}, {"solver": "ddpm"}, {"guidance": 9.0}],
+    [{"prompt": "blue dog"}, {"seed": 1}, {"steps": 5}, {"solver": "ddpm"}, {"guidance": 9.0}, {"step_cache": 2}],
     ids=lambda change: next(iter(change)),
 )
 def test_every_setting_matters(engine, change):

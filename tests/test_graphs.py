@@ -14,6 +14,7 @@ REQUESTS = [
     Request(num=2, steps=4, seed=7),
     Request(prompt="red cat", steps=6, solver="ddim", guidance=3.0),
     Request(image=Image.new("RGB", (32, 32), (200, 30, 90)), num=3, steps=5, solver="ddpm"),
+    Request(prompt="red tree", steps=5, step_cache=2),
     Request(prompt="big _ dog", steps=3, guidance=2.0, guidance_interval=(0.3, 1)),
 ]
 
@@ -82,6 +83,25 @@ def test_a_step_is_captured_once_and_cleared_away():
     graphs("add", step)
     graphs("add", step)
     assert (len(calls), counter.tolist()) == (4, [7.0] * 3)
+
+
+@pytest.mark.gpu
+def test_calls_side_by_side_see_what_came_before_and_are_seen_after():
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs, x, out = StepGraphs(device), torch.zeros(1 << 20, device=device), torch.zeros(4, device=device)
+
+    def step():
+        y = x + 1
+        for _ in range(20):  # long enough for a call that does not wait to be early
+            y = y * 1.5 - y * 0.5
+        found = graphs.side_by_side([lambda i=i: (y * i).mean() for i in range(4)])
+        out.copy_(torch.stack(found))
+        x.add_(1)
+
+    for i in range(1, 6):
+        graphs("step", step)
+        torch.testing.assert_close(out.cpu(), torch.arange(4.0) * i)
+    assert graphs.replays == 4
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.config import PRESETS, Modality, ModelConfig
-from engine.model import PSUNet
+from engine.model import InnerCache, PSUNet
 
 SIZES = {"image": (6, 4), "text": (5, 3), "sound": (2, 7)}  # tokens, channels
 
@@ -29,14 +29,14 @@ def inputs_of(config, rows=3):
     return torch.randn(rows, config.size, generator=torch.Generator().manual_seed(1))
 
 
-def predict(model, inputs, times=None, outputs=None):
+def predict(model, inputs, times=None, outputs=None, inner=None):
     """The prediction at times [R, L], by default one of each token's own; the table has a row for each time."""
     if times is None:
         times = torch.arange(model.config.tokens).mul(7).remainder(10).repeat(len(inputs), 1)
         if model.config.time == "token":  # one time per modality
             times = torch.cat([times[:, s][:, :1].expand(-1, s.stop - s.start) for s in slices(model)], dim=1)
     table = model.time_table(torch.arange(1001))
-    return model(inputs, table, times.int(), outputs)
+    return model(inputs, table, times.int(), outputs, inner=inner)
 
 
 def slices(model):
@@ -225,6 +225,49 @@ def test_the_weights_dtype_computes_and_the_inputs_dtype_returns(dtype, toleranc
     prediction = predict(model.to(dtype), inputs)
     assert qkv == [dtype] and prediction.dtype == torch.float32
     assert (prediction - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+def test_branches_need_nothing_of_each_other(time):
+    """So that they may run side by side: in another order, and each on tensors that no other has touched."""
+    c = config((2, 1, 1), time=time)
+    model, inputs = model_of(c), inputs_of(c)
+    expected, groups = predict(model, inputs), []
+
+    def backwards(calls):
+        groups.append(len(calls))
+        return [call() for call in reversed(calls)][::-1]
+
+    model.side_by_side = backwards
+    assert torch.equal(predict(model, inputs), expected)
+    assert groups == [3, 3]
+
+
+def kept_by(model, rows):
+    """Memory for the inner blocks' results that shows whoever reads it too early."""
+    tokens = model.config.tokens + (len(model.config.modalities) if model.config.time == "token" else 0)
+    return torch.full((rows, tokens, model.config.dim), torch.nan)
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+@torch.no_grad()
+def test_inner_blocks_results_are_kept_and_used_again_row_by_row(time):
+    c = config(shared_depth=5, time=time)
+    model, inputs = model_of(c), inputs_of(c)
+    rows, kept = len(inputs), kept_by(model, len(inputs))
+    expected = predict(model, inputs)
+    everywhere = InnerCache(kept, torch.ones(rows, dtype=torch.bool))
+    torch.testing.assert_close(predict(model, inputs, inner=everywhere), expected)
+    called = calls_of(model)
+    torch.testing.assert_close(predict(model, inputs, inner=InnerCache(kept, None)), expected)
+    assert {n for n in called if n.startswith("shared") and n.count(".") == 1} == {"shared_in.0", "shared_out.1"}
+
+    others = inputs + 1
+    stale = predict(model, others, inner=InnerCache(kept, None))
+    some = predict(model, others, inner=InnerCache(kept, torch.arange(rows) == 1))
+    torch.testing.assert_close(some[1], predict(model, others)[1])
+    torch.testing.assert_close(some[[0, 2]], stale[[0, 2]])
+    assert not torch.allclose(stale, predict(model, others), atol=1e-3)
 
 
 @pytest.mark.parametrize("time", ["adaln", "token"])

@@ -5,7 +5,14 @@ import pytest
 from engine import Request
 from engine.request import MAX_NUM, RequestError
 
-RANGES = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000), "seed": (0, 2**64 - 1)}
+RANGES = {
+    "num": (1, MAX_NUM),
+    "steps": (1, 1000),
+    "resample": (1, 100),
+    "jump": (1, 1000),
+    "step_cache": (1, 1000),
+    "seed": (0, 2**64 - 1),
+}
 
 
 @pytest.mark.parametrize(("argument", "lowest", "highest"), [(key, *span) for key, span in RANGES.items()])

@@ -244,6 +244,7 @@ NUMBERS = [
     bad("--seed", str(2**64 - 1), "--num", "2"),
     bad("--seed", str(2**64 - 15), said=str(2**64 - 16)),  # a joint grid has 16
     *(bad("--resample", value) for value in ("0", "-1", "101", "x")),
+    *(bad("--step-cache", value) for value in ("0", "-1", "1001", "0.5")),
     *(bad("--jump", value) for value in ("0", "-1", "1001", "0.5")),
     bad("--jump", "2", "--resample", "2"),
     bad("--jump", "1", "--resample", "2", "--steps", "1"),

@@ -184,10 +184,10 @@ def test_known_values_enter_at_their_scheduled_noise_or_clean():
     renoise = table(times, "scaled_linear", conditioning="renoise")
     np.testing.assert_allclose(column(renoise, "KNOWN_ALPHA"), schedule.alpha(times), rtol=1e-6)
     np.testing.assert_allclose(column(renoise, "KNOWN_SIGMA"), schedule.sigma(times), rtol=1e-6)
-    assert renoise.indices[:, : Index.GUIDED].tolist() == [[900, 900, 900, 0], [500, 500, 500, 1], [100, 100, 100, 2]]
+    assert renoise.indices[:, : Index.GUIDED].tolist() == [[t, t, t, draw, 1] for draw, t in enumerate((900, 500, 100))]
     clean = table(times, conditioning="clean")
     assert (column(clean, "KNOWN_ALPHA") == 1).all() and (column(clean, "KNOWN_SIGMA") == 0).all()
-    assert clean.indices[:, : Index.GUIDED].tolist() == [[900, 0, N, 0], [500, 0, N, 0], [100, 0, N, 0]]
+    assert clean.indices[:, : Index.GUIDED].tolist() == [[t, 0, N, 0, 1] for t in (900, 500, 100)]
 
 
 @pytest.mark.parametrize(
@@ -220,3 +220,18 @@ def test_what_cannot_be_sampled_is_refused_by_name(options, message):
 def test_unknown_schedules_are_refused(name, timesteps, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule(name, timesteps)
+
+
+def test_inner_blocks_run_at_every_kth_step_after_a_jump_back_and_when_the_passes_change():
+    times = [800, 700, 600, 500, 400, 300, 200, 100]
+    assert table(times).refresh.all()
+    assert table(times, step_cache=3).refresh.tolist() == [True, False, False] * 2 + [True, False]
+    late = table(times, step_cache=3, guidance_scale=2.0, guidance_interval=(0, 700)).refresh.tolist()
+    assert late == [True, True, False, False, True, False, False, True]
+    jumps = table(times[:4], step_cache=9, resample=2, jump=2)
+    assert jumps.indices[:, Index.TIME].tolist() == [800, 700, 600, 500, 600, 500]
+    assert jumps.refresh.tolist() == [True, False, False, False, True, False]
+    turns = table(times, step_cache=3, guidance="alternate", guidance_scale=2.0, guided_modalities=(0, 1))
+    assert turns.refresh.all()
+    with pytest.raises(ValueError, match="^step_cache: 0 does not work; use 1 or more"):
+        table(times, step_cache=0)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import PRESETS, Modality, ModelConfig
-from engine.model import PSUNet
+from engine.model import InnerCache, PSUNet
 from engine.sampler import Row, Sampler, sample
 from engine.schedule import NoiseSchedule, solver_table, timesteps
 
@@ -30,9 +30,13 @@ class Denoiser:
         self.table = self.model.time_table(torch.arange(N + 1))
         self.rows, self.encodings = [], []  # R of every forward; modality and R of every encoding
 
-    def __call__(self, inputs, times, outputs, encoded=None):
+    def __call__(self, inputs, times, outputs, encoded=None, kept=None, refresh=None):
         self.rows.append(len(inputs))
-        return self.model(inputs, self.table, times, outputs, encoded)
+        inner = None if kept is None else InnerCache(kept, refresh)
+        return self.model(inputs, self.table, times, outputs, encoded, inner)
+
+    def keep(self, rows):
+        return torch.full((rows, self.model.config.tokens, self.model.config.dim), torch.nan)
 
     def encode(self, name, inputs, times):
         self.encodings.append((name, len(inputs)))
@@ -62,13 +66,15 @@ def mixed_rows():
         row(6, "text", 3),
         row(7, "text", 6, conditioning="renoise", guidance_scale=2.0),
         row(8, "image", 1, guidance_scale=2.0),
+        row(9, "text", 7, guidance_scale=2.0, guidance_interval=(200, 700), step_cache=3),
+        row(10, "image text", 8, resample=2, jump=3, step_cache=2),
     ]
 
 
 @pytest.fixture(scope="module")
 def alone():
     """Each row by itself, with every block at every step."""
-    return torch.cat([sample(Denoiser(), [row], MODEL) for row in mixed_rows()])
+    return torch.cat([sample(d := Denoiser(), [row], MODEL, keep=d.keep) for row in mixed_rows()])
 
 
 def assert_same(found, expected):
@@ -76,10 +82,10 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("buckets", [(1,), (3,), (1, 2, 4), POWERS, range(1, 9), (16,)], ids=str)
-@pytest.mark.parametrize("order", [range(8), (5, 0, 7, 2, 4, 1, 6, 3)], ids=str)
+@pytest.mark.parametrize("order", [range(10), (5, 0, 9, 7, 2, 4, 8, 1, 6, 3)], ids=str)
 def test_rows_come_out_the_same_in_any_bucket_order_and_slot(alone, buckets, order):
     denoiser, rows = Denoiser(), mixed_rows()
-    sampler = Sampler(denoiser, MODEL, buckets=buckets, encode=denoiser.encode)
+    sampler = Sampler(denoiser, MODEL, buckets=buckets, encode=denoiser.encode, keep=denoiser.keep)
     assert_same(sampler.run([rows[i] for i in order]), alone[list(order)])
     assert {n for n in denoiser.rows} <= {passes * size for size in buckets for passes in (1, 2)}
 
@@ -102,7 +108,7 @@ def test_the_smallest_bucket_that_holds_the_live_rows_is_used():
 def test_rows_enter_while_others_are_under_way(alone):
     """From another thread, at any step."""
     denoiser, rows = Denoiser(), mixed_rows()
-    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode)
+    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep)
     with ThreadPoolExecutor(3) as pool:
         late = {}
 
@@ -136,7 +142,7 @@ def test_longer_tables_than_the_memory_holds_make_it_grow_under_way():
 
 def test_a_row_that_is_cancelled_leaves_its_slot_and_the_others_alone(alone):
     denoiser, rows = Denoiser(), mixed_rows()
-    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode)
+    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep)
 
     def cancel(done, total):
         raise KeyboardInterrupt
@@ -151,13 +157,13 @@ def test_a_failing_step_fails_one_caller_and_the_others_rows_begin_again(alone):
     denoiser, rows = Denoiser(), mixed_rows()
     both, failures = threading.Barrier(2), []
 
-    def fails_at_the_fourth(*arguments):
+    def fails_at_the_fourth(*arguments, **more):
         if len(denoiser.rows) == 3 and not failures:
             failures.append(1)
             raise ZeroDivisionError
-        return denoiser(*arguments)
+        return denoiser(*arguments, **more)
 
-    sampler = Sampler(fails_at_the_fourth, MODEL, buckets=POWERS, encode=denoiser.encode)
+    sampler = Sampler(fails_at_the_fourth, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep)
 
     def run(i):
         both.wait()
@@ -175,17 +181,18 @@ def test_a_failing_step_fails_one_caller_and_the_others_rows_begin_again(alone):
 
 
 def out_of_memory_beyond(rows, denoiser):
-    def limited(inputs, *arguments):
+    def limited(inputs, *arguments, **more):
         if len(inputs) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return denoiser(inputs, *arguments)
+        return denoiser(inputs, *arguments, **more)
 
     return limited
 
 
 def test_out_of_memory_halves_the_slots_once_and_says_so(alone):
     denoiser = Denoiser()
-    sampler = Sampler(out_of_memory_beyond(9, denoiser), MODEL, buckets=POWERS, encode=denoiser.encode)
+    limited = out_of_memory_beyond(9, denoiser)
+    sampler = Sampler(limited, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep)
     with pytest.warns(UserWarning, match="out of memory with 8 rows at a time; going on with 4"):
         assert_same(sampler.run(mixed_rows()), alone)
     sampler.denoiser = out_of_memory_beyond(2, denoiser)
@@ -262,6 +269,35 @@ def test_empty_guidance_finds_its_null_values_encoded():
     assert denoiser.encodings == [("image", 2)]
 
 
+@pytest.mark.parametrize("shared_depth", [1, 3, 7])
+def test_step_caching_runs_the_inner_blocks_at_some_steps_and_all_others_always(shared_depth):
+    config, steps = replace(MODEL, shared_depth=shared_depth), 8
+    denoiser = Denoiser(config)
+    plain, cached = (row(1, "image text", steps, config=config, step_cache=k) for k in (1, 3))
+    exact = sample(denoiser, [plain], config)
+    count = calls_by_stack(denoiser)
+    found = sample(denoiser, [cached], config, keep=denoiser.keep)
+    pairs = shared_depth // 2
+    inner = 0 if pairs == 0 else pairs - 1  # of each side; without a pair nothing is within one
+    ran = 3 if pairs else steps  # at steps 0, 3 and 6
+    assert count.pop("shared_middle") == ran
+    assert count.pop("shared_in", 0) == count.pop("shared_out", 0) == min(pairs, 1) * steps + inner * ran
+    assert count.pop("branches.image.in_blocks") == count.pop("branches.image.out_blocks") == 2 * steps
+    assert found.isfinite().all() and torch.allclose(found, exact, atol=1e-3) == (pairs == 0)
+
+
+def test_step_caching_changes_no_row_that_did_not_ask_for_it(alone):
+    """And the one that did gets what it gets alone, whenever the others' blocks run."""
+    denoiser = Denoiser()
+    sampler = Sampler(denoiser, MODEL, buckets=(3,), keep=denoiser.keep)
+    assert_same(sampler.run([mixed_rows()[i] for i in (0, 8, 9)]), alone[[0, 8, 9]])
+
+
+def test_step_caching_is_refused_where_nothing_is_kept():
+    with pytest.raises(ValueError, match="^step_cache: this model keeps nothing .*; use 1"):
+        Sampler(Denoiser(), MODEL, buckets=POWERS).run([mixed_rows()[8]])
+
+
 def test_a_row_of_more_passes_than_the_sampler_does_is_refused():
     wide = row(1, "image text", 3, guidance="unidiffuser", guidance_scale=2.0, guided_modalities=(0, 1))
     with pytest.raises(ValueError, match="^passes: a row needs 3, the sampler does 2; use more"):
@@ -285,8 +321,8 @@ class Recorded:
 def test_the_first_step_of_a_kind_replayed_does_what_every_later_one_would(alone):
     """So that a captured one may be replayed: it reads and writes memory that stays where it is."""
     denoiser, graphs = Denoiser(), Recorded()
-    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, graphs=graphs)
-    for order in (range(8), (3, 1, 6), (7, 4, 5, 0, 2), range(8)):
+    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep, graphs=graphs)
+    for order in (range(10), (3, 1, 6), (7, 4, 9, 5, 0, 2, 8), range(10)):
         replays, forwards = graphs.replays, sampler.forwards
         assert_same(sampler.run([mixed_rows()[i] for i in order]), alone[list(order)])
     assert graphs.replays - replays == sampler.forwards - forwards, "nothing new the second time"
@@ -314,7 +350,8 @@ def test_a_step_reads_nothing_on_the_host_and_brings_nothing_from_there():
         with operations:
             step()
 
-    Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, graphs=recorded).run(mixed_rows())
+    parts = {"encode": denoiser.encode, "keep": denoiser.keep}
+    Sampler(denoiser, MODEL, buckets=POWERS, graphs=recorded, **parts).run(mixed_rows())
     assert {"addmm", "gather", "where", "copy_"} <= operations.names
     waits = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "allclose"}
     assert not operations.names & (waits | {"lift_fresh", "lift_fresh_copy", "_pin_memory"})
@@ -322,7 +359,7 @@ def test_a_step_reads_nothing_on_the_host_and_brings_nothing_from_there():
 
 def test_nothing_is_kept_of_rows_that_are_done():
     denoiser = Denoiser()
-    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode)
+    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep)
 
     def tensors():
         gc.collect()
