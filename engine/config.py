@@ -278,6 +278,15 @@ PRESETS: dict[str, Config] = {
         DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "independent"),
         ImageConfig(size=256, patch=2),
     ),
+    # The same, deeper: depth 16.
+    "uvit-multi-deep-coco256": Config(
+        ModelConfig(
+            (Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)), shared_depth=17, dim=512,
+            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
+        ),
+        DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "independent"),
+        ImageConfig(size=256, patch=2),
+    ),
     # U-ViT for text-to-image: the text is a condition, the last layer a convolution.
     "uvit-t2i-coco256": Config(
         ModelConfig(

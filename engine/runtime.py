@@ -99,12 +99,14 @@ class Engine:
             self.model.side_by_side = captured.side_by_side
         # Where every size of batch is compiled or captured for itself there are few, else there is one for any number.
         few = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
+        own = cuda and (compile or graphs)
+        self._apart = few if own else [1] if compile else []  # one row is always compiled for itself
         self._sampler = Sampler(
             self._denoise, self.config.model, device,
             # A U-ViT's modalities meet at once, and it has no blocks outside of its stack.
             encode=self._encode if isinstance(self.model, PSUNet) else None,
             keep=self._keep if isinstance(self.model, PSUNet) else None,
-            buckets=few if cuda and (compile or graphs) else range(1, max_rows + 1),
+            buckets=few if own else range(1, max_rows + 1),
             graphs=captured,
         )  # fmt: skip
 
@@ -146,24 +148,37 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Frees the model, between two steps of whatever is running; the engine cannot be used afterwards."""
-        with self._sampler.paused():
+        """Frees the model, between two steps of whatever is running; the engine cannot be used afterwards.
+
+        Calls that are not done raise RuntimeError in their own threads.
+        """
+        with self._sampler.paused(), self._lock:
             self.model = self._table = self._codec = None
-            self._sampler.clear()
+            self._sampler.close()
 
     def warmup(self, batch: int = 1) -> None:
         """Runs a step of every task with and without guidance, so that nothing is loaded, compiled or captured later.
 
-        batch  samples that will come together; where sizes of batches are captured, all up to this one's are
+        batch  samples that will come together; sizes that are compiled or captured apart are all done up to this one
+        Shows its progress on a terminal. Steps that use a step cache are captured when they first come. Raises
+        ValueError if the batch is more than `max_rows`.
         """
-        size = self.config.image.size
-        tasks = [Request(), Request(image=Image.new("RGB", (size, size)))]
-        tasks += [Request(prompt=word) for word in self.text.vocabulary[1:2]]
-        captured = [rows for rows in self._sampler.buckets if self._sampler.graphs and rows < batch]
-        for rows in [batch, *reversed(captured)]:  # the largest first: the smaller ones fit into its memory
-            for request in tasks:
-                for guidance in (1.0, 2.0):
-                    self.generate(replace(request, num=rows, steps=1, guidance=guidance))
+        from tqdm import tqdm
+
+        if not 1 <= batch <= self.max_rows:
+            raise ValueError(f"batch: {batch} does not work; use 1 to max_rows, {self.max_rows}")
+        size, words = self.config.image.size, self.text.vocabulary[1:2]
+        # By what is generated; a model that takes a modality as given cannot have it in there.
+        asked = {("image", "text"): [Request()], ("text",): [Request(image=Image.new("RGB", (size, size)))],
+                 ("image",): [Request(prompt=word) for word in words]}  # fmt: skip
+        tasks = [
+            task for made, several in asked.items() if {*made} <= {*self.config.model.predicted} for task in several
+        ]
+        # The largest first: the smaller ones fit into its memory.
+        sizes = [batch, *(rows for rows in reversed(self._apart) if rows < batch)]
+        kinds = [(rows, task, w) for rows in sizes for task in tasks for w in (1.0, 2.0)]
+        for rows, task, w in tqdm(kinds, desc="warm-up", unit="kind of step", disable=None):
+            self.generate(replace(task, num=rows, steps=1, guidance=w))
 
     def stats(self) -> Stats:
         sampler = self._sampler
@@ -185,6 +200,9 @@ class Engine:
         one of the requests cannot be served, torch.OutOfMemoryError where half of the rows are still too many.
         """
         several = [requests] if isinstance(requests, Request) else list(requests)
+        for other in several:
+            if not isinstance(other, Request):
+                raise RequestError(f"requests: {other!r} is no Request; give a Request or a list of them")
         if not several:
             return []
         self._open_model()
@@ -213,6 +231,7 @@ class Engine:
     def image(self) -> ImageCodec:
         """The picture codec, loaded when first needed: importing its library takes longer than many a sampling run."""
         with self._lock:
+            self._open_model()
             if self._codec is None:
                 self._codec = self._load_image()
             return self._codec
@@ -322,7 +341,8 @@ class Engine:
             pixels = p.pixels.expand(len(states), -1, -1, -1)  # [num, 3, S, S]
         else:
             tokens = states[:, model.state_slices["image"]].unflatten(1, (picture.tokens, picture.channels))
-            pixels = self.image.decode(tokens.to(self.device)).cpu()  # [num, 3, S, S]
+            parts = tokens.split(self.max_rows)  # as many at a time as memory was said to have room for
+            pixels = torch.cat([self.image.decode(part.to(self.device)).cpu() for part in parts])  # [num, 3, S, S]
             if p.mask is not None:
                 weight = torch.from_numpy(masks.feather(p.mask, FEATHER))  # [S, S]
                 pixels = torch.where(weight > 0, p.pixels + weight * (pixels - p.pixels), p.pixels)

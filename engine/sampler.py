@@ -25,7 +25,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -86,6 +86,8 @@ class Sampler:
         self.buckets, self.passes, self.graphs = list(buckets), passes, graphs
         self.forwards = self.finished = 0  # calls of the denoiser, and rows, to this day
         self._turn = threading.Condition()
+        self._pausing = 0  # threads that want no step to begin
+        self._closed = False
         self._stepping = False  # whether a thread is in a step; only that one touches what follows
         self._waiting: deque[Job] = deque()  # but this, which any thread extends
         self._slots: list[Job | None] = []
@@ -96,23 +98,25 @@ class Sampler:
     def run(self, rows: Sequence[Row], callback: Callable[[int, int], None] | None = None) -> Tensor:
         """Samples of these rows, packed, [B, N] float32; known values come back bit for bit.
 
-        Whichever thread finds nobody stepping does the next step, for the rows of all threads. After every step that
-        some of these rows took part in, `callback(steps done, steps in all)` is called in their own thread, the steps
-        of all rows counted; to cancel, raise from it.
-        Raises ValueError before the first step if a row does not fit the model, and torch.OutOfMemoryError when memory
-        runs out a second time, or for a single row.
+        Whichever thread finds nobody stepping does the next step, for the rows of all threads. As these rows get on,
+        `callback(steps done, steps in all)` is called in their own thread, the steps of all rows counted (and not again
+        while they catch up with a step that failed); to cancel, raise from it.
+        Raises ValueError before the first step if a row does not fit the model, torch.OutOfMemoryError when memory runs
+        out a second time, or for a single row, and RuntimeError when the sampler is closed meanwhile.
         """
         jobs = [self._job(row) for row in rows]
         # The longest first: short ones fill the slots that are free at the end.
         self._waiting.extend(sorted((job for job in jobs if job.state is None), key=lambda job: -job.row.table.steps))
-        total, seen = sum(row.table.steps for row in rows), 0
+        total, seen, told = sum(row.table.steps for row in rows), 0, 0
         try:
             while any(job.state is None for job in jobs):
                 mine = False
                 try:
                     with self._turn:
-                        while self._stepping and sum(job.step for job in jobs) == seen:
+                        while self._pausing or (self._stepping and sum(job.step for job in jobs) == seen):
                             self._turn.wait()
+                        if self._closed:
+                            raise RuntimeError("this engine is closed; make another with Engine.from_pretrained")
                         mine, self._stepping = not self._stepping, True
                     if mine:
                         self._step()
@@ -121,21 +125,35 @@ class Sampler:
                         with self._turn:
                             self._stepping = False
                             self._turn.notify_all()
-                before, seen = seen, sum(job.step for job in jobs)
-                if callback is not None and seen != before:
+                seen = sum(job.step for job in jobs)
+                if callback is not None and seen > told:
+                    told = seen
                     callback(seen, total)
         finally:
             for job in jobs:
                 job.cancelled = True  # means nothing to those that are done
+                with suppress(ValueError):
+                    self._waiting.remove(job)
         return torch.stack([job.state for job in jobs])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """No step is under way within, in no thread."""
         with self._turn:
+            self._pausing += 1
             while self._stepping:
                 self._turn.wait()
-            yield
+            try:
+                yield
+            finally:
+                self._pausing -= 1
+                self._turn.notify_all()
+
+    def close(self) -> None:
+        """Frees all memory; who still runs rows, or begins to, is told so. Call it while `paused`."""
+        self._closed = True
+        self.clear()
+        self._waiting.clear()
 
     def clear(self) -> None:
         """Frees the memory of the batches; rows under way begin again."""
@@ -190,7 +208,8 @@ class Sampler:
                 entering.append(job)
         number = len(staying) + len(entering)
         size = next(size for size in self.buckets if size >= number) if number else 0
-        lines = self._lines
+        # Captured steps would be lost with the memory they use, however much of it one long table has taken.
+        lines = self._lines if staying or self.graphs is not None else LINES
         while entering and lines <= max(job.row.table.steps for job in entering):
             lines *= 2
 

@@ -81,6 +81,7 @@ TINY = Recipe(
 RECIPES: dict[str, Recipe] = {
     "coco256": COCO256,
     "uvit-multi-coco256": COCO256,
+    "uvit-multi-deep-coco256": COCO256,
     "uvit-t2i-coco256": COCO256,
     "emoji": EMOJI,
     "uvit-emoji": EMOJI,

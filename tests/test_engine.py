@@ -1,7 +1,10 @@
 """`Engine` from requests to pictures and words, on a tiny model of random weights in float32."""
 
+import gc
+import resource
 import shutil
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -239,6 +242,12 @@ def test_no_requests_give_no_results(engine):
     assert engine.generate([]) == []
 
 
+@pytest.mark.parametrize("wrong", ["red cat", ["red"], [Request(), None]], ids=str)
+def test_what_is_no_request_is_refused_by_name(engine, wrong):
+    with pytest.raises(ValueError, match="^requests: .* is no Request; give a Request or a list of them"):
+        engine.generate(wrong)
+
+
 def test_threads_share_the_slots_and_get_what_they_get_alone(engine, mixed, alone):
     start, before = threading.Barrier(4), engine.stats()
 
@@ -311,21 +320,86 @@ def test_stats_count_what_was_done(tiny_checkpoint):
 
 def test_warmup_leaves_no_kind_of_step_for_later(tiny_checkpoint):
     with Engine.from_pretrained(tiny_checkpoint) as engine:
-        shapes = set()
-        hook = engine.model.shared_middle[0].register_forward_hook(lambda _, args, out: shapes.add(len(out)))
+        kinds = set()
+        for name in ("image", "text"):
+            head = engine.model.branches[name].head
+            head.register_forward_hook(lambda _, args, out, n=name: kinds.add((n, len(out))))
         engine.warmup(batch=2)
-        assert shapes == {2, 4}
-        hook.remove()
+        warm = set(kinds)
+        engine.generate([Request(steps=2), Request(prompt="red", steps=2)])
+        engine.generate([Request(image=picture(), num=2, steps=2, guidance=1.0)])
+        assert kinds == warm == {(name, rows) for name in ("image", "text") for rows in (2, 4)}
+        with pytest.raises(ValueError, match="^batch: 65 does not work; use 1 to max_rows, 64"):
+            engine.warmup(batch=65)
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_warmup(tiny_checkpoint):
+    from torch._dynamo.utils import counters
+
+    with Engine.from_pretrained(tiny_checkpoint, dtype="float32", compile=True) as engine:
+        engine.warmup(batch=4)
+        counters.clear()
+        engine.generate([Request(num=3, steps=2), Request(prompt="red", steps=4)])
+        engine.generate(Request(image=picture(), steps=2))
+        assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_engines_made_in_threads_work_side_by_side(tiny_checkpoint, mixed, alone):
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda _: Engine.from_pretrained(tiny_checkpoint, dtype="float32"), range(2)))
+        for found in pool.map(lambda engine: engine.generate(mixed), made):
+            for result, expected in zip(found, alone, strict=True):
+                assert_same(result, expected)
     first, second = made
-    assert_same(first.generate(mixed[1]), alone[1], rounding=0)
     first.close()
     assert_same(second.generate(mixed[1]), alone[1], rounding=0)
     second.close()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_a_thousand_generations(tiny_checkpoint):
+    def resident() -> int:
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    requests = [Request(num=2, steps=1), Request(prompt="red _", steps=2), Request(image=picture(), steps=1)]
+    with Engine.from_pretrained(tiny_checkpoint, dtype="float32", max_rows=4) as engine:
+        for i in range(200):
+            engine.generate(requests[i % 3])
+        before = resident()
+        for i in range(1000):
+            engine.generate(requests[i % 3])
+        assert resident() - before < 8 << 20, "a single leaked state or picture a time would be more"
+
+
+def test_pictures_are_decoded_no_more_at_a_time_than_rows_are_sampled(tiny_checkpoint, monkeypatch):
+    with Engine.from_pretrained(tiny_checkpoint, dtype="float32", max_rows=3) as engine:
+        decode, sizes = engine.image.decode, []
+        monkeypatch.setattr(engine.image, "decode", lambda tokens: sizes.append(len(tokens)) or decode(tokens))
+        assert len(engine.generate(Request(num=8, steps=1)).samples) == 8
+    assert sizes == [3, 3, 2]
+
+
+def test_closing_ends_what_other_threads_are_generating(tiny_checkpoint):
+    engine = Engine.from_pretrained(tiny_checkpoint, dtype="float32")
+    under_way, model = threading.Event(), weakref.ref(engine.model)
+
+    def endless():
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            engine.generate(Request(num=2, steps=1000, resample=50), lambda *_: under_way.set())
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(endless) for _ in range(2)]
+        under_way.wait()
+        engine.close()
+        for thread in running:
+            thread.result()
+    gc.collect()
+    assert model() is None and not engine._sampler._batches and not engine._sampler._waiting
+    with pytest.raises(RuntimeError, match="closed"):
+        _ = engine.image
 
 
 def test_a_closed_engine_says_so(tiny_checkpoint):

@@ -357,6 +357,29 @@ def test_a_step_reads_nothing_on_the_host_and_brings_nothing_from_there():
     assert not operations.names & (waits | {"lift_fresh", "lift_fresh_copy", "_pin_memory"})
 
 
+def test_a_long_table_takes_memory_only_as_long_as_it_is_there(alone):
+    denoiser = Denoiser()
+    sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep)
+    sampler.run([row(1, "image", 130)])
+    lines = sampler._batches[1].rows.indices.shape[1]
+    assert_same(sampler.run(mixed_rows()), alone)
+    assert max(batch.rows.indices.shape[1] for batch in sampler._batches.values()) < lines
+
+
+def test_progress_does_not_run_backwards_when_rows_begin_again():
+    denoiser, seen = Denoiser(), []
+    sampler = Sampler(out_of_memory_beyond(16, denoiser), MODEL, buckets=POWERS)
+
+    def squeeze(done, total):
+        seen.append(done)
+        if len(seen) == 2:
+            sampler.denoiser = out_of_memory_beyond(4, denoiser)
+
+    with pytest.warns(UserWarning, match="out of memory"):
+        sampler.run([row(i, "image", 5) for i in range(8)], squeeze)
+    assert seen == sorted(set(seen)) and seen[-1] == 40
+
+
 def test_nothing_is_kept_of_rows_that_are_done():
     denoiser = Denoiser()
     sampler = Sampler(denoiser, MODEL, buckets=POWERS, encode=denoiser.encode, keep=denoiser.keep)

@@ -415,3 +415,4 @@ def test_a_text_to_image_model_refuses_to_write_texts(u_vit_checkpoint):
         for request in (Request(), Request(prompt="red _")):
             with pytest.raises(RequestError, match="prompt: this model takes text as given"):
                 engine.generate(request)
+        engine.warmup(batch=2)
