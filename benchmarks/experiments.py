@@ -4,6 +4,7 @@
     depths        PS-U-Nets of (N_text, N_image, N_shared) at equal parameters
     masking       infilling with more and more of the image, of the text, or of both masked
     guidance      quality against diversity over the guidance scale, for all ways of guidance and conditioning
+    approximations  quality against time: fewer steps, a step cache, a guidance interval
 
 python -m benchmarks.experiments architecture --data data/emoji --steps 2000 --seeds 0 1
 
@@ -17,189 +18,23 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
 from benchmarks import machine
-from benchmarks.metrics import bleu4, features_of, frechet_distance
-from benchmarks.plots import plot_bars, plot_curves
-from benchmarks.sweeps import denoising_errors, guidance_sweep, masking_sweep
-from benchmarks.workloads import equal_compute, equal_parameters, forward_flops, parameters, u_vit_config
-from engine import Engine, Request
-from engine.checkpoint import BUILT_IN
-from engine.codecs.image import ImageCodec
-from engine.codecs.text import TextCodec
-from engine.config import PRESETS, Config, ImageConfig
-from engine.data.coco import CocoCaptions
-from engine.data.latents import cache_latents
+from benchmarks.plots import plot_curves
+from benchmarks.sweeps import approximation_sweep, guidance_sweep, masking_sweep
+from benchmarks.trials import Data, race, read_data, trained
+from benchmarks.workloads import equal_compute, equal_parameters, forward_flops, u_vit_config
+from engine import Engine
 from engine.device import resolve
-from engine.evaluate import Gallery, evaluate, pixels_of, spread, word_f1
-from engine.pictures import to_image
-from engine.train import RECIPES, shortened, take_codecs, train_denoiser
-from engine.training import write_atomically
 
 ERRORS = (
     "Image error and text error: the mean square error of the model's prediction of one modality, held-out pictures, "
     "at evenly spaced times, the other modality known."
 )
 GRID = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # (N_text, N_image); N_shared takes what is left
-
-
-@dataclass(frozen=True)
-class Data:
-    """What all models of one experiment are trained on and measured with."""
-
-    config: Config  # the preset, with tokens and channels as the autoencoder makes them
-    train: CocoCaptions
-    test: list  # pairs of CaptionedImage and picture uint8 [3, S, S]
-    gallery: Gallery
-    codecs: Path  # folder with image/ and text/
-    features: object  # pictures in −1..1 → features; None on emoji
-
-
-def read_data(options: argparse.Namespace) -> Data:
-    """Opens the data and brings the codecs: the built-in model's, or `--autoencoder` and newly trained word vectors."""
-    config = PRESETS[options.preset]
-    size = options.size or config.image.size
-    train = CocoCaptions.open(options.data)
-    codecs = BUILT_IN
-    if options.autoencoder:
-        codecs = options.out / f"codecs-{size}"
-        if not (codecs / "text").exists():
-            captions = [c for item in train.items for c in item.captions]
-            ImageCodec.load(options.autoencoder, size, config.image.patch).save(codecs / "image")
-            TextCodec.train(captions, config.model.modality("text").channels).save(codecs / "text")
-    image = ImageCodec.load(codecs / "image", size, config.image.patch)
-    modalities = tuple(
-        replace(m, tokens=image.tokens, channels=image.channels) if m.name == "image" else m
-        for m in config.model.modalities
-    )
-    config = replace(config, model=replace(config.model, modalities=modalities), image=ImageConfig(size, image.patch))
-    split = "test" if (options.data / "captions_test.json").exists() else "val"
-    pairs = list(CocoCaptions.open(options.data, split).read(size))
-    features = features_of(options.features, options.device) if options.features else None
-    everything = pairs if features else [*train.read(size), *pairs]
-    return Data(config, train, spread(pairs, options.count), Gallery.of(everything), codecs, features)
-
-
-def trained(
-    name: str, config: Config, steps: int, seed: int, data: Data, options: argparse.Namespace, total: int | None = None
-) -> Engine:
-    """The model of one run after `steps` of its `total`, trained now or as far as an earlier start has not.
-
-    At a constant learning rate, so that a run's way can be looked at: the averaged weights make up for the decay.
-    """
-    total = total or steps
-    run = _folder(name, total, seed, options)
-    run.mkdir(parents=True, exist_ok=True)
-    take_codecs(data.codecs, run)
-    image = ImageCodec.load(data.codecs / "image", config.image.size, config.image.patch, options.device)
-    text = TextCodec.load(data.codecs / "text")
-    cache = cache_latents(
-        data.train, lambda x: image.encode(x.to(options.device)), options.out / f"latents-{config.image.size}",
-        str(data.codecs.resolve()), config.image.size,
-    )  # fmt: skip
-    recipe = RECIPES[options.preset]
-    denoiser = replace(recipe.denoiser, steps=steps, seed=seed, batch=options.batch or recipe.denoiser.batch, decay=0.0,
-                       warmup=min(recipe.denoiser.warmup, total // 10))  # fmt: skip
-    settings = argparse.Namespace(seed=seed, device=options.device, dtype=options.dtype, compile=options.compile,
-                                  save_every=steps)  # fmt: skip
-    train_denoiser(run, cache, text, config, replace(recipe, denoiser=denoiser), settings, None)
-    name_of_dtype = str(options.dtype).removeprefix("torch.")
-    return Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=name_of_dtype)
-
-
-def _folder(name: str, total: int, seed: int, options: argparse.Namespace) -> Path:
-    return options.out / f"{name}-{total}-seed{seed}".lower().replace(" ", "-").replace(",", "").replace("/", "-")
-
-
-def measured(
-    name: str, config: Config, points: list[int], seed: int, data: Data, options: argparse.Namespace
-) -> list[dict[str, float]]:
-    """The metrics of a run at its points, at the last those of samples too; kept beside it, so none is taken twice."""
-    found = []
-    for point in points:
-        file = _folder(name, points[-1], seed, options) / f"measured-{point}.json"
-        if not file.exists():
-            with trained(name, config, point, seed, data, options, points[-1]) as engine:
-                values = denoising_errors(engine, data.test, seed)
-                if point == points[-1]:
-                    values |= scores(engine, data, options, seed)
-            write_atomically(file, lambda path, v=values: path.write_text(json.dumps(v)))
-        found.append(json.loads(file.read_text()))
-    return found
-
-
-def scores(engine: Engine, data: Data, options: argparse.Namespace, seed: int) -> dict[str, float]:
-    """The metrics of one model on held-out pictures."""
-    if data.features is None:
-        found = asdict(evaluate(engine, data.test, data.gallery, options.sampling_steps, seed))
-        return {
-            "retrieval@1": found["retrieval_base"],
-            "word F1": found["word_f1"],
-            "infill RMSE": found["infill_rmse"],
-        }
-    words = engine.config.model.modality("text").tokens
-    steps = options.sampling_steps
-    captions = [shortened(item.captions[0], words) for item, _ in data.test]
-    known = {"steps": steps, "unknown_words": "fill"}
-    drawn = engine.generate([Request(prompt=c, seed=seed + i, **known) for i, c in enumerate(captions)])
-    told = engine.generate([Request(image=to_image(p / 127.5 - 1), seed=seed + i, steps=steps)
-                            for i, (_, p) in enumerate(data.test)])  # fmt: skip
-    real = torch.stack([p for _, p in data.test]).float() / 127.5 - 1
-    texts, references = [r.text for r in told], [item.captions for item, _ in data.test]
-    f1 = [max(word_f1(t, r) for r in several) for t, several in zip(texts, references, strict=True)]
-    return {
-        "FD": frechet_distance(data.features(torch.stack([pixels_of(r.image) for r in drawn])), data.features(real)),
-        "BLEU-4": bleu4(texts, references),
-        "word F1": statistics.mean(f1),
-    }
-
-
-def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options: argparse.Namespace) -> dict:
-    """Trains every variant with every seed: a row a variant with means and spreads over the seeds, and the way there.
-
-    On the way, at `--points` evenly spaced steps, the errors of `denoising_errors` are taken; at its end the samples
-    are measured too.
-    """
-    rows, way, done, total, started = [], [], 0, len(variants) * len(options.seeds), time.perf_counter()
-    batch = options.batch or RECIPES[options.preset].denoiser.batch
-    for name, config in variants.items():
-        errors = []
-        petaflop = 3 * forward_flops(config.model, batch) / 1e15  # a training step's: forward, and twice that backward
-        points = sorted({max(1, steps[name] * k // options.points) for k in range(1, options.points + 1)})
-        for seed in options.seeds:
-            errors.append(measured(name, config, points, seed, data, options))
-            done += 1
-            left = (time.perf_counter() - started) / done * (total - done) / 60
-            last = errors[-1][-1]
-            print(f"{name}, seed {seed}: {last}; {done} of {total}, about {left:.0f} minutes left", flush=True)
-        found = [run[-1] for run in errors]
-        for point, several in zip(points, zip(*errors, strict=True), strict=True):
-            mean = {metric: statistics.mean(e[metric] for e in several) for metric in errors[0][0]}
-            way.append({"model": name, "steps": point, "training PFLOP": petaflop * point} | mean)
-        row = {
-            "model": name, "M parameters": parameters(config.model) / 1e6,
-            "MFLOP/forward": forward_flops(config.model, 1) / 1e6, "steps": steps[name],
-            "training PFLOP": petaflop * steps[name],
-        }  # fmt: skip
-        for metric in found[0]:
-            values = [f[metric] for f in found]
-            row[metric] = statistics.mean(values)
-            row[f"± {metric}"] = statistics.stdev(values) if len(values) > 1 else "one seed"
-        rows.append(row)
-    panels = [(way, metric) for metric in way[0] if metric.endswith("error")]
-    return {
-        "rows": rows,
-        "way": way,
-        "plots": {
-            "": lambda path: plot_bars(rows, "model", _metrics(rows), path),
-            "-training": lambda path: plot_curves(panels, "training PFLOP", "model", path),
-        },
-    }
 
 
 def architecture(data: Data, options: argparse.Namespace) -> dict:
@@ -272,6 +107,21 @@ def guidance(data: Data, options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
+def approximations(data: Data, options: argparse.Namespace) -> dict:
+    rows = _over_seeds(options, data, lambda engine, seed: approximation_sweep(engine, data.test, data.gallery, seed))
+    return {
+        "title": "Approximations: quality against time",
+        "note": "The same names drawn and pictures told at 10, 15 and 25 steps, plainly and with each approximation. "
+        "Seconds are those of a sample's steps, all samples in one batch; compare them within one run only.",
+        "rows": rows,
+        "plots": {"": lambda path: plot_curves(
+            [([r | {"seconds": r["seconds drawing"]} for r in rows], "retrieval@1"),
+             ([r | {"seconds": r["seconds telling"]} for r in rows], "word F1")],
+            "seconds", "approximation", path,
+        )},
+    }  # fmt: skip
+
+
 def _over_seeds(options: argparse.Namespace, data: Data, sweep) -> list[dict]:
     """The rows of a sweep over one model, numbers as means over the seeds, and the spread of the first metric."""
     name_of_dtype = str(options.dtype).removeprefix("torch.")
@@ -297,11 +147,13 @@ def _over_seeds(options: argparse.Namespace, data: Data, sweep) -> list[dict]:
     return rows
 
 
-def _metrics(rows: list[dict]) -> tuple[str, ...]:
-    return tuple(key.removeprefix("± ") for key in rows[0] if key.startswith("± "))
-
-
-EXPERIMENTS = {"architecture": architecture, "depths": depths, "masking": masking, "guidance": guidance}
+EXPERIMENTS = {
+    "architecture": architecture,
+    "depths": depths,
+    "masking": masking,
+    "guidance": guidance,
+    "approximations": approximations,
+}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -189,7 +189,9 @@ def _missing(runs: list[dict]) -> list[str]:
     lacking = [group for group in ("forward", "sampling", "training", "start", "energy") if group not in groups]
     if lacking:
         sentences.append(f"The benchmarks of {', '.join(lacking)}.")
-    lacking = [name for name in ("architecture", "masking", "guidance", "depths") if name not in found]
+    lacking = [
+        name for name in ("architecture", "masking", "guidance", "depths", "approximations") if name not in found
+    ]
     if lacking:
         sentences.append(f"The experiments on {', '.join(lacking)}.")
     return sentences

@@ -170,6 +170,44 @@ def guidance_sweep(
     return rows
 
 
+APPROXIMATIONS = {
+    "none": {},
+    "step cache 2": {"step_cache": 2},
+    "step cache 3": {"step_cache": 3},
+    "guidance from 0 to 0.5": {"guidance_interval": (0.0, 0.5)},
+    "guidance from 0.2 to 0.8": {"guidance_interval": (0.2, 0.8)},
+}
+
+
+def approximation_sweep(engine: Engine, pairs: Pairs, gallery: Gallery, seed: int) -> list[dict]:
+    """Retrieval@1 of names and word F1 of pictures, and the seconds a sample takes, by approximation and steps."""
+    size, rows = engine.config.image.size, []
+    names = [item.captions[0] for item, _ in pairs]
+    prompts = [" ".join(tokenize(name)) for name in names]
+    pictures = [to_image(picture / 127.5 - 1) for _, picture in pairs]
+    engine.generate([Request(prompt=prompts[0], num=2, steps=2), Request(image=pictures[0], steps=2)])  # warm-up
+
+    def timed(requests: list[Request]) -> tuple[list, float]:
+        before = engine.stats().sample_seconds
+        results = engine.generate(requests)
+        return results, (engine.stats().sample_seconds - before) / len(requests)
+
+    for name, options in APPROXIMATIONS.items():
+        for steps in (10, 15, 25):
+            both = {"steps": steps, **options}
+            drawn, drawing = timed([Request(prompt=p, seed=seed + i, unknown_words="fill", **both)
+                                    for i, p in enumerate(prompts)])  # fmt: skip
+            told, telling = timed([Request(image=p, seed=seed + i, **both) for i, p in enumerate(pictures)])
+            found = gallery.nearest(torch.stack([pixels_of(r.image) for r in drawn]).reshape(len(drawn), 3 * size**2))
+            right = [base_name(f) == base_name(n) for f, n in zip(found, names, strict=True)]
+            f1 = [word_f1(r.text, n) for r, n in zip(told, names, strict=True)]
+            rows.append({
+                "approximation": name, "steps": steps, "retrieval@1": statistics.mean(map(float, right)),
+                "word F1": statistics.mean(f1), "seconds drawing": drawing, "seconds telling": telling,
+            })  # fmt: skip
+    return rows
+
+
 @torch.inference_mode()
 def _sampled(engine: Engine, rows: list[Row]) -> tuple[Tensor, list[str]]:
     """Pictures [B, 3, S, S] in −1..1 and texts of rows, past `Engine`, which has one way of guidance for each task."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import experiments, report
 from benchmarks.metrics import bleu4, diversity, features_of, frechet_distance
 from benchmarks.race import Contender, Replay, Timing, heat, record
+from benchmarks.trials import read_data
 from benchmarks.workloads import equal_compute, equal_depth, equal_parameters, forward_flops, forward_inputs, parameters
 from engine.checkpoint import BUILT_IN, build
 from engine.config import PRESETS
@@ -210,6 +211,7 @@ TRAINED = ["--preset", "tiny", "--autoencoder", str(BUILT_IN / "image"), "--step
         (["architecture", *TRAINED, "--seeds", "0", "1"], 5),
         (["depths", *TRAINED], 2),
         (["masking", *TRAINED, "--ratios", "0.5"], 3),
+        (["approximations"], 15),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value),
 )
@@ -227,6 +229,15 @@ def test_an_experiment_writes_a_table_and_a_picture(emoji, options, rows):
         assert stored["way"][-1]["image error"] == stored["rows"][-1]["image error"] > 0
     assert report.main(["--results", str(emoji / "results"), "--out", str(emoji / "RESULTS.md")]) == 0
     assert stored["title"] in (emoji / "RESULTS.md").read_text()
+
+
+def test_a_folder_of_one_split_is_parted(emoji):
+    """What is measured on is not trained on."""
+    (emoji / "captions_test.json").unlink()
+    options = experiments._parse(["architecture", "--data", str(emoji), "--out", str(emoji), "--count", "2"])
+    data = read_data(options)
+    trained, tested = ({item.image_id for item in items} for items in (data.train.items, [i for i, _ in data.test]))
+    assert len(tested) == 2 and len(trained) == 3 and not trained & tested
 
 
 def test_photos_are_measured_with_given_features(emoji):
