@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 def plot_run(run: dict, groups: dict[str, list[dict]], stem: Path) -> list[Path]:
     """Writes STEM-*.png for what the run has measured, and returns their paths; `groups` holds flat result rows."""
     ceilings = run["machine_info"]["engine"]["ceilings"]
-    kinds = {kind: {g: r for g, r in groups.items() if g.startswith(f"{kind},")} for kind in ("forward", "sampling",
-             "training")}  # fmt: skip
+    kinds = {kind: {g: r for g, r in groups.items() if g.startswith(f"{kind},")} for kind in ("forward", "loop",
+             "sampling", "training")}  # fmt: skip
     kinds["kernels"] = {g: r for g, r in groups.items() if not g.startswith(("energy", "start", *kinds))}
     written = []
     for kind, found in kinds.items():

@@ -84,6 +84,8 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
             parts.append(_start(group, rows))
         else:
             parts.append(_timings(group, rows))
+        if group.startswith("loop"):
+            parts.append(_loop(rows))
     for rows in (r for g, r in rows_by_group(run).items() if g == "training, batch 256"):
         for row in rows:
             hours = PAPER_SAMPLES / row["pictures_per_second"] / 3600
@@ -116,6 +118,19 @@ def _timings(group: str, rows: list[dict]) -> str:
     used = [c for c in columns if any(row.get(needs.get(c, "median")) is not None for row in rows)]
     lines = [[columns[c](r) if r.get(needs.get(c, "median")) is not None else "n/a" for c in used] for r in rows]
     return f"### {group}\n\n{_table(used, lines)}"
+
+
+def _loop(rows: list[dict]) -> str:
+    """The engine's best loop against a plain one, and against its own products."""
+    median = {row["contender"]: row["median"] for row in rows}
+    best = min((name for name in ("captured", "compiled", "eager") if name in median), key=median.get)
+    products = median["matrix products and attention alone"]
+    return (
+        f"The fastest loop is {best}: {median['plain, float32'] / median[best]:.2f} times as fast as a plain one in "
+        f"float32, {median['plain'] / median[best]:.2f} times as fast as a plain one in the same dtype. It takes "
+        f"{median[best] / products:.2f} times as long as its matrix products and attention alone, which are "
+        f"{100 * products / median[best]:.0f} % of it."
+    )
 
 
 def _energy(group: str, rows: list[dict]) -> str:
@@ -186,7 +201,7 @@ def _missing(runs: list[dict]) -> list[str]:
     if not any("cuda" in run["machine_info"]["engine"] for run in timed):
         sentences.append("Anything on a GPU: captured forwards, energy, the coco256 preset, its training rate, and so "
                          "how long the paper's MS-COCO training would take.")  # fmt: skip
-    lacking = [group for group in ("forward", "sampling", "training", "start", "energy") if group not in groups]
+    lacking = [group for group in ("forward", "loop", "sampling", "training", "start", "energy") if group not in groups]
     if lacking:
         sentences.append(f"The benchmarks of {', '.join(lacking)}.")
     lacking = [

@@ -40,7 +40,8 @@ def config_of(name: str, full: bool):
 def engines(tmp_path_factory, device, dtype, full) -> dict:
     folder = tmp_path_factory.mktemp("engines")
     names = str(device), str(dtype).removeprefix("torch.")
-    engines = {name: engine_of(config_of(name, full), folder / str(i), *names) for i, name in enumerate(MODELS)}
+    options = {"compile": device.type == "cuda"}  # on a CPU the loop's benchmark has it: every shape takes a minute
+    engines = {n: engine_of(config_of(n, full), folder / str(i), *names, **options) for i, n in enumerate(MODELS)}
     yield engines
     for engine in engines.values():
         engine.close()
@@ -85,18 +86,18 @@ def test_tasks(compete, engines, full, steps, model, task, batch):
 
 
 @pytest.mark.parametrize("steps", [5, 10, 25, 50])
+@pytest.mark.parametrize("batch", [1, 4, 64])
 @pytest.mark.parametrize("model", MODELS)
-def test_steps(compete, engines, full, model, steps):
-    batch = 64 if full else 4
-    if steps > 25 and not full:
-        pytest.skip("more steps only on a GPU or with --full")
+def test_steps(compete, engines, full, model, batch, steps):
+    if not full and (steps > 25 or batch > 4):
+        pytest.skip("more steps and rows only on a GPU or with --full")
 
     def build():
         contenders = {}
         for name, engine in engines.items():
             requests = requests_of("text-to-image", engine.config.image.size, batch, steps)
             flops = steps * forward_flops(engine.config.model, 2 * batch, ("image",))
-            facts = {"batch": batch, "steps": steps, "task": "text-to-image"}
+            facts = {"batch": batch, "steps": steps, "task": f"text-to-image, batch {batch}"}
             contenders[name] = Contender(lambda e=engine, r=requests: e.generate(r), flops=flops, pictures=batch,
                                          facts=facts)  # fmt: skip
         return contenders

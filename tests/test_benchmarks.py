@@ -177,6 +177,15 @@ def test_results_name_the_machine_the_ceilings_and_what_is_missing(tmp_path, cap
         assert "cpu.json" in capsys.readouterr().err
 
 
+def test_a_loop_is_held_against_a_plain_one_and_its_products(tmp_path):
+    run = stored_run({"plain, float32": 4.0, "plain": 3.0, "eager": 2.0, "compiled": 1.0,
+                      "matrix products and attention alone": 0.8})  # fmt: skip
+    for benchmark in run["benchmarks"]:
+        benchmark["group"] = "loop, batch 1"
+    text = report.markdown("cpu", run, [])
+    assert "fastest loop is compiled: 4.00 times as fast" in text and "1.25 times as long" in text and "80 %" in text
+
+
 @pytest.fixture
 def emoji(tmp_path):
     """Five pictures to train on and three to test with, named in words the built-in model knows."""
