@@ -103,14 +103,17 @@ def _folder(name: str, total: int, seed: int, options: argparse.Namespace) -> Pa
 def measured(
     name: str, config: Config, points: list[int], seed: int, data: Data, options: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """The metrics of a run at its points, at the last those of samples too; kept beside it, so none is taken twice."""
+    """The metrics of a run at its points; kept beside it, so none is taken twice.
+
+    Those of samples are taken at the last point, on photos at every one.
+    """
     found = []
     for point in points:
         file = _folder(name, points[-1], seed, options) / f"measured-{point}.json"
         if not file.exists():
             with trained(name, config, point, seed, data, options, points[-1]) as engine:
                 values = denoising_errors(engine, data.test, seed)
-                if point == points[-1]:
+                if point == points[-1] or data.features is not None:
                     values |= scores(engine, data, options, seed)
             write_atomically(file, lambda path, v=values: path.write_text(json.dumps(v)))
         found.append(json.loads(file.read_text()))
@@ -146,8 +149,7 @@ def scores(engine: Engine, data: Data, options: argparse.Namespace, seed: int) -
 def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options: argparse.Namespace) -> dict:
     """Trains every variant with every seed: a row a variant with means and spreads over the seeds, and the way there.
 
-    On the way, at `--points` evenly spaced steps, the errors of `denoising_errors` are taken; at its end the samples
-    are measured too.
+    On the way, at `--points` evenly spaced steps, the metrics of `measured` are taken.
     """
     rows, way, done, total, started = [], [], 0, len(variants) * len(options.seeds), time.perf_counter()
     batch = options.batch or RECIPES[options.preset].denoiser.batch
@@ -175,7 +177,7 @@ def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options
             row[metric] = statistics.mean(values)
             row[f"± {metric}"] = statistics.stdev(values) if len(values) > 1 else "one seed"
         rows.append(row)
-    panels = [(way, metric) for metric in way[0] if metric.endswith("error")]
+    panels = [(way, metric) for metric in errors[0][0]]
     return {
         "rows": rows,
         "way": way,
