@@ -9,7 +9,7 @@ from engine import checkpoint
 from engine.config import PRESETS
 from engine.graphs import compile_blocks
 from engine.loss import DenoisingLoss, distinct_times
-from engine.train import RECIPES
+from engine.recipes import RECIPES
 from engine.training import Stage
 
 

@@ -22,7 +22,8 @@ from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
 from engine.evaluate import Gallery, evaluate, pixels_of, spread, word_f1
 from engine.pictures import to_image
-from engine.train import RECIPES, shortened, take_codecs, train_denoiser
+from engine.recipes import RECIPES
+from engine.train import shortened, take_codecs, train_denoiser
 from engine.training import write_atomically
 
 

@@ -12,7 +12,7 @@ from engine.codecs.text import END, TextCodec
 from engine.config import PRESETS, Config, ModelConfig, UViTConfig
 from engine.kernels import attention
 from engine.loss import distinct_times
-from engine.train import RECIPES
+from engine.recipes import RECIPES
 
 
 def presets(full: bool) -> str:

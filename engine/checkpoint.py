@@ -5,6 +5,7 @@ Only JSON and safetensors are read: nothing is unpickled, but for published U-Vi
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from math import isqrt
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.codecs.text import CodecFileError, TextCodec
 from engine.config import Config, ConfigError, Modality, ModelConfig, UViTConfig
+from engine.device import all_finite
 from engine.model import PSUNet
 from engine.uvit import UViT
 
@@ -47,9 +49,9 @@ def load(folder: str | Path) -> Checkpoint:
 
     Raises CheckpointError or ConfigError, naming the file.
     """
+    if not os.path.isdir(folder):  # not Path's, which takes "" for the current folder and raises for a name too long
+        raise CheckpointError(f"checkpoint: {str(folder)!r} is no folder; give one that engine.train has written")
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"checkpoint: {folder} is no folder; give one that engine.train has written")
     config = _read_config(folder / "config.json")
     if not (folder / "image").is_dir():
         raise CheckpointError(f"checkpoint: {folder / 'image'} is no folder; copy the checkpoint again")
@@ -72,8 +74,10 @@ def load(folder: str | Path) -> Checkpoint:
             f"checkpoint: {path} does not fit config.json: {name} is {found.get(name, 'missing')}, "
             f"should be {expected.get(name, 'absent')}; copy the folder again"
         )
-    if not all(w.is_floating_point() and w.isfinite().all() for w in weights.values()):
-        raise CheckpointError(f"checkpoint: {path} holds values that are no finite floats; copy it again")
+    if not all_finite(weights):
+        raise CheckpointError(
+            f"checkpoint: {path} holds values that are no finite floats of 16 bits or more; copy it again"
+        )
     model.load_state_dict(weights, assign=True)
     try:
         text = TextCodec.load(folder / "text")
@@ -117,9 +121,10 @@ def load_uvit(path: str | Path, text_tokens: int = 77) -> UViT:
         raise CheckpointError(
             f"checkpoint: {path} does not exist; give a file of U-ViT or UniDiffuser weights"
         ) from None
-    except Exception as error:  # a file from elsewhere can be wrong in any way; each means the same to the user
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"checkpoint: {path} is damaged or holds more than weights ({reason})") from None
+    except Exception:  # a file from elsewhere can be wrong in any way; PyTorch's advice would be to run what it holds
+        raise CheckpointError(
+            f"checkpoint: {path} is damaged or holds more than weights; give a file of U-ViT or UniDiffuser weights"
+        ) from None
     try:
         return convert_uvit(weights, text_tokens)
     except CheckpointError as error:
@@ -211,7 +216,7 @@ def _read_config(path: Path) -> Config:
         raise CheckpointError(
             f"checkpoint: {path} does not exist; give a folder that engine.train has written"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint: {path} is no readable JSON ({error}); copy it again") from None
     try:
         config = Config.from_dict(values)

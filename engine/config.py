@@ -1,5 +1,6 @@
 """Configurations and presets: frozen dataclasses, no torch, unknown keys refused."""
 
+import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from math import isqrt
 
@@ -9,6 +10,9 @@ CONDITIONINGS = ("renoise", "clean")
 TRAINING_TIMES = ("shared", "independent", "masked", "conditional")
 TIME_CONDITIONINGS = ("adaln", "token")
 NORMS = ("pre", "post")
+# Far above all that has been trained, and low enough that a slip in a file neither fills the memory nor takes hours.
+MOST_TOKENS = MOST_CHANNELS = MOST_PIXELS = 65_536  # also blocks' width
+MOST_BLOCKS, MOST_TIMESTEPS = 1000, 10_000
 
 
 class ConfigError(ValueError):
@@ -48,7 +52,7 @@ class UViTConfig:
             object.__setattr__(self, key, tuple(names))
         _require(self.norm in NORMS, "uvit.norm", self.norm, f"use one of {NORMS}")
         for key in ("patch", "extra_tokens"):
-            _require(getattr(self, key) >= 0, f"uvit.{key}", getattr(self, key), "use 0 or more")
+            _require_within(f"uvit.{key}", getattr(self, key), 0, MOST_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -71,22 +75,20 @@ class ModelConfig:
         _require(len(names) >= 1, "modalities", names, "give at least one")
         _require(len(set(names)) == len(names), "modalities", names, "give each its own name")
         for m in self.modalities:
-            for key in ("tokens", "channels"):
-                _require(getattr(m, key) >= 1, f"{m.name}.{key}", getattr(m, key), "use 1 or more")
-            _require(m.depth >= 0, f"{m.name}.depth", m.depth, "use 0 or more")
+            _require_within(f"{m.name}.tokens", m.tokens, 1, MOST_TOKENS)
+            _require_within(f"{m.name}.channels", m.channels, 1, MOST_CHANNELS)
+            _require_within(f"{m.name}.depth", m.depth, 0, MOST_BLOCKS)
+        _require_within("shared_depth", self.shared_depth, 0, MOST_BLOCKS)
         _require(
-            self.shared_depth == 0 or (self.shared_depth > 0 and self.shared_depth % 2 == 1),
+            self.shared_depth == 0 or self.shared_depth % 2 == 1,
             "shared_depth",
             self.shared_depth,
             "use 0 or an odd number (in-blocks, one middle block, out-blocks)",
         )
-        _require(
-            self.head_dim >= 1 and self.dim >= 1 and self.dim % self.head_dim == 0,
-            "dim",
-            self.dim,
-            f"use a multiple of head_dim ({self.head_dim})",
-        )
-        _require(self.mlp_ratio >= 1, "mlp_ratio", self.mlp_ratio, "use 1 or more")
+        _require_within("dim", self.dim, 1, MOST_CHANNELS)
+        _require_within("head_dim", self.head_dim, 1, self.dim)
+        _require(self.dim % self.head_dim == 0, "dim", self.dim, f"use a multiple of head_dim ({self.head_dim})")
+        _require_within("mlp_ratio", self.mlp_ratio, 1, 64)
         _require(self.time in TIME_CONDITIONINGS, "time", self.time, f"use one of {TIME_CONDITIONINGS}")
         if self.uvit is not None:
             self._check_uvit(self.uvit, names)
@@ -155,7 +157,7 @@ class DiffusionConfig:
             ("times", TRAINING_TIMES),
         ):
             _require(getattr(self, key) in allowed, key, getattr(self, key), f"use one of {allowed}")
-        _require(self.timesteps >= 2, "timesteps", self.timesteps, "use 2 or more")
+        _require_within("timesteps", self.timesteps, 2, MOST_TIMESTEPS)
         fits = {"shared": ("renoise",), "independent": CONDITIONINGS}.get(self.times, ("clean",))
         _require(self.conditioning in fits, "conditioning", self.conditioning, f"times={self.times!r} trains {fits}")
 
@@ -168,8 +170,8 @@ class ImageConfig:
     patch: int  # latents per token side
 
     def __post_init__(self):
-        _require(self.size >= 8, "image.size", self.size, "use 8 or more pixels")
-        _require(self.patch >= 1, "image.patch", self.patch, "use 1 or more")
+        _require_within("image.size", self.size, 8, MOST_PIXELS)
+        _require_within("image.patch", self.patch, 1, self.size)
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,18 @@ class Config:
 
 def _require(holds: bool, key: str, value, remedy: str) -> None:
     if not holds:
-        raise ConfigError(f"{key}: {value!r} does not work; {remedy}")
+        raise ConfigError(f"{key}: {shown(value)} does not work; {remedy}")
+
+
+def _require_within(key: str, value: int, lowest: int, highest: int) -> None:
+    _require(lowest <= value <= highest, key, value, f"use a whole number from {lowest} to {highest}")
+
+
+def shown(value) -> str:
+    """A value for a message, cut where it is long or deeply nested."""
+    short = reprlib.Repr()
+    short.maxstring = 100
+    return short.repr(value)
 
 
 def _known_keys(cls, values, where: str) -> dict:

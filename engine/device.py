@@ -1,6 +1,7 @@
-"""Where and in which dtype to compute: "auto" made definite, impossible wishes refused."""
+"""Where and in which dtype to compute: "auto" made definite, impossible wishes and useless weights told apart."""
 
 import torch
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +30,11 @@ def resolve(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     if dtype == "float16" and where.type == "cpu":
         raise ValueError("dtype: 'float16' is not computed on a CPU; use auto, float32 or bfloat16")
     return where, DTYPES[dtype]
+
+
+def all_finite(weights: dict[str, Tensor]) -> bool:
+    """Whether these are floats that can be computed with (8 bits are for storage only), without infinities and NaN."""
+    return all(w.is_floating_point() and w.element_size() > 1 and w.isfinite().all() for w in weights.values())
 
 
 def _native_bfloat16(device: torch.device) -> bool:

@@ -14,7 +14,6 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.codecs.text import tokenize
+from engine.command import Parser, about, path, refuse
 from engine.data.coco import CaptionedImage, CocoCaptions
 from engine.data.emoji import base_name
 from engine.request import Request
@@ -116,10 +116,10 @@ def _mean(values) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m engine.evaluate", description=__doc__.splitlines()[0])
+    parser = Parser("python -m engine.evaluate", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--checkpoint", type=Path, help="default: the built-in model")
-    add("--data", type=Path, required=True, help="pictures with captions.json and captions_test.json")
+    add("--checkpoint", type=path, help="default: the built-in model")
+    add("--data", type=path, required=True, help="pictures with captions.json and captions_test.json")
     add("--count", type=int, default=0, help="names of each split, evenly spread (default: all held-out names)")
     add("--steps", type=int, default=25)
     add("--seed", type=int, default=0)
@@ -130,8 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         scores = _run(options)
     except ValueError as error:
-        print(f"engine.evaluate: {error}", file=sys.stderr)
-        return 2
+        return refuse(parser.prog, error, vars(options))
     if options.json:
         print(json.dumps({split: asdict(s) for split, s in scores.items()}, indent=2))
     else:
@@ -143,13 +142,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> dict[str, Scores]:
     if options.count < 0:
-        raise ValueError(f"--count: {options.count} does not work; use 1 or more, or 0 for all held-out names")
+        raise ValueError(f"count: {options.count} does not work; use 1 or more, or 0 for all held-out names")
+    Request(steps=options.steps, seed=options.seed)  # refuses bad ones before the work
     with Engine.from_pretrained(options.checkpoint, device=options.device, dtype=options.dtype) as engine:
         size = engine.config.image.size
-        splits = {split: list(CocoCaptions.open(options.data, split).read(size)) for split in ("train", "test")}
+        with about("data"):
+            splits = {split: list(CocoCaptions.open(options.data, split).read(size)) for split in ("train", "test")}
         for split, pairs in splits.items():
             if not pairs:
-                raise ValueError(f"--data: no {split} picture of {options.data} can be read; render or copy it again")
+                raise ValueError(f"data: no {split} picture of {options.data} can be read; render or copy it again")
         gallery = Gallery.of([pair for pairs in splits.values() for pair in pairs])
         count = options.count or len(splits["test"])
         return {

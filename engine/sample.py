@@ -11,28 +11,22 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import fields
 from pathlib import Path
 
+from engine.command import Parser, check_writable, path, refuse
 from engine.request import ATTENTIONS, MAX_NUM, SOLVERS, TASKS, Request, Sample
 
 COMMAND = "python -m engine.sample"
 JOINT_NUM = 16  # samples of a run that asks for nothing
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line instead of the whole usage."""
-        sys.exit(_refuse(f"{message}; see --help"))
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     text = "Sample pictures and texts; without arguments, a joint grid."
-    parser = _Parser(COMMAND, description=text, allow_abbrev=False)
+    parser = Parser(COMMAND, description=text)
     add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="words, _ for each one to be filled in; may be given again")
-    add("--image", metavar="FILE", help="a picture to describe, or to infill with --mask or a --prompt with _")
-    add("--mask", metavar="FILE", help="white where the picture is to be regenerated")
+    add("--image", type=path, metavar="FILE", help="a picture to describe, or to infill with --mask or _ in --prompt")
+    add("--mask", type=path, metavar="FILE", help="white where the picture is to be regenerated")
     add("--task", choices=TASKS, default="auto", help="checks the task that the other options make (default: auto)")
     add(
         "--num",
@@ -61,13 +55,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--resample", type=int, default=1, metavar="R", help="RePaint: do each stretch of steps R times (default: 1)")
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
     add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
-    add("--checkpoint", metavar="DIR", help="a folder that engine.train has written (default: the built-in model)")
+    add(
+        "--checkpoint",
+        type=path,
+        metavar="DIR",
+        help="a folder that engine.train has written (default: the built-in model)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     add("--attention", choices=ATTENTIONS, default="auto")
     add("--compile", action="store_true", help="compile the model; pays from some dozens of samples on")
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
-    add("--out", type=Path, default=Path("samples"), metavar="DIR", help="where the pictures go (default: samples)")
+    add("--out", type=path, default=Path("samples"), metavar="DIR", help="where the pictures go (default: samples)")
     add("--json", action="store_true", help="print samples.json and nothing else")
     add("--quiet", action="store_true", help="print nothing")
     add("--verbose", action="store_true", help="say which implementation each operation runs on")
@@ -75,16 +74,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
     try:
         requests = _requests(options)
-        _check_writable(options.out)
+        check_writable(options.out, _files(sum(request.num for request in requests)))
         report = _run(options, requests)
     except ValueError as error:
-        return _refuse(_as_option(str(error)))
+        return refuse(COMMAND, error, vars(options))
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     elif not options.quiet:
@@ -113,6 +111,7 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> list[dict]:
     # Late, so that --help and bad options answer at once.
     from tqdm import tqdm
 
+    from engine.data.coco import pictures_up_to_the_limit
     from engine.runtime import Engine
 
     with Engine.from_pretrained(
@@ -127,7 +126,8 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> list[dict]:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            results = engine.generate(requests, show)
+            with pictures_up_to_the_limit():
+                results = engine.generate(requests, show)
     generated = time.perf_counter()
 
     samples = [(result, sample) for result in results for sample in result.samples]
@@ -155,6 +155,10 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> list[dict]:
     return report
 
 
+def _files(samples: int) -> list[str]:
+    return [*(f"{i:04d}.png" for i in range(samples)), "grid.png", "samples.json"]
+
+
 def _write(out: Path, samples: list[Sample], report: list[dict]) -> None:
     """Pictures, grid and samples.json; each appears whole or not at all."""
     from engine.pictures import grid
@@ -171,33 +175,6 @@ def _write(out: Path, samples: list[Sample], report: list[dict]) -> None:
                 os.replace(file, out / file.name)
     except OSError as error:
         raise ValueError(f"out: {out} cannot be written ({error.strerror}); give another folder") from None
-
-
-def _check_writable(out: Path) -> None:
-    """Refuses a bad --out before minutes of work are spent on it."""
-    try:
-        nearest = next(f for f in (out, *out.absolute().parents) if f.exists() or f.is_symlink())
-    except OSError as error:  # a name too long
-        raise ValueError(f"out: {out} cannot be written ({error.strerror}); give another folder") from None
-    if not nearest.is_dir():
-        raise ValueError(f"out: {nearest} is no folder; give another one")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"out: {nearest} cannot be written; give another folder")
-
-
-def _refuse(message: str) -> int:
-    """Says why in one line, whatever line ends a file's name holds; returns the exit status."""
-    print(f"{COMMAND}: {' '.join(message.splitlines())}", file=sys.stderr)
-    return 2
-
-
-def _as_option(message: str) -> str:
-    """ "steps: 0 …" → "--steps: 0 …": the engine's words for arguments as the command line spells them."""
-    names, colon, rest = message.partition(":")
-    known = {field.name for field in fields(Request)} | {"checkpoint", "device", "dtype", "attention", "out"}
-    if not known.issuperset(names.split(", ")):
-        return message
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names.split(", ")) + colon + rest
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ losses, and a `StageConfig`. Every random number of step s comes from a generato
 killed at any moment goes on with the losses it would have had.
 """
 
+import fcntl
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ class Stage:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 step, config = int(file.metadata()["step"]), json.loads(file.metadata()["config"])
-        except SafetensorError as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # the file's, its metadata's
             raise ValueError(f"{path}: damaged ({error}); delete it to train this stage anew") from None
         try:
             self.module.load_state_dict(_under(tensors, "module."))
@@ -194,6 +195,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in `folder`; ends with the process at the latest, however that ends."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: another process trains in {folder}; wait for it, or give another folder") from None
+        yield
 
 
 def smoothed(values: list[float], window: int) -> Iterator[float]:

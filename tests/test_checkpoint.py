@@ -91,11 +91,17 @@ def assert_names(error, *parts):
 
 
 def test_what_is_no_folder_is_named(tmp_path):
-    for path in (tmp_path / "nowhere", tmp_path / "file"):
-        (tmp_path / "file").touch()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path / "file", "x" * 5000):
         with pytest.raises(CheckpointError) as error:
             checkpoint.load(path)
         assert_names(error, path, "engine.train")
+
+
+def test_an_empty_name_is_not_the_current_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(CheckpointError, match="^checkpoint: '' is no folder"):
+        checkpoint.load("")
 
 
 FILES = ["config.json", "model.safetensors", "text/vocabulary.json", "text/vectors.safetensors"]
@@ -127,6 +133,32 @@ def test_random_bytes_are_named(folder, file):
     with pytest.raises(ValueError) as error:
         checkpoint.load(folder)
     assert_names(error, folder / file)
+
+
+@pytest.mark.parametrize("file", ["config.json", "text/vocabulary.json"])
+def test_json_nested_deeper_than_python_reads_is_named(folder, file):
+    (folder / file).write_text("[" * 100_000)
+    with pytest.raises(ValueError) as error:
+        checkpoint.load(folder)
+    assert_names(error, folder / file)
+
+
+def test_weights_of_eight_bits_are_named(folder):
+    path = folder / "model.safetensors"
+    save_file({name: w.to(torch.float8_e4m3fn) for name, w in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(folder)
+    assert_names(error, path, "16 bits")
+
+
+def test_a_pickle_of_more_than_weights_is_refused_without_advice_to_run_it(tmp_path):
+    torch.save({"weights": torch.nn.Linear(1, 1)}, tmp_path / "more.pth")
+    (tmp_path / "a.png").write_bytes(bytes(range(255)))
+    for name in ("more.pth", "a.png"):
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.load_uvit(tmp_path / name)
+        assert_names(error, tmp_path / name, "; give ")
+        assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", ["other shape", "left out", "added"])

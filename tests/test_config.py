@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import PRESETS, Config, ConfigError, DiffusionConfig, ImageConfig, Modality, ModelConfig
+from engine.config import PRESETS, Config, ConfigError, DiffusionConfig, ImageConfig, Modality, ModelConfig, UViTConfig
 
 TINY = PRESETS["tiny"]
 
@@ -64,6 +64,16 @@ MODEL = {"modalities": (Modality("image", 16, 4, 1),), "shared_depth": 1, "dim":
         (DiffusionConfig, {"times": "shared", "conditioning": "clean"}, "conditioning", "'clean'"),
         (ImageConfig, {"size": 7, "patch": 1}, "image.size", "7"),
         (ImageConfig, {"size": 64, "patch": 0}, "image.patch", "0"),
+        (ModelConfig, {**MODEL, "modalities": (Modality("a", 10**6, 1, 0),)}, "a.tokens", "1000000"),
+        (ModelConfig, {**MODEL, "modalities": (Modality("a", 1, 10**6, 0),)}, "a.channels", "1000000"),
+        (ModelConfig, {**MODEL, "modalities": (Modality("a", 1, 1, 10**6),)}, "a.depth", "1000000"),
+        (ModelConfig, {**MODEL, "shared_depth": 10**6 + 1}, "shared_depth", "1000001"),
+        (ModelConfig, {**MODEL, "dim": 64 * 10**18}, "dim", "64000000000000000000"),
+        (ModelConfig, {**MODEL, "mlp_ratio": 10**12}, "mlp_ratio", "1000000000000"),
+        (DiffusionConfig, {"timesteps": 10**13}, "timesteps", "10000000000000"),
+        (ImageConfig, {"size": 10**12, "patch": 1}, "image.size", "1000000000000"),
+        (ImageConfig, {"size": 64, "patch": 65}, "image.patch", "65"),
+        (UViTConfig, {"timed": ("a",), "predicted": ("a",), "extra_tokens": 10**9}, "extra_tokens", "1000000000"),
     ],
 )
 def test_values_that_do_not_work_are_named(cls, values, key, value):
@@ -118,6 +128,8 @@ def changed(path, value):
         ("diffusion", [], ["diffusion", "[]"]),
         ("image", "64", ["image", "'64'"]),
         ("image.patch", ..., ["image", "patch"]),
+        ("model.time", json.loads("[" * 900 + "]" * 900), ["model.time", "[[["]),
+        ("model.time", [0] * 1000, ["model.time", "[0, 0", "str"]),
     ],
 )
 def test_json_that_is_no_config_is_refused_by_key(path, value, parts):

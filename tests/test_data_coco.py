@@ -74,7 +74,9 @@ def test_set_without_a_usable_picture_is_an_error(folder):
     ("content", "says"),
     [
         ("{", "cannot be read"),
+        pytest.param("[" * 100_000, "cannot be read", id="deep"),
         ("[]", "is not in MS-COCO captions layout"),
+        ('{"images": [{"id": Infinity, "file_name": "y"}], "annotations": []}', "layout"),
         ('{"images": [{"id": 1}], "annotations": []}', "file_name"),
         ('{"images": [{"id": "x", "file_name": "y"}], "annotations": []}', "layout"),
         ('{"images": [], "annotations": [{"image_id": 1, "caption": 5}]}', "layout"),
@@ -146,6 +148,24 @@ def test_what_pillow_raises_on_rare_damage_is_an_image_error(tmp_path, monkeypat
     monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
     with pytest.raises(ImageError, match=r"picture\.png: not a readable picture"):
         load_image(tmp_path / "picture.png", 8)
+
+
+def test_large_pictures_are_read_without_a_warning(tmp_path, monkeypatch):
+    Image.new("RGB", (12, 10)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns above it, and refuses above its double
+    assert load_image(tmp_path / "large.png", 8).shape == (3, 8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ImageError, match="large.png"):
+        load_image(tmp_path / "large.png", 8)
+
+
+def test_names_too_long_for_the_file_system_are_no_files(folder):
+    content = json.loads((folder / "captions.json").read_text())
+    content["images"][1]["file_name"] = "x" * 5000
+    (folder / "captions.json").write_text(json.dumps(content))
+    assert CocoCaptions.open(folder).skipped[folder / "images" / ("x" * 5000)] == "no such file"
+    with pytest.raises(ValueError, match="; give a data set's folder"):
+        CocoCaptions.open("x" * 5000)
 
 
 def test_unreadable_picture_is_named(tmp_path):

@@ -147,16 +147,32 @@ def test_whole_set_has_every_glyph_once():
         ("--font", "nowhere.ttf", "fonts-noto-color-emoji"),
         ("--font", __file__, "cannot be read at its 109 px strike"),
         ("--names", "nowhere", "unicode-cldr-core"),
-        ("--size", "0", "use 8 or more"),
+        ("--font", "x" * 5000, "fonts-noto-color-emoji"),
+        ("--font", "", "give one"),
+        ("--names", "x" * 5000, "unicode-cldr-core"),
+        ("--names", "", "give one"),
+        ("--size", "0", "use 8 to"),
+        ("--size", "99999999999", "use 8 to"),
+        ("--size", "big", "see --help"),
+        ("--out", "", "give one"),
+        ("--out", "a\0b", "give one"),
+        ("--out", "x" * 5000, "name another folder"),
+        ("--out", f"{__file__}/below", "name another folder"),
+        ("--colour", "1", "see --help"),
         ("--out", __file__, "is a file"),
     ],
+    ids=lambda text: text[:20],
 )
 @needs_font
-def test_bad_options_are_one_line_that_names_the_remedy(tmp_path, capsys, option, value, says):
+def test_bad_options_are_one_line_that_names_the_remedy(tmp_path, few_names, capsys, option, value, says):
     out = tmp_path / "out"
-    assert main(["emoji", "--out", str(out), option, value]) == 2
+    try:
+        status = main(["emoji", "--out", str(out), "--names", str(few_names), option, value])
+    except SystemExit as stop:  # argparse
+        status = stop.code
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and option in error and value in error and says in error
+    assert status == 2 and error.startswith("python -m engine.data")
+    assert error.count("\n") == 1 and option in error and repr(value)[1:-1] in error and says in error
     assert not out.exists()
 
 

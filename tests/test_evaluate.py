@@ -134,7 +134,10 @@ def data(tmp_path, pairs) -> Path:
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        code = stop.code
     return code, *capsys.readouterr()
 
 
@@ -161,19 +164,32 @@ def test_without_json_a_table_is_printed(capsys, tiny_checkpoint, data):
     ("option", "value"),
     [
         ("count", -1),
+        ("count", "all"),
         ("steps", 0),
         ("seed", -1),
         ("device", "x"),
         ("dtype", "x"),
         ("checkpoint", "none"),
+        ("checkpoint", ""),
+        ("checkpoint", "x" * 5000),
         ("data", "no"),
+        ("data", ""),
+        ("data", "x" * 5000),
+        ("ste", 1),
     ],
+    ids=lambda part: str(part)[:10],
 )
 def test_bad_options_are_refused_in_one_line(capsys, tiny_checkpoint, data, option, value):
     options = {"checkpoint": tiny_checkpoint, "data": data, "steps": 1} | {option: value}
     code, out, err = run(capsys, *(word for name, value in options.items() for word in (f"--{name}", value)))
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert str(value) in err and any(f"; {remedy}" in err for remedy in ("use ", "give "))
+    assert err.startswith("python -m engine.evaluate: ") and f"--{option}" in err and str(value) in err
+    assert any(f"; {remedy}" in err for remedy in ("use ", "give ", "see --help"))
+
+
+def test_bad_numbers_are_refused_before_the_model_is_loaded(capsys, monkeypatch, data):
+    monkeypatch.setattr("engine.evaluate.Engine.from_pretrained", lambda *_, **__: pytest.fail("worked in vain"))
+    assert run(capsys, "--data", data, "--steps", 0)[0] == 2
 
 
 def test_a_split_of_damaged_pictures_only_is_refused(capsys, tiny_checkpoint, data):

@@ -196,6 +196,33 @@ def test_a_config_that_builds_another_autoencoder_is_refused(folder, key):
     assert str(folder) in refusal(folder)
 
 
+@pytest.mark.parametrize("key", ["scaling_factor", "shift_factor"])
+@pytest.mark.parametrize("value", ["x", float("nan"), float("inf"), 10**400, []], ids=lambda value: str(value)[:9])
+def test_scales_that_are_no_moderate_numbers_are_named(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    message = refusal(folder)
+    assert str(folder / "config.json") in message and key in message and "; use a number" in message
+
+
+@pytest.mark.parametrize("value", [0, -0.5])
+def test_a_scale_that_leaves_nothing_of_the_latents_is_refused(folder, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": value}))
+    assert f"scaling_factor {value} does not work" in refusal(folder)
+
+
+def test_a_config_nested_deeper_than_python_reads_is_named(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    assert str(folder / "config.json") in refusal(folder)
+
+
+def test_weights_of_eight_bits_are_named(folder):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: w.to(torch.float8_e5m2) for name, w in load_file(path).items()}, path)
+    assert str(path) in refusal(folder)
+
+
 def test_published_weights_rebuild_a_photo(shared):
     codec = ImageCodec.load(shared / "weights" / "taesd", 256, 2)
     assert (codec.tokens, codec.channels) == (256, 16)

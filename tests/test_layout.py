@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {  # a new file must be placed here; a folder stands for all files in it
     "engine.kernels": 0,
+    "engine.command": 1,
     "engine.config": 1,
     "engine.request": 1,
     "engine.graphs": 1,
@@ -27,6 +28,7 @@ RANKS = {  # a new file must be placed here; a folder stands for all files in it
     "engine.data": 3,
     "engine.loss": 3,
     "engine.training": 3,
+    "engine.recipes": 3,
     "engine.runtime": 4,
     "engine.sample": 5,
     "engine.train": 5,

@@ -331,6 +331,22 @@ def test_an_out_folder_that_turns_out_unwritable_is_named(run):
     assert_refused(run(out="/proc/samples"), "--out", "/proc/samples")
 
 
+@pytest.mark.parametrize("name", ["0001.png", "grid.png", "samples.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(run, tmp_path, monkeypatch, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    monkeypatch.setattr("engine.runtime.Engine.generate", lambda *_: pytest.fail("worked in vain"))
+    done = run("--prompt", "red", "--num", "2")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert f"--out: out/{name} is a folder" in done.err and "; give " in done.err
+    assert [path.name for path in done.folder.iterdir()] == [name]
+
+
+def test_large_pictures_are_taken_without_a_warning(run, inputs, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns above it; the picture has 1024
+    done = run("--image", inputs / "noise.png")
+    assert (done.code, done.err) == (0, "")
+
+
 def test_a_failed_run_leaves_an_earlier_one_as_it_was(run, monkeypatch):
     done = run("--prompt", "red", "--num", "2")
     before = {path.name: path.read_bytes() for path in done.folder.iterdir()}
@@ -393,6 +409,14 @@ def nan(path: Path) -> None:
         save_file({name: torch.full_like(w, torch.nan) for name, w in load_file(path).items()}, path)
 
 
+def extreme(path: Path) -> None:
+    """Nested deeper than Python reads, or in a dtype for storage only."""
+    if path.suffix == ".json":
+        path.write_text("[" * 100_000)
+    else:
+        save_file({name: w.to(torch.float8_e4m3fn) for name, w in load_file(path).items()}, path)
+
+
 def reshaped(path: Path) -> None:
     if path.suffix == ".json":
         path.write_text("{}")
@@ -400,7 +424,7 @@ def reshaped(path: Path) -> None:
         save_file({name: torch.zeros(*w.shape, 2) for name, w in load_file(path).items()}, path)
 
 
-@pytest.mark.parametrize("damage", [missing, empty, truncated, garbage, folder, other, nan, reshaped])
+@pytest.mark.parametrize("damage", [missing, empty, truncated, garbage, folder, other, nan, extreme, reshaped])
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_named_by_file(run, tiny_checkpoint, tmp_path, file, damage):
     broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
@@ -442,6 +466,7 @@ def settings(*keys: str | int, value):
         (settings("diffusion", "timesteps", value=0), "timesteps"),
         (settings("image", value=None), "image"),
         (settings("image", "size", value=64), "tokens"),
+        (settings("diffusion", "timesteps", value=10**13), "10000000000000"),
         (settings("image", "patch", value=2), "image"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
@@ -454,7 +479,14 @@ def test_a_checkpoint_with_a_wrong_config_is_refused(run, tiny_checkpoint, tmp_p
     assert_refused(run(checkpoint=broken), "--checkpoint", named)
 
 
-@pytest.mark.parametrize("checkpoint", ["", "none", "file"])
+@pytest.mark.parametrize("option", ["--checkpoint", "--out", "--image"])
+@pytest.mark.parametrize("name", ["", " ", "a\0b"])
+def test_what_names_no_file_is_refused(run, tiny_checkpoint, monkeypatch, option, name):
+    monkeypatch.chdir(tiny_checkpoint)  # where an empty name would be a checkpoint
+    assert_refused(run(option, name), option, repr(name))
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "file", "x" * 5000], ids=lambda name: name[:10])
 def test_a_checkpoint_that_is_no_folder_is_refused(run, tmp_path, checkpoint):
     (tmp_path / "file").touch()
     assert_refused(run(checkpoint=checkpoint), "--checkpoint", checkpoint)

@@ -152,6 +152,19 @@ def test_holes_are_generated_and_the_rest_is_known(codec):
     assert torch.equal(values[5], codec.vectors[0]) and torch.equal(values[0], codec.vectors[codec.index["man"]])
 
 
+def test_indices_are_the_rows_that_captions_are_encoded_as(codec):
+    indices = codec.indices(["man running", "", "tone " * 6], tokens=6)
+    assert (indices.dtype, indices.shape) == (torch.int32, (3, 6))
+    for row, caption in zip(indices, ["man running", "", "tone " * 6], strict=True):
+        assert torch.equal(codec.vectors[row], codec.encode(caption, 6)[0])
+
+
+def test_indices_of_unknown_words_and_holes_are_refused(codec):
+    for word in ("xyzzy", "_"):
+        with pytest.raises(UnknownWordError, match=f"^captions: '{word}' is not in the vocabulary; give "):
+            codec.indices(["man", f"man {word}"], tokens=6)
+
+
 def test_no_caption_is_generated_whole_and_an_empty_one_is_known(codec):
     values, generate = codec.encode(None, tokens=4)
     assert generate.all() and values.shape == (4, 8)
@@ -191,6 +204,11 @@ def damage_nothing_there(folder):
 
 def damage_cut_vocabulary(folder):
     (folder / "vocabulary.json").write_bytes((folder / "vocabulary.json").read_bytes()[:-9])
+    return "vocabulary.json"
+
+
+def damage_deep_vocabulary(folder):
+    (folder / "vocabulary.json").write_text("[" * 100_000)
     return "vocabulary.json"
 
 

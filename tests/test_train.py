@@ -1,6 +1,7 @@
 """`engine.train` from end to end: three stages on twelve random pictures, killed, resumed and refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from engine import checkpoint, train
 from engine.config import PRESETS
-from engine.training import CURVE, STATE
+from engine.training import CURVE, STATE, taken
 
 
 class Killed(BaseException):
@@ -134,8 +135,8 @@ def refusal(capsys, *arguments):
     except SystemExit as stop:  # argparse
         status = stop.code
     assert status == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("usage:", " "))]
-    assert len(lines) == 1, lines
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("python -m engine.train: "), lines
     return lines[0]
 
 
@@ -163,17 +164,72 @@ def test_a_run_of_other_settings_is_not_overwritten(pictures, run, capsys, other
         (["--learning-rate", "nan"], ["--learning-rate", "'nan'"]),
         (["--seed", "-1"], ["--seed", "'-1'"]),
         (["--seed", "4294967296"], ["--seed", "'4294967296'"]),
-        (["--device", "tpu"], ["device", "'tpu'"]),
-        (["--device", "cuda:99"], ["device", "'cuda:99'"]),
+        (["--steps", "²"], ["--steps", "'²'", "whole number"]),
+        (["--steps", "9" * 5000], ["--steps", "9" * 5000, "whole number"]),
+        (["--seed", "²"], ["--seed", "'²'", "whole number"]),
+        (["--batch", "99999999999"], ["--batch", "'99999999999'", "65536"]),
+        (["--device", "tpu"], ["--device", "'tpu'"]),
+        (["--device", "cuda:99"], ["--device", "'cuda:99'"]),
         (["--dtype", "int8"], ["--dtype", "'int8'"]),
-        (["--data", "nowhere"], ["nowhere"]),
+        (["--data", "nowhere"], ["--data", "nowhere"]),
+        (["--data", ""], ["--data", "''"]),
+        (["--data", "x" * 5000], ["--data", "x" * 5000]),
+        (["--autoencoder", ""], ["--autoencoder", "''"]),
+        (["--autoencoder", "."], ["--autoencoder", "config.json"]),
+        (["--init", ""], ["--init", "''"]),
+        (["--init", "a\0b"], ["--init", "'a\\x00b'"]),
+        (["--init", "x" * 5000], ["--init", "x" * 5000]),
+        (["--init", __file__], ["--init", __file__, "; give "]),
+        (["--sed", "1"], ["--sed"]),
     ],
-    ids=" ".join,
+    ids=lambda part: " ".join(part)[:30],
 )
 def test_bad_options_are_refused_before_anything_is_written(pictures, tmp_path, capsys, options, parts):
     line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", str(tmp_path / "run"), *options)
-    assert all(part in line for part in parts), line
+    assert all(part in line for part in parts) and "; " in line, line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["", "file", "file/below", "x" * 300], ids=lambda out: out[:10])
+def test_an_impossible_out_folder_is_refused_before_the_work(pictures, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(train.CocoCaptions, "open", lambda *_: pytest.fail("worked in vain"))
+    line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", out)
+    assert "--out: " in line and out[:4] in line and "; give " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("content", ["", '{"preset"', "[" * 100_000], ids=["empty", "truncated", "deep"])
+def test_damaged_settings_of_a_run_are_named(pictures, tmp_path, capsys, content):
+    (tmp_path / "run.json").write_text(content)
+    line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", str(tmp_path))
+    assert f"--out: {tmp_path / 'run.json'} cannot be read" in line and "; delete it" in line
+
+
+def test_a_second_process_is_kept_out_of_a_run(pictures, tmp_path, capsys):
+    with taken(tmp_path):
+        line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", str(tmp_path))
+    assert f"--out: another process trains in {tmp_path}; wait" in line
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_named_in_one_line(pictures, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "run.json")
+
+    monkeypatch.setattr(train, "write_atomically", full)
+    line = refusal(capsys, *SHORT, "--data", str(pictures), "--out", str(tmp_path))
+    assert "No space left on device: 'run.json'; once" in line
+
+
+def test_words_that_a_start_does_not_know_are_named(pictures, run, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    captions = tmp_path / "pictures" / "captions.json"
+    captions.write_text(captions.read_text().replace("night", "noon"))
+    options = ["--out", str(tmp_path / "new"), "--init", str(run / "checkpoint")]
+    line = refusal(capsys, *SHORT, "--data", str(tmp_path / "pictures"), *options)
+    assert "--data: 'noon' is not in the vocabulary; give" in line
 
 
 def test_an_autoencoder_that_does_not_fit_is_refused(pictures, run, tmp_path, capsys):

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.training import CURVE, STATE, Stage, StageConfig, plot_curve, smoothed, write_atomically
+from engine.training import CURVE, STATE, Stage, StageConfig, plot_curve, smoothed, taken, write_atomically
 
 CONFIG = StageConfig(steps=8, batch=4, learning_rate=0.05, warmup=3, seed=5)
 LONG = replace(CONFIG, steps=150)
@@ -161,6 +162,13 @@ def test_a_truncated_state_is_named(tmp_path, keep):
     with pytest.raises(ValueError, match="damaged.*delete it") as error:
         stage_in(tmp_path)
     assert str(tmp_path / STATE) in str(error.value)
+
+
+def test_a_state_without_its_settings_is_named(tmp_path):
+    train_in(tmp_path)
+    save_file(load_file(tmp_path / STATE), tmp_path / STATE)
+    with pytest.raises(ValueError, match="damaged.*delete it"):
+        stage_in(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -318,6 +326,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
     write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_trained_in_by_one_process_until_it_dies(tmp_path):
+    program = (
+        "import pathlib, sys, engine.training as t\nwith t.taken(pathlib.Path(sys.argv[1])): print(flush=1); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"^out: another process trains in {tmp_path}; wait"), taken(tmp_path):
+            pass
+        other.kill()
+    for _ in range(2):
+        with taken(tmp_path):
+            pass
 
 
 def test_smoothing_is_unbiased_from_the_start():

@@ -7,12 +7,14 @@ costs more than the whole of a short sampling run, so that callers can load the 
 import inspect
 import json
 import logging
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.config import ConfigError
+from engine.config import ConfigError, shown
+from engine.device import all_finite
 
 AUTOENCODERS = ("AutoencoderTiny", "AutoencoderKL", "AutoencoderDC")
 
@@ -54,7 +56,7 @@ class ImageCodec:
         Raises ValueError where the folder holds no autoencoder this codec can use, or damaged weights.
         """
         folder = Path(source)
-        if not folder.is_dir():
+        if not os.path.isdir(source):  # not Path's, which raises where a name is too long
             autoencoder = _from_hub(str(source))
         else:
             config = _read_config(folder / "config.json")
@@ -148,7 +150,7 @@ def _from_hub(name: str):
     except (OSError, ValueError) as error:
         raise ValueError(f"autoencoder: {name!r} is neither a folder nor a model that can be downloaded; "
                          "give the folder of a diffusers autoencoder") from error  # fmt: skip
-    return autoencoder_class(_check_class(config, name)).from_pretrained(name, use_safetensors=True)
+    return autoencoder_class(_check(config, name)).from_pretrained(name, use_safetensors=True)
 
 
 def _read_config(path: Path) -> dict:
@@ -156,16 +158,21 @@ def _read_config(path: Path) -> dict:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the folder of a diffusers autoencoder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no readable JSON ({error}); copy the autoencoder folder again") from None
-    _check_class(config, path)
+    _check(config, path)
     return config
 
 
-def _check_class(config: dict, source) -> str:
+def _check(config: dict, source) -> str:
+    """The name of the config's class; raises ValueError for another, or for scales that undo all latents."""
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in AUTOENCODERS:
-        raise ValueError(f"{source}: holds a {name!r}; use one of {', '.join(AUTOENCODERS)}")
+        raise ValueError(f"{source}: holds a {shown(name)}; use one of {', '.join(AUTOENCODERS)}")
+    for key, lowest in (("scaling_factor", 1e-6), ("shift_factor", -1e6)):
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int | float) and lowest <= value <= 1e6):  # also NaN
+            raise ValueError(f"{source}: {key} {shown(value)} does not work; use a number from {lowest:g} to {1e6:g}")
     return name
 
 
@@ -179,6 +186,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file; give the folder of a diffusers autoencoder") from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged or truncated ({error}); copy the autoencoder folder again") from None
-    if not all(w.is_floating_point() and w.isfinite().all() for w in weights.values()):
-        raise ValueError(f"{path}: holds values that are no finite floats; copy the autoencoder folder again")
+    if not all_finite(weights):
+        raise ValueError(
+            f"{path}: holds values that are no finite floats of 16 bits or more; copy the autoencoder folder again"
+        )
     return weights

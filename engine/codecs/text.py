@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 import zlib
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,18 +97,30 @@ class TextCodec:
         assert unknown in ("error", "fill"), unknown
         if caption is None:
             return torch.zeros(tokens, self.vectors.shape[1]), torch.ones(tokens, dtype=torch.bool)
-        words = tokenize(caption)
-        if len(words) > tokens:
-            raise ValueError(f"prompt: {caption!r} has {len(words)} words; use at most {tokens}")
+        words = _words(caption, tokens)
         strange = [word for word in dict.fromkeys(words) if word != HOLE and word not in self.index]
         if strange and unknown == "error":
             raise UnknownWordError(self._describe(strange))
 
-        words += [END] * (tokens - len(words))
         generate = torch.tensor([word not in self.index for word in words])  # [L]
         indices = torch.tensor([self.index.get(word, 0) for word in words])  # [L]
         values = self.vectors[indices]  # [L, C]
         return values.masked_fill(generate[:, None], 0), generate
+
+    def indices(self, captions: Iterable[str], tokens: int) -> torch.Tensor:
+        """Rows of `vectors`, int32 [n, L], that captions (at least one) without holes are encoded as.
+
+        Raises UnknownWordError for a word outside the vocabulary, ValueError beyond L words.
+        """
+        rows = array("i")
+        for caption in captions:
+            try:
+                rows.fromlist([self.index[word] for word in _words(caption, tokens)])
+            except KeyError as error:
+                raise UnknownWordError(
+                    f"captions: {error} is not in the vocabulary; give captions of its words"
+                ) from None
+        return torch.frombuffer(rows, dtype=torch.int32).reshape(-1, tokens)  # [n, L]
 
     def decode(self, values: torch.Tensor, holes: torch.Tensor | None = None) -> list[Decoded]:
         """Texts nearest to diffusion states [B, L, C] of any dtype and device; each ends at its first "</s>".
@@ -137,7 +150,7 @@ class TextCodec:
         words_file, vectors_file = Path(folder) / "vocabulary.json", Path(folder) / "vectors.safetensors"
         try:
             vocabulary = json.loads(words_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CodecFileError(f"{words_file}: cannot be read ({error}); restore the checkpoint") from None
         is_list = isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)
         if not is_list or vocabulary[:1] != [END] or len(set(vocabulary)) != len(vocabulary):
@@ -184,6 +197,14 @@ class TextCodec:
         near = {word: difflib.get_close_matches(word, known, n=3) for word in strange}
         named = [f"{word!r}" + (f" (near: {', '.join(near[word])})" if near[word] else "") for word in strange]
         return f"prompt: unknown words {', '.join(named)}; use known ones, or let them be filled (--unknown-words fill)"
+
+
+def _words(caption: str, tokens: int) -> list[str]:
+    """Words and holes of a caption, then "</s>" up to L."""
+    words = tokenize(caption)
+    if len(words) > tokens:
+        raise ValueError(f"prompt: {caption!r} has {len(words)} words; use at most {tokens}")
+    return words + [END] * (tokens - len(words))
 
 
 def spread(vectors: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:

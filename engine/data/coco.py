@@ -8,8 +8,11 @@ skipped and named in `CocoCaptions.skipped`; only a set without any usable pictu
 """
 
 import json
+import os
 import struct
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +63,7 @@ class CocoCaptions:
             path = pictures / name
             if not captions[image_id]:
                 skipped[path] = "no captions"
-            elif not path.is_file():
+            elif not os.path.isfile(path):  # not Path's, which raises where a name is too long
                 skipped[path] = "no such file"
             else:
                 items.append(CaptionedImage(image_id, path, tuple(captions[image_id])))
@@ -92,10 +95,18 @@ class CocoCaptions:
 def load_image(path: str | Path, size: int) -> Tensor:
     """The picture at `path` as uint8 [3, size, size], see `fit_image`; raises ImageError naming a damaged file."""
     try:
-        with Image.open(path) as image:
+        with pictures_up_to_the_limit(), Image.open(path) as image:
             return fit_image(image, size)
     except DAMAGED as error:
         raise ImageError(f"{path}: not a readable picture ({error})") from None
+
+
+@contextmanager
+def pictures_up_to_the_limit() -> Iterator[None]:
+    """Without Pillow's warnings of pictures above half of the size that it refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def fit_image(image: Image.Image, size: int) -> Tensor:
@@ -117,7 +128,7 @@ def _parse(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     """File names and captions by image id."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); restore the file") from None
     try:
         files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
@@ -126,7 +137,7 @@ def _parse(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
             caption = annotation["caption"].strip()
             if caption and annotation["image_id"] in captions:
                 captions[annotation["image_id"]].append(caption)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{file}: is not in MS-COCO captions layout ({type(error).__name__}: {error}); "
             'it needs "images" with id and file_name, and "annotations" with image_id and caption'
@@ -136,6 +147,6 @@ def _parse(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
 
 def _first_existing(paths: list[Path]) -> Path:
     for path in paths:
-        if path.exists():
+        if os.path.exists(path):
             return path
     raise ValueError(f"{paths[0].parent}: has no {' or '.join(path.name for path in paths)}; give a data set's folder")

@@ -8,6 +8,7 @@ pictures a model can only get right by putting known words together.
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -24,6 +25,7 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/cldr/common")
 NAME_FILES = ("annotations/en.xml", "annotationsDerived/en.xml")
 STRIKE = 109  # pixels per em of the font's only bitmap size
+MOST_PIXELS = 4096  # a side: the font's own are 136
 HELD_OUT = 0.05  # share of the multi-part names that is never trained on
 MADE_BY = "python -m engine.data emoji"  # in captions.json: what may be overwritten
 
@@ -64,8 +66,8 @@ def render_emoji(out: Path, size: int = 64, font: Path = FONT, names: Path = NAM
     `captions_test.json` (held out). It is written beside `out` and renamed, so `out` is complete or absent.
     Raises ValueError if the font, the names or the RAQM text layout are missing, or if `out` holds anything else.
     """
-    if size < 8:
-        raise ValueError(f"--size {size}: pictures that small show nothing; use 8 or more")
+    if not 8 <= size <= MOST_PIXELS:
+        raise ValueError(f"--size {size}: does not work; use 8 to {MOST_PIXELS} pixels")
     _require_replaceable(out)
     renderer = Renderer(font)
     emoji = [e for e in read_emoji(names) if renderer.can_draw(e.text)]
@@ -108,7 +110,7 @@ class Renderer:
                 "Pillow has no RAQM text layout, without which flags and families fall apart into pieces; "
                 "install Pillow's own wheel, with FriBiDi (Debian: libfribidi0)"
             )
-        if not font.is_file():
+        if not os.path.isfile(font):
             raise ValueError(f"--font {font}: no such file; install Debian's fonts-noto-color-emoji or name the font")
         try:
             self.font = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.RAQM)
@@ -162,7 +164,7 @@ def _write_captions(folder: Path, emoji: list[Emoji], size: int) -> dict[str, in
 
 
 def _require_replaceable(out: Path) -> None:
-    if not out.exists():
+    if not os.path.exists(out):
         return
     if not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a new folder")
@@ -170,7 +172,7 @@ def _require_replaceable(out: Path) -> None:
         return
     try:
         mine = json.loads((out / "captions.json").read_text(encoding="utf-8"))["info"]["made_by"] == MADE_BY
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         mine = False
     if not mine:
         raise ValueError(f"--out {out}: holds files that this command did not make; name a new or empty folder")
@@ -179,7 +181,7 @@ def _require_replaceable(out: Path) -> None:
 def _parse(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
-    except FileNotFoundError:
+    except OSError:
         raise ValueError(
             f"--names {path.parents[1]}: has no {'/'.join(path.parts[-2:])}; "
             "install Debian's unicode-cldr-core or name CLDR's `common` folder"

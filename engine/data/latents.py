@@ -88,7 +88,7 @@ def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
     try:
         if json.loads(index.read_text(encoding="utf-8")) == origin:
             return
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass  # none yet, or cut off: its shards' origin is unknown
     for shard in folder.glob("latents-*.safetensors*"):
         shard.unlink()
