@@ -210,7 +210,6 @@ def run(options: argparse.Namespace, command: str) -> dict:
     if not all(0 < ratio <= 1 for ratio in options.ratios):
         raise ValueError(f"--ratios: {options.ratios} do not work; use numbers above 0 and up to 1")
     options.device, options.dtype = resolve(options.device, options.dtype)
-    started = time.perf_counter()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     found = EXPERIMENTS[options.experiment](read_data(options), options)
     name = f"experiment-{options.experiment}-{options.preset}"
@@ -221,7 +220,7 @@ def run(options: argparse.Namespace, command: str) -> dict:
     stored = {
         "experiment": options.experiment, **found, "pictures": list(pictures), "command": command,
         "commit": commit.stdout.strip() or "unknown", "date": datetime.now(timezone.utc).isoformat(),
-        "machine": machine.facts(options.device), "seconds": time.perf_counter() - started,
+        "machine": machine.facts(options.device),
     }  # fmt: skip
     (options.results / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return stored

@@ -161,7 +161,7 @@ def experiment_markdown(name: str, stored: dict) -> str:
     return "\n\n".join([
         f"## {name}: {stored['title']}",
         f"`{stored['command']}`, commit `{stored['commit'][:10]}`, {stored['date'][:10]}, {machine['device']}, torch "
-        f"{machine['torch']}; {stored['seconds']:.0f} s.",
+        f"{machine['torch']}.",
         stored["note"],
         _table(header, rows),
         *(f"![{stored['title']}](results/{picture})" for picture in stored["pictures"]),
