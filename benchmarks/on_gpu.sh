@@ -1,15 +1,72 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU, from the repository root: tests, measurement and benchmarks, results into $1.
+# On a machine with an NVIDIA GPU, from the repository root: tests, measurements and benchmarks, results into OUT.
+#
+#     bash benchmarks/on_gpu.sh OUT [tests|kernels|engine|photos]...    all four, in this order, where none is named
+#
+# Each part ends within ten minutes. photos trains on PHOTOS (MS-COCO captions layout) with AUTOENCODER and FEATURES
+# (see `python -m benchmarks.experiments --help`), for STEPS steps of each model.
 set -uo pipefail
 out="${1:?where to put the results}"
 python="${PYTHON:-.venv/bin/python}"
-mkdir -p "$out"
-nvidia-smi > "$out/device.txt"
-git rev-parse HEAD > "$out/commit.txt" 2>/dev/null || true
 failed=0
-"$python" -m pytest -q -m gpu > "$out/gpu-tests.txt" 2>&1 || failed=1
-"$python" -m pytest -q tests/test_triton.py tests/test_cfg_step.py > "$out/kernel-tests.txt" 2>&1 || failed=1
-"$python" -m engine.kernels.measure --out "$out/measured.json" > "$out/measure.txt" 2>&1 || failed=1
-"$python" -m pytest benchmarks --benchmark-json "$out/benchmarks.json" > "$out/benchmarks.txt" 2>&1 || failed=1
-tail -n 3 "$out"/*.txt
+
+run() { # run NAME COMMAND...: output into OUT/NAME.txt, its end also to the screen; a part has 590 seconds
+    local name="$1" left=$((590 - SECONDS)) status=0
+    shift
+    timeout "$((left > 1 ? left : 1))" "$@" > "$out/$name.txt" 2>&1 || status=$?
+    tail -n 3 "$out/$name.txt"
+    echo "$name: status $status after $SECONDS seconds of its part"
+    [ "$status" -eq 0 ] || failed=1
+}
+
+tests() {
+    run gpu-tests "$python" -m pytest -q -m gpu
+    run kernel-tests "$python" -m pytest -q -m "not gpu" tests/test_triton.py tests/test_cfg_step.py
+    if command -v compute-sanitizer > /dev/null; then
+        for tool in memcheck racecheck; do
+            run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q \
+                tests/test_triton.py -m "not gpu" -k "(and_its_gradient or table or step) and bfloat16"
+        done
+    else
+        echo "compute-sanitizer: not installed, so neither memcheck nor racecheck ran" | tee "$out/sanitizer.txt"
+    fi
+}
+
+kernels() { # all that comes later dispatches by what is measured first
+    run measure "$python" -m engine.kernels.measure --out kernels/measured.json
+    cp kernels/measured.json "$out" || failed=1
+    run kernels "$python" -m pytest benchmarks/test_kernels.py --benchmark-json "$out/results/kernels.json"
+}
+
+engine() {
+    run engine "$python" -m pytest benchmarks --ignore benchmarks/test_kernels.py \
+        --benchmark-json "$out/results/engine.json"
+}
+
+photos() {
+    if [ -n "${PHOTOS:-}" ] && [ -n "${AUTOENCODER:-}" ] && [ -n "${FEATURES:-}" ]; then
+        run photos "$python" -m benchmarks.experiments architecture --preset coco256 --size 128 --data "$PHOTOS" \
+            --autoencoder "$AUTOENCODER" --features "$FEATURES" --steps "${STEPS:-200}" --batch 64 \
+            --out "$out/runs" --results "$out/results"
+    else
+        echo "photos: left out; set PHOTOS, AUTOENCODER and FEATURES to run it" | tee "$out/photos.txt"
+    fi
+    run report "$python" -m benchmarks.report --results "$out/results" --out "$out/RESULTS.md"
+}
+
+shift
+[ $# -gt 0 ] || set -- tests kernels engine photos
+for part in "$@"; do
+    case "$part" in
+        tests | kernels | engine | photos) ;;
+        *) echo "on_gpu.sh: there is no part '$part'; use tests, kernels, engine or photos" >&2; exit 2 ;;
+    esac
+done
+mkdir -p "$out/results"
+nvidia-smi > "$out/device.txt" || failed=1
+git rev-parse HEAD > "$out/commit.txt" || failed=1
+for part in "$@"; do
+    SECONDS=0
+    "$part"
+done
 exit "$failed"

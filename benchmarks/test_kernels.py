@@ -17,9 +17,18 @@ from engine.config import PRESETS
 from engine.kernels import adaln, attention, cfg_step, timestep
 from engine.schedule import NoiseSchedule, solver_table, timesteps
 
-ROWS = (2, 32)
+ROWS = (2, 32, 128)  # of the forward: two passes of 1, 16 and 64 samples
+PARTS = ("shared", "image", "text")  # whose tokens attend to each other: in the shared stack all
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 CUDA_ONLY = "runs on CUDA devices only"
+
+
+def model_of(full: bool, rows: int, part: str = "shared"):
+    """(the model whose shapes are measured, the tokens of one of its parts)."""
+    if not full and (rows > 32 or part != "shared"):
+        pytest.skip("more rows and other lengths only on a GPU or with --full")
+    model = PRESETS[presets(full)].model
+    return model, model.tokens if part == "shared" else model.modality(part).tokens
 
 
 def compiled(function):
@@ -66,19 +75,54 @@ ATTENTION = {
 }
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("contender", ATTENTION)
-def test_attention(compete, device, dtype, full, contender, rows):
-    model = PRESETS[presets(full)].model
+def test_attention(compete, device, dtype, full, contender, rows, part):
+    model, tokens = model_of(full, rows, part)
     heads, d = model.dim // model.head_dim, model.head_dim
 
     def build():
-        qkv = torch.randn(rows, model.tokens, 3, heads, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        qkv = torch.randn(rows, tokens, 3, heads, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         reference = attention_in_products(qkv.float())
-        flops, moved = attention.cost(rows, model.tokens, heads, d, qkv.itemsize)
+        flops, moved = attention.cost(rows, tokens, heads, d, qkv.itemsize)
         return table_of(ATTENTION, device, lambda f: lambda: f(qkv), lambda: reference, dtype, flops=flops, moved=moved)
 
-    compete(f"attention, {rows} × {model.tokens} tokens, {heads} heads", contender, build)
+    compete(f"attention, {rows} × {tokens} tokens, {heads} heads", contender, build)
+
+
+def backward(function, inputs, weights, of):
+    """A call that takes all gradients and returns that of input number `of`; the forward is done here, once."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+    return lambda: torch.autograd.grad(outputs, leaves, weights, retain_graph=True)[of]
+
+
+ATTENTION_BACKWARD = {
+    name: ATTENTION[name]
+    for name in ("engine", "cuda Triton", "SDPA flash", "cuda SDPA cuDNN", "cuda SDPA efficient", "PyTorch products")
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("contender", ATTENTION_BACKWARD)
+def test_attention_backward(compete, device, dtype, full, contender, rows, part):
+    model, tokens = model_of(full, rows, part)
+    heads, d = model.dim // model.head_dim, model.head_dim
+
+    def build():
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(rows, tokens, 3, heads, d, generator=generator).to(device, dtype)
+        weights = torch.randn(rows, tokens, heads * d, generator=generator).to(device, dtype)
+        reference = backward(attention_in_products, [qkv.float()], weights.float(), of=0)()
+        flops, moved = attention.cost(rows, tokens, heads, d, qkv.itemsize)
+        # Five products for the forward's two; QKV, the output and both their gradients.
+        return table_of(ATTENTION_BACKWARD, device, lambda f: backward(f, [qkv], weights, of=0), lambda: reference,
+                        dtype, flops=2.5 * flops, moved=2 * moved)  # fmt: skip
+
+    compete(f"attention backward, {rows} × {tokens} tokens, {heads} heads", contender, build)
 
 
 def layer_norm_modulate_in_pytorch(x, shift, scale):
@@ -108,8 +152,8 @@ RESIDUAL = {
 @pytest.mark.parametrize("contender", LAYER_NORM)
 @pytest.mark.parametrize("residual", [False, True], ids=["norm", "residual"])
 def test_adaln(compete, device, dtype, full, contender, rows, residual):
-    model = PRESETS[presets(full)].model
-    dim, tokens = model.dim, model.tokens
+    model, tokens = model_of(full, rows)
+    dim = model.dim
 
     def build():
         generator = torch.Generator().manual_seed(0)
@@ -140,6 +184,117 @@ def test_adaln(compete, device, dtype, full, contender, rows, residual):
 
     name = "gated residual + LayerNorm + modulate" if residual else "LayerNorm + modulate"
     compete(f"{name}, {rows} × {tokens} tokens of {dim}", contender, build)
+
+
+def residual_modulate_in_pytorch(x, y, table, index, vector, gate, shift, scale):
+    m = (table[index.long()] + vector).chunk(6, -1)
+    stream = x + m[gate] * y
+    return stream, layer_norm_modulate_in_pytorch(stream, m[shift], m[scale])
+
+
+RESIDUAL_BACKWARD = {
+    "engine": adaln.gated_residual_modulate,
+    "cuda Triton": partial(adaln.gated_residual_modulate, backend="triton"),
+    "cuda eager": partial(adaln.gated_residual_modulate, backend="torch"),
+    "PyTorch, gathered": residual_modulate_in_pytorch,
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("contender", RESIDUAL_BACKWARD)
+def test_adaln_backward(compete, device, dtype, full, contender, rows):
+    model, tokens = model_of(full, rows)
+    dim, times = model.dim, rows + 2  # training has a time or two for each row
+
+    def build():
+        generator = torch.Generator().manual_seed(0)
+        sizes = (rows, tokens, dim), (rows, tokens, dim), (times, 6 * dim), (6 * dim,)
+        inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+        weights = [torch.randn(sizes[0], generator=generator).to(device, dtype) for _ in range(2)]
+        index = torch.randint(times, (rows, 1), generator=generator, dtype=torch.int32).to(device).expand(-1, tokens)
+
+        def call(f, inputs=inputs, weights=weights):
+            # The table's gradient is checked: it is made of those of x and of the output.
+            return backward(lambda x, y, table, vector: f(x, y, table, index, vector, 2, 3, 4), inputs, weights, of=2)
+
+        exact = call(residual_modulate_in_pytorch, *([x.double() for x in some] for some in (inputs, weights)))()
+        flops, moved = adaln.cost(rows, tokens, dim, inputs[0].itemsize, residual=True)
+        # Both outputs' gradients, the stream and y are read, dx and dy are written: 6 tensors for the forward's 4.
+        return table_of(RESIDUAL_BACKWARD, device, call, lambda: exact, dtype, flops=2 * flops, moved=1.5 * moved)
+
+    compete(f"adaLN backward, {rows} × {tokens} tokens of {dim}", contender, build)
+
+
+def cat_and_linear(x, skip, joined, weight, bias):
+    return F.linear(torch.cat([x, skip], dim=-1), weight, bias)
+
+
+def two_products(x, skip, joined, weight, bias):
+    left, right = weight.t().chunk(2)  # 2 × [D, D]
+    out = torch.addmm(torch.addmm(bias, x.flatten(0, 1), left), skip.flatten(0, 1), right)
+    return out.view_as(x)
+
+
+SKIP = {
+    "cat and linear": cat_and_linear,
+    "two products added": two_products,
+    "linear on a filled buffer": lambda x, skip, joined, weight, bias: F.linear(joined, weight, bias),
+    "cuda Inductor": compiled(cat_and_linear),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("contender", SKIP)
+def test_skip_connection(compete, device, dtype, full, contender, rows):
+    """The buffer is filled beforehand: what a skip would cost if both producers wrote their halves into it."""
+    model, tokens = model_of(full, rows)
+    dim = model.dim
+
+    def build():
+        generator = torch.Generator().manual_seed(0)
+        sizes = (rows, tokens, dim), (rows, tokens, dim), (dim, 2 * dim), (dim,)
+        x, skip, weight, bias = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+        inputs = x, skip, torch.cat([x, skip], dim=-1), weight, bias
+        reference = cat_and_linear(*(t.float() for t in inputs))
+        flops, moved = 4 * rows * tokens * dim**2, x.itemsize * (3 * x.numel() + weight.numel())
+        return table_of(SKIP, device, lambda f: lambda: f(*inputs), lambda: reference, dtype, flops=flops, moved=moved)
+
+    compete(f"skip connection, {rows} × {tokens} tokens of {dim}", contender, build)
+
+
+def linear_then_gelu(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def gelu_in_the_epilogue(x, weight, bias):
+    """On CUDA it is the tanh GELU, on CPUs the other one."""
+    return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
+
+
+FIRST_LAYER = {
+    "linear, then GELU": linear_then_gelu,
+    "cuda GELU in the epilogue": gelu_in_the_epilogue,
+    "cuda Inductor": compiled(linear_then_gelu),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("contender", FIRST_LAYER)
+def test_first_layer(compete, device, dtype, full, contender, rows):
+    model, tokens = model_of(full, rows)
+    dim, hidden = model.dim, model.mlp_ratio * model.dim
+
+    def build():
+        generator = torch.Generator().manual_seed(0)
+        sizes = (rows, tokens, dim), (hidden, dim), (hidden,)
+        inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+        reference = linear_then_gelu(*(t.float() for t in inputs))
+        flops = 2 * rows * tokens * dim * hidden
+        moved = inputs[0].itemsize * (rows * tokens * (dim + hidden) + dim * hidden)
+        return table_of(FIRST_LAYER, device, lambda f: lambda: f(*inputs), lambda: reference, dtype,
+                        flops=flops, moved=moved)  # fmt: skip
+
+    compete(f"first MLP layer + GELU, {rows} × {tokens} tokens of {dim}", contender, build)
 
 
 TIMESTEP = {
@@ -173,14 +328,16 @@ def test_timestep(compete, device, dtype, full, contender):
 # Inductor's C++ draws other random numbers than PyTorch: it does not wrap Philox's 64-bit products around.
 CFG_STEP = {
     "engine": cfg_step.cfg_step,
-    "cuda eager": partial(cfg_step.cfg_step, backend="torch"),
+    "cuda Triton": partial(cfg_step.cfg_step, backend="triton"),
+    "eager": partial(cfg_step.cfg_step, backend="torch"),
     "cuda Inductor": compiled(partial(cfg_step.cfg_step, backend="torch")),
 }
 
 
-@pytest.mark.parametrize("batch", ROWS)
+@pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("contender", CFG_STEP)
 def test_cfg_step(compete, device, full, contender, batch):
+    """Every call is a step further, and past the last one still as much work; the first one is checked."""
     model = PRESETS[presets(full)].model
 
     def build():
@@ -191,22 +348,19 @@ def test_cfg_step(compete, device, full, contender, batch):
         generate = torch.rand(model.size, generator=generator) < 0.5
         rows = batch_rows([Row(seed, table, generate, known) for seed in range(batch)], model, device)
         prediction = torch.randn(2 * batch, model.size, generator=generator).to(device)
-        start = new_progress(rows)
-        cfg_step.begin(rows, start)
 
         def call(f):
-            progress = type(start)(*(tensor.clone() for tensor in start))
+            progress = new_progress(rows)
+            cfg_step.begin(rows, progress)
 
             def run():
-                progress.step.zero_()  # always the same step, so that contenders do the same work
-                progress.state.copy_(start.state), progress.x0_prev.copy_(start.x0_prev)
                 f(prediction, rows, progress)
                 return progress.inputs
 
             return run
 
         flops, moved = cfg_step.cost(batch, model.size, model.tokens, passes=2)
-        reference = call(CFG_STEP["engine"])().clone()
+        reference = call(CFG_STEP["eager"])().clone()
         return table_of(CFG_STEP, device, call, lambda: reference, torch.float32, flops=flops, moved=moved,
                         facts={"dtype": "float32"})  # fmt: skip
 

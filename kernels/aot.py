@@ -44,7 +44,8 @@ class Usage(NamedTuple):
     spills: int  # bytes of registers kept in memory (AMD: spilled registers)
     shared: int  # bytes per block
     instructions: int
-    matrix: int  # tensor-core instructions: wgmma, tcgen05.mma, mma or mfma
+    wgmma: int  # tensor-core instructions of a whole warpgroup: wgmma, tcgen05.mma
+    mma: int  # those of one warp: mma, mfma
     vector_loads: int  # global loads of 8 or 16 bytes a thread
     loads: int  # global loads in all
 
@@ -92,22 +93,22 @@ def usage(case: str, target: str, compiled) -> Usage:
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
         code = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat)_\w+)", text, re.MULTILINE)
-        matrix = sum("mfma" in instruction for instruction in code)
+        mma = sum("mfma" in instruction for instruction in code)
         loads = [i for i in code if re.match(r"(global|buffer)_load", i)]
         wide = [i for i in loads if i.endswith(("x2", "x4"))]
-        return Usage(case, name, target, registers, spills, shared, len(code), matrix, len(wide), len(loads))
+        return Usage(case, name, target, registers, spills, shared, len(code), 0, mma, len(wide), len(loads))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         resources, sass = (_said(TOOLS / "cuobjdump", what, file.name) for what in ("-res-usage", "-sass"))
     registers = int(re.search(r"REG:(\d+)", resources)[1])
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
-    matrix = sum(i.startswith(("HGMMA", "HMMA", "UTCHMMA", "QGMMA", "UTCQMMA", "DMMA")) for i in code)
+    wgmma, mma = (sum(i.startswith(names) for i in code) for names in (("HGMMA", "UTCHMMA"), ("HMMA", "DMMA")))
     loads = [i for i in code if i.startswith(("LDG", "LDGSTS", "UTMALDG"))]
     wide = [i for i in loads if re.search(r"\.(64|128)\b", i) or i.startswith("UTMALDG")]
     # Local memory alone is no spill: the never-taken slow path of cos and sin for huge angles has an array there.
     spills = _spills(asm["ptx"], target) if any(i.startswith("STL") for i in code) else 0
-    return Usage(case, name, target, registers, spills, shared, len(code), matrix, len(wide), len(loads))
+    return Usage(case, name, target, registers, spills, shared, len(code), wgmma, mma, len(wide), len(loads))
 
 
 def _spills(ptx: str, target: str) -> int:
@@ -131,9 +132,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, a call that launches the case's kernels): every block size that a launcher can choose, and odd shapes."""
     heads = 8
     for dtype, shapes in (
-        (torch.bfloat16, ((320, 64), (256, 64), (333, 64), (77, 64), (16, 64), (32, 64), (320, 32), (320, 128))),
-        (torch.float16, ((320, 64),)),
-        (torch.float32, ((320, 64), (333, 64))),
+        (torch.bfloat16, ((320, 64), (1024, 64), (333, 64), (77, 64), (32, 64), (1, 64), (320, 32), (320, 128))),
+        (torch.float16, ((320, 64), (333, 128))),
+        (torch.float32, ((320, 64), (333, 64), (320, 128))),
     ):
         for tokens, head_dim in shapes:
             qkv = torch.empty(2, tokens, 3, heads, head_dim, dtype=dtype)
@@ -144,39 +145,35 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 attention._attention_backward(out, qkv, out, lse)
 
             yield f"L {tokens}, d {head_dim}, {_short(dtype)}", run
-    index, mean = torch.zeros(2, 320, dtype=torch.int32), torch.empty(2, 320)
-    for dtype, dims in ((torch.bfloat16, (192, 512, 576, 768, 1152)), (torch.float32, (512,))):
+    chunks = {"norm": (adaln.NONE, 0, 1), "residual": (2, adaln.NONE, adaln.NONE), "residual and norm": (2, 3, 4)}
+    for dtype, dims in ((torch.bfloat16, (192, 512, 768)), (torch.float16, (1152,)), (torch.float32, (512,))):
         for dim in dims:
-            x, vector = torch.empty(2, 320, dim, dtype=dtype), torch.empty(6 * dim, dtype=dtype)
-            table = torch.empty(66, 6 * dim, dtype=dtype)
-
-            def normed(x=x, table=table, vector=vector):
-                adaln._adaln(x, None, table, index, vector, adaln.NONE, 0, 1)
-
-            def gated(x=x, table=table, vector=vector):
-                adaln._adaln(x, x, table, index, vector, 2, adaln.NONE, adaln.NONE)
-
-            def both(x=x, table=table, vector=vector):
-                adaln._adaln(x, x, table, index, vector, 2, 3, 4)
-                adaln._adaln_backward(x, x, x, x, mean, mean, table, index, vector, 2, 3, 4)
-
-            yield f"D {dim}, {_short(dtype)}, norm", normed
-            yield f"D {dim}, {_short(dtype)}, residual", gated
-            yield f"D {dim}, {_short(dtype)}, residual and norm", both
+            for name, used in chunks.items():
+                yield f"D {dim}, {_short(dtype)}, {name}", lambda dim=dim, dtype=dtype, u=used: _adaln(dim, dtype, u)
     for dtype in (torch.bfloat16, torch.float32):
         sizes = (512, 256), (512,), (512, 512), (512,), (3072, 512), (3072,)
         layers = [torch.empty(size, dtype=dtype) for size in sizes]
         yield f"D 512, {_short(dtype)}", lambda layers=layers: timestep._table(torch.empty(51), layers)
-    for batch in (1, 64):
-        for passes in (1, 2):
-            yield f"B {batch}, N 8192, {passes} passes", lambda b=batch, p=passes: _cfg_step(b, p)
+    for batch, passes, live, dtype in (
+        (1, 1, 1, torch.bfloat16), (1, 2, 2, torch.bfloat16), (64, 1, 1, torch.bfloat16), (64, 2, 2, torch.bfloat16),
+        (64, 2, 1, torch.bfloat16), (64, 3, 3, torch.bfloat16), (64, 2, 2, torch.float32),
+    ):  # fmt: skip
+        name = f"B {batch}, N 8192, {live} of {passes} passes, {_short(dtype)}"
+        yield name, lambda b=batch, p=passes, live=live, dtype=dtype: _cfg_step(b, p, live, dtype)
 
 
 def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
-def _cfg_step(batch: int, passes: int) -> None:
+def _adaln(dim: int, dtype: torch.dtype, chunks: tuple[int, int, int]) -> None:
+    x, vector, table = (torch.empty(size, dtype=dtype) for size in ((2, 320, dim), (6 * dim,), (66, 6 * dim)))
+    y, index = None if chunks[0] == adaln.NONE else x, torch.zeros(2, 320, dtype=torch.int32)
+    _, _, mean, rstd = adaln._adaln(x, y, table, index, vector, *chunks)
+    adaln._adaln_backward(x, x, x, y, mean, rstd, table, index, vector, *chunks)
+
+
+def _cfg_step(batch: int, passes: int, live: int, dtype: torch.dtype) -> None:
     size, tokens, lines = 8192, 320, 26
     mask, values, int32 = torch.ones(batch, size, dtype=torch.bool), torch.empty(batch, size), torch.int32
     rows = cfg_step.Rows(
@@ -189,7 +186,7 @@ def _cfg_step(batch: int, passes: int) -> None:
         rows.seeds, values, values, torch.empty(passes * batch, size), torch.zeros(passes * batch, tokens, dtype=int32),
         torch.zeros(batch, dtype=int32),
     )  # fmt: skip
-    cfg_step._triton_step(torch.empty(passes * batch, size, dtype=torch.bfloat16), rows, progress)
+    cfg_step._triton_step(torch.empty(live * batch, size, dtype=dtype), rows, progress)
 
 
 def compile_all(target: str) -> list[Usage]:

@@ -87,8 +87,9 @@ def _attention_forward(QKV, OUT, LSE, scale, stride_b, stride_l, stride_i, strid
     m = tl.full([OWN], float("-inf"), tl.float32)
     total = tl.zeros([OWN], tl.float32)
     acc = tl.zeros([OWN, D], tl.float32)
-    # The tail is a block of its own where products are cheap; a second copy of float32's would spill registers.
-    WHOLE: tl.constexpr = L // WALK * WALK if PRECISION != "ieee" else 0
+    # The tail is a block of its own, except where a second copy of the block would spill registers.
+    ROOM: tl.constexpr = PRECISION != "ieee" and D < 128
+    WHOLE: tl.constexpr = L // WALK * WALK if ROOM or L % WALK == 0 else 0
     for n in range(0, WHOLE, WALK):
         m, total, acc = _keys(q, K, V, m, total, acc, n, stride_l, scale, L, D, WALK, False, PRECISION)
     for n in range(WHOLE, L, WALK):
@@ -176,11 +177,12 @@ def _attention_backward_q(QKV, DOUT, LSE, DELTA, DQKV, scale, scale_log2, stride
 # ------------------------------------------------------------------------------------------------ launchers
 
 
-def _blocks(tokens: int, dtype: torch.dtype, backward: bool) -> dict:
+def _blocks(tokens: int, head_dim: int, dtype: torch.dtype, backward: bool) -> dict:
     """Rows that a program owns, rows it walks over in one go, and the pipeline.
 
     64 owned rows fill one warpgroup of tensor cores and divide L = 320 and 256. The backward holds two more tiles, so
-    it walks in shorter blocks; float32 products run without tensor cores and want small ones throughout.
+    it walks in shorter blocks, and spreads 128 channels over twice the threads; float32 products run without tensor
+    cores and want small blocks throughout.
     """
     fits = max(16, triton.next_power_of_2(tokens))
     if dtype == torch.float32:
@@ -188,7 +190,8 @@ def _blocks(tokens: int, dtype: torch.dtype, backward: bool) -> dict:
     else:
         own, walk, stages, precision = 64, 32 if backward else 64, 2, "tf32"  # 16-bit products ignore the precision
     sizes = {"OWN": min(own, fits), "WALK": min(walk, fits)}
-    return {**sizes, "PRECISION": precision, "num_warps": 4, "num_stages": stages}
+    warps = 8 if backward and head_dim == 128 and dtype != torch.float32 else 4
+    return {**sizes, "PRECISION": precision, "num_warps": warps, "num_stages": stages}
 
 
 def _shape(qkv: Tensor) -> tuple[tuple[int, ...], dict]:
@@ -204,7 +207,7 @@ def _attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
     b, n, _, h, d = qkv.shape
     out, lse = qkv.new_empty(b, n, h * d), qkv.new_empty(b, h, n, dtype=torch.float32)
     strides, constants = _shape(qkv)
-    blocks = _blocks(n, qkv.dtype, backward=False)
+    blocks = _blocks(n, d, qkv.dtype, backward=False)
     grid = triton.cdiv(n, blocks["OWN"]), b * h
     _attention_forward[grid](qkv, out, lse, d**-0.5 * LOG2_E, *strides, **constants, **blocks)
     return out, lse
@@ -224,7 +227,7 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> 
     delta = (dout.float() * out.float()).unflatten(-1, (h, d)).sum(-1).transpose(1, 2).contiguous()  # [B, H, L]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     strides, constants = _shape(qkv)
-    blocks = _blocks(n, qkv.dtype, backward=True)
+    blocks = _blocks(n, d, qkv.dtype, backward=True)
     arguments = qkv, dout, lse, delta, dqkv, d**-0.5, d**-0.5 * LOG2_E, *strides
     grid = triton.cdiv(n, blocks["OWN"]), b * h
     _attention_backward_kv[grid](*arguments, **constants, **blocks)

@@ -129,12 +129,15 @@ def family(device: int) -> str:
 
 
 def fastest(family: str, operation: str, dtype: str, sizes: tuple[int, ...]) -> str | None:
-    """The measured winner at the nearest sizes, in factors of two; None where nothing was measured."""
-    known = MEASUREMENTS.get((family, operation, dtype))
-    if not known:
-        return None
+    """The measured winner at the nearest sizes, by the product of their ratios; None where nothing was measured.
 
-    def distance(measured: tuple[int, ...]) -> float:
-        return sum(abs(math.log2(a / b)) for a, b in zip(measured, sizes, strict=True))
-
-    return min(known, key=lambda line: distance(line[0]))[1]
+    Arithmetic in plain loops: torch.compile traces it with symbolic sizes too, and guards on the choice.
+    """
+    nearest, winner = math.inf, None
+    for measured, backend in MEASUREMENTS.get((family, operation, dtype), ()):
+        distance = 1.0
+        for a, b in zip(measured, sizes, strict=True):
+            distance *= max(a / b, b / a)
+        if distance < nearest:
+            nearest, winner = distance, backend
+    return winner

@@ -82,8 +82,8 @@ def _timestep_table(TIMES_IN, W1, B1, WE, BE, W2, B2, WAVES, HIDDEN, EMBEDDED, T
     row = tl.program_id(0) * TIMES + tl.arange(0, TIMES)
     real = row < n
     time = tl.load(TIMES_IN + row, mask=real, other=0.0)
-    for first in range(0, F // 2, BLOCK):
-        i = first + tl.arange(0, BLOCK)
+    for first in range(0, F // 2, TIMES):  # small blocks: each copy of cos and sin has its slow path
+        i = first + tl.arange(0, TIMES)
         angle = time[:, None] * tl.exp(i.to(tl.float32) * (-9.210340371976184 / (F // 2)))[None, :]  # ln 10000
         inside, at = real[:, None] & (i < F // 2)[None, :], WAVES + row[:, None] * F + i[None, :]
         tl.store(at, tl.cos(angle).to(WAVES.dtype.element_ty), mask=inside)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,31 +13,58 @@ ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "aot.md"
 
 
-@pytest.fixture(scope="module", params=aot.TARGETS)
-def compiled(request):
-    """Usages on one target, from a process without Triton's interpreter."""
+@pytest.fixture(scope="module")
+def compilers():
+    """One process for each target, all of them at once, and without Triton's interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "engine.kernels.aot", "--target", request.param]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return request.param, aot.parse(done.stdout)
+    command = [sys.executable, "-m", "engine.kernels.aot", "--target"]
+    with ExitStack() as stack:
+        options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        yield {t: stack.enter_context(subprocess.Popen([*command, t], **options)) for t in aot.TARGETS}
+
+
+@pytest.fixture(scope="module", params=aot.TARGETS)
+def compiled(request, compilers):
+    """Usages on one target."""
+    process = compilers[request.param]
+    said, complaint = process.communicate()
+    assert process.returncode == 0, complaint[-2000:]
+    return request.param, aot.parse(said)
+
+
+@pytest.fixture
+def committed(compiled):
+    return {(u.case, u.kernel): u for u in aot.parse(COMMITTED.read_text()) if u.target == compiled[0]}
 
 
 @pytest.mark.slow
-def test_kernels_fit_the_device_without_spills_and_do_not_grow(compiled):
+def test_kernels_fit_the_device_and_do_not_spill(compiled, committed):
     target, usages = compiled
-    text = COMMITTED.read_text()
-    committed = {(u.case, u.kernel): u for u in aot.parse(text) if u.target == target}
-    same_compiler = f"triton {aot.triton.__version__}." in text
     assert {(u.case, u.kernel) for u in usages} == committed.keys()
     for u in usages:
-        before = committed[u.case, u.kernel]
         # ptxas saves a few registers around the slow path of cos and sin, which runs for angles above 10⁵ only.
-        assert u.spills == 0 or (u.kernel == "_timestep_table" and u.spills <= 32), u
+        assert u.spills == 0 or (u.kernel == "_timestep_table" and u.spills <= 16), u
         assert u.shared <= aot.SHARED_LIMIT[target], u
-        assert not same_compiler or u.registers <= before.registers, (u, before)
-        # 16-bit attention runs on tensor cores: on sm_90 by wgmma, which needs 64 rows a program.
-        if u.kernel.startswith("_attention") and "fp32" not in u.case:
-            assert u.matrix > 0, u
         if u.kernel.startswith(("_attention", "_adaln_forward", "_cfg_step")):
             assert u.vector_loads > 0, u
+
+
+@pytest.mark.slow
+def test_attention_in_16_bits_runs_on_tensor_cores(compiled):
+    target, usages = compiled
+    attention = [u for u in usages if u.kernel.startswith("_attention") and "fp32" not in u.case]
+    assert attention
+    for u in attention:
+        tokens = int(u.case.split(",")[0].removeprefix("L "))
+        # A warpgroup's instructions need 64 rows a program, which so few tokens do not have.
+        warpgroup = target in ("sm_90", "sm_100") and tokens > 32
+        assert (u.wgmma if warpgroup else u.mma) > 0, u
+
+
+@pytest.mark.slow
+def test_registers_do_not_grow(compiled, committed):
+    same_compiler = f"triton {aot.triton.__version__}."
+    if same_compiler not in COMMITTED.read_text():
+        pytest.skip(f"the table is of another compiler than {same_compiler[:-1]}, so its registers do not compare")
+    for u in compiled[1]:
+        assert u.registers <= committed[u.case, u.kernel].registers, u

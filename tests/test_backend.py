@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,10 +127,8 @@ def test_the_engine_works_where_triton_has_no_wheels():
     assert done.returncode == 0 and "torch.Size" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("asked", ["triton", "sdpa"])
-def test_dynamo_traces_the_whole_model_for_cuda_without_a_gpu(asked, gpu):
-    """Fake CUDA tensors: `fullgraph` raises at the first graph break."""
-    config = PRESETS["tiny"].model
+def traced(config, asked="auto", rows=2, device="cuda", trained=False, **options):
+    """The targets of all nodes of Dynamo's graph of the model on fake tensors; `fullgraph` raises at a break."""
     graphs = []
 
     def collect(graph, inputs):
@@ -139,14 +138,42 @@ def test_dynamo_traces_the_whole_model_for_cuda_without_a_gpu(asked, gpu):
     with torch.device("meta"):
         model = PSUNet(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cuda").requires_grad_(False)
+        model.to_empty(device=device).train(trained).requires_grad_(trained)
         for block in model.blocks():
             block.attention = asked
-        inputs, table = torch.empty(2, config.size, device="cuda"), torch.empty(7, 6 * config.dim, device="cuda")
-        index = torch.empty(2, config.tokens, dtype=torch.int32, device="cuda")
-        out = torch.compile(model, fullgraph=True, backend=collect)(inputs, table, index)
+        inputs, table = torch.empty(rows, config.size, device=device), torch.empty(7, 6 * config.dim, device=device)
+        index = torch.empty(rows, config.tokens, dtype=torch.int32, device=device)
+        out = torch.compile(model, fullgraph=True, backend=collect, **options)(inputs, table, index)
     torch._dynamo.reset()
-    assert out.shape == (2, config.size) and len(graphs) == 1
-    called = {str(node.target) for node in graphs[0].graph.nodes}
+    assert out.shape == (rows, config.size) and out.requires_grad == trained and len(graphs) == 1
+    return [str(node.target) for node in graphs[0].graph.nodes]
+
+
+@pytest.mark.parametrize("asked", ["triton", "sdpa"])
+def test_dynamo_traces_the_whole_model_for_cuda_without_a_gpu(asked, gpu):
+    called = traced(PRESETS["tiny"].model, asked)
     assert any("psunet.adaln" in name for name in called)
     assert any("psunet.attention" in name for name in called) == (asked == "triton")
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["sampling", "training"])
+def test_dynamo_traces_the_depth_of_the_full_model(trained, gpu, monkeypatch):
+    full, tiny = PRESETS["coco256"].model, PRESETS["tiny"].model
+    depths = {m.name: m.depth for m in full.modalities}
+    modalities = tuple(replace(m, depth=depths[m.name]) for m in tiny.modalities)
+    config = replace(tiny, modalities=modalities, shared_depth=full.shared_depth)
+    if trained:  # fake CUDA tensors with gradients want a CUDA build of PyTorch; the kernels trace alike on a CPU
+        monkeypatch.setattr(backend, "INTERPRETED", True)
+        monkeypatch.setitem(backend.ENVIRONMENT, "adaln", "triton")
+    called = traced(config, "triton", device="cpu" if trained else "cuda", trained=trained)
+    blocks = full.shared_depth + 2 * sum(depths.values())
+    assert sum("psunet.attention" in name for name in called) == blocks
+    assert sum("psunet.adaln" in name for name in called) == 3 * blocks + len(depths)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_dynamo_traces_a_choice_by_measurement(dynamic, measured):
+    few, many = [2, 22, 64], [64, 22, 64]
+    measured(line(few, "float32", sdpa=2.0, triton=3.0), line(many, "float32", sdpa=3.0, triton=2.0))
+    called = traced(PRESETS["tiny"].model, rows=60, dynamic=dynamic)
+    assert any("psunet.attention" in name for name in called)

@@ -37,6 +37,9 @@ def repository(tmp_path_factory) -> Path:
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
         else:
             shutil.copy(ROOT / name, folder)
+    measured = folder / "kernels" / "measured.json"
+    if not measured.exists():  # none before the first measurement
+        measured.write_text("[]\n")
     return folder
 
 
@@ -44,7 +47,7 @@ def repository(tmp_path_factory) -> Path:
 def shipped(repository) -> set[str]:
     """Paths of all files that an installed engine consists of."""
     files = {path.relative_to(repository).as_posix() for path in (repository / "engine").rglob("*") if path.is_file()}
-    return files | {f"engine/kernels/{path.name}" for path in (repository / "kernels").glob("*.py")}
+    return files | {f"engine/kernels/{path.name}" for path in (repository / "kernels").glob("*.*")}
 
 
 @pytest.fixture(scope="module")
