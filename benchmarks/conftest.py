@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.addoption("--dtype", default="auto", help="auto, float32 or bfloat16")
     group.addoption("--full", action="store_true", help="on a CPU too: the paper's sizes, all rows, compiled training")
-    group.addoption("--seconds", type=float, default=2.0, help="for each comparison (default: %(default)s)")
+    group.addoption("--seconds", type=float, default=1.0, help="for each comparison (default: %(default)s)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
