@@ -75,6 +75,7 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
         f"Ceilings measured in the same run: copy {ceilings['copy'] / 1e9:.1f} GB/s; matmul "
         + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in ceilings.items() if dtype != "copy")
         + ".",
+        _claims(run),
         *(f"![{plot}]({plot})" for plot in plots),
     ]
     for group, rows in rows_by_group(run).items():
@@ -91,7 +92,26 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
             hours = PAPER_SAMPLES / row["pictures_per_second"] / 3600
             parts.append(f"At this rate the 256 M samples of the coco256 recipe take {row['contender']} {hours:,.0f} "
                          "hours on this device.")  # fmt: skip
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _claims(run: dict) -> str:
+    """The paper's claims on speed, as ratios of medians of one run."""
+    groups = {g: {row["contender"]: row["median"] for row in rows} for g, rows in rows_by_group(run).items()}
+    lines = []
+    for group, median in groups.items():
+        name = group.split(", ")
+        peer = next((n for n in ("U-ViT-multi, equal parameters", "U-ViT-multi, eager") if n in median), None)
+        if name[0] in ("sampling", "training") and name[1] != "steps" and peer:
+            ours = median["PS-U-Net" if peer.endswith("parameters") else "PS-U-Net, eager"]
+            lines.append(f"* {group}: PS-U-Net takes {ours / median[peer]:.2f} of the time of a U-ViT-multi with equal "
+                         "parameters.")  # fmt: skip
+        elif name[:2] == ["sampling", "guided joint"]:
+            two = median["masked, 2 passes"]
+            ratios = (two / median[f"UniDiffuser, 3 passes {how}"] for how in ("in a batch", "one by one"))
+            lines.append("* {}: two passes take {:.2f} of the time of UniDiffuser's three in a batch, {:.2f} of that of "
+                         "three one by one.".format(group, *ratios))  # fmt: skip
+    return "\n".join(["**The paper's claims on speed, on this machine:**", "", *lines]) if lines else ""
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

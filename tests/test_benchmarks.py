@@ -186,6 +186,19 @@ def test_a_loop_is_held_against_a_plain_one_and_its_products(tmp_path):
     assert "fastest loop is compiled: 4.00 times as fast" in text and "1.25 times as long" in text and "80 %" in text
 
 
+def test_the_papers_claims_on_speed_are_ratios_of_medians():
+    run = stored_run({"UniDiffuser, 3 passes in a batch": 2.0, "UniDiffuser, 3 passes one by one": 5.0,
+                      "masked, 2 passes": 1.0, "PS-U-Net, eager": 3.0, "U-ViT-multi, eager": 4.0})  # fmt: skip
+    for benchmark in run["benchmarks"]:
+        guided = "passes" in benchmark["name"]
+        benchmark["group"] = "sampling, guided joint, batch 1" if guided else "training, batch 64"
+    text = report.markdown("cpu", run, [])
+    assert (
+        "two passes take 0.50 of the time of UniDiffuser's three in a batch, 0.20 of that of three one by one" in text
+    )
+    assert "training, batch 64: PS-U-Net takes 0.75 of the time of a U-ViT-multi" in text
+
+
 @pytest.fixture
 def emoji(tmp_path):
     """Five pictures to train on and three to test with, named in words the built-in model knows."""
