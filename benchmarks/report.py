@@ -109,8 +109,8 @@ def _claims(run: dict) -> str:
         elif name[:2] == ["sampling", "guided joint"]:
             two = median["masked, 2 passes"]
             ratios = (two / median[f"UniDiffuser, 3 passes {how}"] for how in ("in a batch", "one by one"))
-            lines.append("* {}: two passes take {:.2f} of the time of UniDiffuser's three in a batch, {:.2f} of that of "
-                         "three one by one.".format(group, *ratios))  # fmt: skip
+            lines.append("* {}: two passes take {:.2f} of the time of UniDiffuser's three in a batch, {:.2f} of three "
+                         "one by one.".format(group, *ratios))  # fmt: skip
     return "\n".join(["**The paper's claims on speed, on this machine:**", "", *lines]) if lines else ""
 
 
