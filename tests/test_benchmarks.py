@@ -193,9 +193,7 @@ def test_the_papers_claims_on_speed_are_ratios_of_medians():
         guided = "passes" in benchmark["name"]
         benchmark["group"] = "sampling, guided joint, batch 1" if guided else "training, batch 64"
     text = report.markdown("cpu", run, [])
-    assert (
-        "two passes take 0.50 of the time of UniDiffuser's three in a batch, 0.20 of that of three one by one" in text
-    )
+    assert "two passes take 0.50 of the time of UniDiffuser's three in a batch, 0.20 of three one by one" in text
     assert "training, batch 64: PS-U-Net takes 0.75 of the time of a U-ViT-multi" in text
 
 
