@@ -66,10 +66,14 @@ class StepGraphs:
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: threads of other engines, and of this one's callers, go on allocating meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):  # records the step, does not do it
-            step()
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):  # records the step, does not do it
+                step()
+        except BaseException:
+            self.clear()  # nothing can be captured into a pool that a capture was broken off in
+            raise
         self._graphs[key] = graph
 
     def side_by_side(self, calls: Sequence[Callable[[], torch.Tensor]]) -> list:
@@ -82,11 +86,13 @@ class StepGraphs:
         while len(self._sides) < len(calls) - 1:
             self._sides.append(torch.cuda.Stream(self._stream.device))
         sides, results = self._sides[: len(calls) - 1], []
-        for side, call in zip(sides, calls[1:], strict=True):
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                results.append(call())
-        results.insert(0, calls[0]())
         for side in sides:
-            main.wait_stream(side)
-        return results
+            side.wait_stream(main)
+        try:
+            for side, call in zip(sides, calls[1:], strict=True):
+                with torch.cuda.stream(side):
+                    results.append(call())
+            return [calls[0](), *results]
+        finally:  # also after an error: a capture cannot end while one of its streams is apart
+            for side in sides:
+                main.wait_stream(side)

@@ -33,7 +33,8 @@ class Request:
     seed      0 … 2⁶⁴ − num
     resample  how often each stretch of `jump` steps is done (RePaint); 1: once, no resampling
     jump      steps of such a stretch
-    step_cache  an approximation: run the inner shared blocks at every so many steps only, 1: at all
+    step_cache  an approximation: run the inner shared blocks at every so many steps only, 1: at all; they also run
+              whenever the passes change, which in guided joint generation is at every step
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
     """
 

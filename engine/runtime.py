@@ -23,7 +23,7 @@ from engine.graphs import StepGraphs, compile_blocks
 from engine.kernels import backend
 from engine.model import InnerCache, PSUNet
 from engine.pictures import to_image
-from engine.request import ATTENTIONS, Request, RequestError, Result, Sample
+from engine.request import ATTENTIONS, MAX_NUM, Request, RequestError, Result, Sample
 from engine.sampler import Row, Sampler
 from engine.schedule import NoiseSchedule, spaced_table
 from engine.uvit import UViT
@@ -105,7 +105,7 @@ class Engine:
             self._denoise, self.config.model, device,
             # A U-ViT's modalities meet at once, and it has no blocks outside of its stack.
             encode=self._encode if isinstance(self.model, PSUNet) else None,
-            keep=self._keep if isinstance(self.model, PSUNet) else None,
+            keep=self._keep if isinstance(self.model, PSUNet) and len(self.model.shared_in) else None,
             buckets=few if own else range(1, max_rows + 1),
             graphs=captured,
         )  # fmt: skip
@@ -153,6 +153,7 @@ class Engine:
         Calls that are not done raise RuntimeError in their own threads.
         """
         with self._sampler.paused(), self._lock:
+            vars(self.model or self).pop("side_by_side", None)  # the model is the caller's again
             self.model = self._table = self._codec = None
             self._sampler.close()
 
@@ -160,8 +161,9 @@ class Engine:
         """Runs a step of every task with and without guidance, so that nothing is loaded, compiled or captured later.
 
         batch  samples that will come together; sizes that are compiled or captured apart are all done up to this one
-        Shows its progress on a terminal. Steps that use a step cache are captured when they first come. Raises
-        ValueError if the batch is more than `max_rows`.
+        Shows its progress on a terminal. Steps that use a step cache are captured when they first come, and all steps
+        again when a request has 64 or more of them, since the memory of all tables then grows. Raises ValueError if the
+        batch is more than `max_rows`.
         """
         from tqdm import tqdm
 
@@ -178,7 +180,8 @@ class Engine:
         sizes = [batch, *(rows for rows in reversed(self._apart) if rows < batch)]
         kinds = [(rows, task, w) for rows in sizes for task in tasks for w in (1.0, 2.0)]
         for rows, task, w in tqdm(kinds, desc="warm-up", unit="kind of step", disable=None):
-            self.generate(replace(task, num=rows, steps=1, guidance=w))
+            parts = [min(MAX_NUM, rows - i) for i in range(0, rows, MAX_NUM)]
+            self.generate([replace(task, num=num, steps=1, guidance=w) for num in parts])
 
     def stats(self) -> Stats:
         sampler = self._sampler
@@ -252,6 +255,8 @@ class Engine:
     def _prepare(self, request: Request) -> Prepared:
         """Request → packed known values and generate mask."""
         model, size = self.config.model, self.config.image.size
+        if request.step_cache > 1 and self._sampler.keep is None:
+            raise RequestError(f"step_cache: {request.step_cache} needs a PS-U-Net of 3 or more shared blocks; use 1")
         words = model.modality("text")
         text, unknown = self._encode_text(request.prompt, words.tokens, request.unknown_words)  # [L, C], [L]
         generate = {"text": masks.text_elements(unknown, words.channels)}

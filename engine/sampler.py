@@ -141,9 +141,9 @@ class Sampler:
         """No step is under way within, in no thread."""
         with self._turn:
             self._pausing += 1
-            while self._stepping:
-                self._turn.wait()
             try:
+                while self._stepping:
+                    self._turn.wait()
                 yield
             finally:
                 self._pausing -= 1
@@ -188,7 +188,7 @@ class Sampler:
     def _job(self, row: Row) -> Job:
         _check(row, self.model, self.passes)
         if self.keep is None and not row.table.refresh.all():
-            raise ValueError("step_cache: this model keeps nothing from step to step, only a PS-U-Net does; use 1")
+            raise ValueError("step_cache: this model keeps nothing from step to step; use 1")
         generated, constant = [], []
         for m in self.model.modalities:
             if row.generate[self.model.state_slices[m.name]].any():

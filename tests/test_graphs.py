@@ -105,6 +105,23 @@ def test_calls_side_by_side_see_what_came_before_and_are_seen_after():
 
 
 @pytest.mark.gpu
+def test_a_capture_that_is_broken_off_leaves_the_next_one_possible():
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs, x = StepGraphs(device), torch.ones(4, device=device)
+
+    def broken():
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x * 2
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs("broken", lambda: graphs.side_by_side([lambda: x + 1, broken]))
+    for _ in range(3):
+        graphs("add", lambda: x.add_(1))
+    assert x.tolist() == [4.0] * 4
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 60), ("bfloat16", 30)])
 def test_the_same_seed_gives_the_same_picture_on_cpu_and_gpu(tiny_checkpoint, monkeypatch, dtype, least):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

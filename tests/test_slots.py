@@ -294,7 +294,7 @@ def test_step_caching_changes_no_row_that_did_not_ask_for_it(alone):
 
 
 def test_step_caching_is_refused_where_nothing_is_kept():
-    with pytest.raises(ValueError, match="^step_cache: this model keeps nothing .*; use 1"):
+    with pytest.raises(ValueError, match="^step_cache: this model keeps nothing from step to step; use 1"):
         Sampler(Denoiser(), MODEL, buckets=POWERS).run([mixed_rows()[8]])
 
 

@@ -399,6 +399,8 @@ def test_a_u_vit_is_saved_loaded_and_sampled_from(u_vit_checkpoint):
     assert checkpoint.load(folder).config == PRESETS["uvit-tiny"]
     with Engine.from_pretrained(folder, device="cpu", dtype="float32") as engine:
         requests = [Request(steps=2, seed=5), Request(prompt="red _", steps=3), Request(prompt="big dog", steps=2)]
+        with pytest.raises(RequestError, match="^step_cache: 2 needs a PS-U-Net"):
+            engine.generate(Request(steps=1, step_cache=2))
         together = engine.generate(requests)
         alone = engine.generate(requests[1])
     assert [r.task for r in together] == ["joint", "infill", "text-to-image"]
