@@ -181,8 +181,7 @@ APPROXIMATIONS = {
 
 def approximation_sweep(engine: Engine, pairs: Pairs, gallery: Gallery, seed: int) -> list[dict]:
     """Retrieval@1 of names and word F1 of pictures, and the seconds a sample takes, by approximation and steps."""
-    size, rows = engine.config.image.size, []
-    names = [item.captions[0] for item, _ in pairs]
+    rows, names = [], [item.captions[0] for item, _ in pairs]
     prompts = [" ".join(tokenize(name)) for name in names]
     pictures = [to_image(picture / 127.5 - 1) for _, picture in pairs]
     engine.generate([Request(prompt=prompts[0], num=2, steps=2), Request(image=pictures[0], steps=2)])  # warm-up
@@ -198,7 +197,7 @@ def approximation_sweep(engine: Engine, pairs: Pairs, gallery: Gallery, seed: in
             drawn, drawing = timed([Request(prompt=p, seed=seed + i, unknown_words="fill", **both)
                                     for i, p in enumerate(prompts)])  # fmt: skip
             told, telling = timed([Request(image=p, seed=seed + i, **both) for i, p in enumerate(pictures)])
-            found = gallery.nearest(torch.stack([pixels_of(r.image) for r in drawn]).reshape(len(drawn), 3 * size**2))
+            found = gallery.nearest(torch.stack([pixels_of(r.image) for r in drawn]).flatten(1))
             right = [base_name(f) == base_name(n) for f, n in zip(found, names, strict=True)]
             f1 = [word_f1(r.text, n) for r, n in zip(told, names, strict=True)]
             rows.append({

@@ -98,7 +98,9 @@ def trained(
 
 
 def _folder(name: str, total: int, seed: int, options: argparse.Namespace) -> Path:
-    return options.out / f"{name}-{total}-seed{seed}".lower().replace(" ", "-").replace(",", "").replace("/", "-")
+    """A run's own; also by how it is measured on its way, since that cannot be measured again later."""
+    run = f"{name}-{total}-seed{seed}-count{options.count}-sampled{options.sampling_steps}"
+    return options.out / run.lower().replace(" ", "-").replace(",", "").replace("/", "-")
 
 
 def measured(

@@ -205,6 +205,12 @@ class PSUNet(nn.Module):
         """
         return torch.stack(self._enter(self.config.modality(name), inputs, table, index)[1])
 
+    def keep(self, rows: int) -> Tensor:
+        """Memory for `InnerCache.output`, [R, L, D]; it holds nothing yet."""
+        config = self.config
+        tokens = config.tokens + (0 if self.time.adaln else len(config.modalities))
+        return next(self.parameters()).new_zeros(rows, tokens, config.dim)
+
     def forward(
         self,
         inputs: Tensor,

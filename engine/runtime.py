@@ -324,9 +324,7 @@ class Engine:
         return self._open_model()(inputs, self._table, times, outputs, **encoded, **inner)
 
     def _keep(self, rows: int) -> Tensor:
-        model = self.config.model
-        tokens = model.tokens + (len(model.modalities) if model.time == "token" else 0)
-        return torch.zeros(rows, tokens, model.dim, device=self.device, dtype=self.dtype)
+        return self._open_model().keep(rows)
 
     def _encode(self, name: str, inputs: Tensor, times: Tensor) -> Tensor:
         return self._open_model().encode(name, inputs, self._table, times)

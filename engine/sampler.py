@@ -53,6 +53,7 @@ class Job:
 
     row: Row
     passes: list[int]  # that each of its steps needs
+    refresh: list[bool]  # whether each of its steps uses nothing that is kept
     generated: frozenset[str]  # modalities of which anything is generated
     constant: frozenset[str]  # modalities that enter the model alike at every step
     step: int = 0  # done so far
@@ -187,7 +188,8 @@ class Sampler:
 
     def _job(self, row: Row) -> Job:
         _check(row, self.model, self.passes)
-        if self.keep is None and not row.table.refresh.all():
+        refresh = row.table.refresh.tolist()
+        if self.keep is None and not all(refresh):
             raise ValueError("step_cache: this model keeps nothing from step to step; use 1")
         generated, constant = [], []
         for m in self.model.modalities:
@@ -196,7 +198,7 @@ class Sampler:
             elif self.encode is not None and m.depth > 0 and row.table.constant_known:
                 constant.append(m.name)
         state = None if generated else row.known.float().to(self.device)
-        return Job(row, _passes(row.table), frozenset(generated), frozenset(constant), state=state)
+        return Job(row, _passes(row.table), refresh, frozenset(generated), frozenset(constant), state=state)
 
     def _arrange(self) -> None:
         """Empties the slots of rows that are done or cancelled, and fills the smallest bucket that holds the others."""
@@ -261,8 +263,8 @@ class Sampler:
         outputs = tuple(name for name in self.model.state_slices if name in generated)
         constant = frozenset.intersection(*(job.constant for job in live))
         reuse = None  # whether everything is computed because nothing is kept, or something is, or something is used
-        if self.keep is not None and not all(job.row.table.refresh.all() for job in live):
-            reuse = not any(job.row.table.refresh[job.step] for job in live)
+        if self.keep is not None and not all(all(job.refresh) for job in live):
+            reuse = not any(job.refresh[job.step] for job in live)
             if batch.kept is None:
                 batch.kept = self.keep(len(batch.progress.inputs))
         step = partial(self._compute, batch, passes, outputs, constant, reuse)
@@ -286,8 +288,9 @@ class Sampler:
         if self.encode is not None:
             more["encoded"] = {name: batch.encoded[name][:, :live] for name in constant}
         if reuse is not None:
-            refresh = (at_step(batch.rows, batch.progress)[1][:, Index.REFRESH] != 0).repeat(passes)  # [R]
-            more |= {"kept": batch.kept[:live], "refresh": None if reuse else refresh}
+            more |= {"kept": batch.kept[:live], "refresh": None}
+        if reuse is False:
+            more["refresh"] = (at_step(batch.rows, batch.progress)[1][:, Index.REFRESH] != 0).repeat(passes)  # [R]
         prediction = self.denoiser(batch.progress.inputs[:live], batch.progress.times[:live], outputs, **more)
         cfg_step(prediction, batch.rows, batch.progress)  # prediction [live, N]
 

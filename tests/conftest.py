@@ -33,7 +33,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     from engine.codecs.text import END, TextCodec
     from engine.config import PRESETS
     from engine.model import PSUNet
-    from engine.train import RECIPES
+    from engine.recipes import RECIPES
 
     folder, config = tmp_path_factory.mktemp("checkpoint") / "tiny", PRESETS["tiny"]
     with torch.random.fork_rng():

@@ -245,8 +245,7 @@ def test_branches_need_nothing_of_each_other(time):
 
 def kept_by(model, rows):
     """Memory for the inner blocks' results that shows whoever reads it too early."""
-    tokens = model.config.tokens + (len(model.config.modalities) if model.config.time == "token" else 0)
-    return torch.full((rows, tokens, model.config.dim), torch.nan)
+    return model.keep(rows).fill_(torch.nan)
 
 
 @pytest.mark.parametrize("time", ["adaln", "token"])

@@ -36,7 +36,7 @@ class Denoiser:
         return self.model(inputs, self.table, times, outputs, encoded, inner)
 
     def keep(self, rows):
-        return torch.full((rows, self.model.config.tokens, self.model.config.dim), torch.nan)
+        return self.model.keep(rows).fill_(torch.nan)
 
     def encode(self, name, inputs, times):
         self.encodings.append((name, len(inputs)))
