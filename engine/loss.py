@@ -55,12 +55,20 @@ class DenoisingLoss:
         self.weight = torch.cat([torch.zeros(1, dtype=torch.float64), weight]).float().to(device)  # [N + 1], by time
 
     def __call__(
-        self, denoise: Callable[[Tensor, Tensor], Tensor], x0: Tensor, generator: torch.Generator
+        self,
+        denoise: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        generator: torch.Generator,
+        token_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """{modality: scalar loss} on x0 [B, N] float32; random numbers come from the CPU `generator`."""
+        """{modality: scalar loss} on x0 [B, N] float32; random numbers come from the CPU `generator`.
+
+        token_weights  [B, L] float32, how much each token counts; default: all alike
+        """
         model, device, draws = self.config.model, x0.device, self.draw(len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)  # [B, N]
         times, generate, dropped = (self._per_element(x).to(device) for x in draws)  # [B, N]
+        counted = generate.float() if token_weights is None else generate * self._per_element(token_weights).to(device)
 
         alpha, sigma = self.alpha[times], self.sigma[times]  # [B, N]
         noisy = alpha * x0 + sigma * noise
@@ -70,11 +78,11 @@ class DenoisingLoss:
         v = self.config.diffusion.prediction == "v_prediction"
         target = alpha * noise - sigma * x0 if v else noise
 
-        error = (prediction.float() - target).square() * self.weight[times] * generate  # [B, N]
+        error = (prediction.float() - target).square() * self.weight[times] * counted  # [B, N]
         return {
             m.name: self.weights.get(m.name, 1.0)
             * error[:, model.state_slices[m.name]].sum()
-            / generate[:, model.state_slices[m.name]].sum().clamp_min(1)
+            / counted[:, model.state_slices[m.name]].sum().clamp_min(1e-6)
             for m in model.modalities
         }
 

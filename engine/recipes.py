@@ -17,6 +17,8 @@ class Recipe:
     gamma: float | None = None  # min-SNR weighting, see `engine.loss`
     skew: float = 1.0  # towards noisier times, see `engine.loss`
     first_caption: float = 0.0  # how often a picture's first caption is used whatever the others; 0: all alike
+    captions_alike: bool = False  # a caption counts as one, whatever its length: `engine.codecs.text.token_weights`
+    repeats: int = 1  # how often an epoch shows a picture with a word of its own: `engine.train.with_repeats`
     weights_dtype: torch.dtype = torch.float32  # of the checkpoint
 
 
@@ -43,6 +45,8 @@ EMOJI = Recipe(
     gamma=5.0,
     skew=3.0,
     first_caption=0.9,
+    captions_alike=True,
+    repeats=4,
     weights_dtype=torch.float16,
 )
 TINY = Recipe(

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.codecs.image import ImageCodec, autoencoder_class
-from engine.codecs.text import HOLE, TextCodec, tokenize
+from engine.codecs.text import HOLE, TextCodec, token_weights, tokenize
 from engine.command import Parser, about, check_writable, name, path, refuse, whole
 from engine.config import PRESETS, Config
 from engine.data.coco import CocoCaptions
@@ -105,7 +106,8 @@ def train_denoiser(
     """Trains the denoiser, from `init` if given, on cached latents and captions, and writes RUN/checkpoint."""
     torch.manual_seed(options.seed)
     model = checkpoint.build(config.model).to(options.device)
-    stage = Stage(run / "denoiser", model, recipe.denoiser, len(cache), options.dtype)
+    shown = with_repeats([several[0] for several in cache.captions], recipe.repeats)
+    stage = Stage(run / "denoiser", model, recipe.denoiser, len(shown), options.dtype)
     if init is not None and stage.step == 0:
         for network in (stage.module, stage.average):
             if config.model.uvit is None and init.config.uvit is not None:
@@ -129,6 +131,7 @@ def train_denoiser(
         return model(inputs, model.time_table(distinct), index)
 
     def losses(generator: torch.Generator, indices: list[int]) -> dict[str, Tensor]:
+        indices = [shown[i] for i in indices]
         choice = torch.rand(len(indices), 2, generator=generator).tolist()
         chosen = [
             first_of[i] + (0 if first < recipe.first_caption else int(any_ * counts[i]))
@@ -136,7 +139,9 @@ def train_denoiser(
         ]
         values = {"image": cache.latents[indices].float(), "text": text.vectors[captions[chosen]]}  # [B, L, C] each
         x0 = torch.cat([values[m.name].flatten(1) for m in config.model.modalities], dim=1)  # [B, N]
-        return loss(denoise, x0.to(options.device), generator)
+        counts_of = {"image": torch.ones(values["image"].shape[:2]), "text": token_weights(captions[chosen])}
+        weights = torch.cat([counts_of[m.name] for m in config.model.modalities], dim=1)  # [B, L]
+        return loss(denoise, x0.to(options.device), generator, weights if recipe.captions_alike else None)
 
     spread = range(0, len(cache), max(1, len(cache) // 24))[:24]
     prompts = [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
@@ -155,6 +160,19 @@ def train_denoiser(
     if stage.done:
         export(stage.step)
     stage.run(losses, options.save_every, export)
+
+
+def with_repeats(captions: list[str], most: int) -> list[int]:
+    """The pictures of an epoch: index i as often as most/√n, where n captions have the rarest word of captions[i].
+
+    A name of one's own ("ghost") is learned from one picture, "firefighter" from its variants and their skin tones
+    from hundreds. The square root, as in sampling languages for translation, is between seeing all pictures and all
+    words alike.
+    """
+    words = [set(tokenize(caption)) for caption in captions]
+    captions_with = Counter(word for several in words for word in several)
+    rarest = [min((captions_with[word] for word in several), default=len(captions)) for several in words]
+    return [i for i, n in enumerate(rarest) for _ in range(max(1, round(most / math.sqrt(n))))]
 
 
 def shortened(caption: str, words: int) -> str:

@@ -52,10 +52,10 @@ class Oracle:
         return (alpha * noise - sigma * self.x0 if v else noise).float() + self.error
 
 
-def loss_and_oracle(diffusion, error=0.0, seed=0, model=MODEL, x0=None, **options):
+def loss_and_oracle(diffusion, error=0.0, seed=0, model=MODEL, x0=None, token_weights=None, **options):
     x0 = data() if x0 is None else x0
     oracle = Oracle(x0, diffusion, error)
-    return DenoisingLoss(Config(model, diffusion), **options)(oracle, x0, generator(seed)), oracle
+    return DenoisingLoss(Config(model, diffusion), **options)(oracle, x0, generator(seed), token_weights), oracle
 
 
 @pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.times}")
@@ -122,6 +122,26 @@ def test_predictions_of_known_tokens_count_for_nothing():
     assert all(torch.equal(exact[name], wrong[name]) for name in exact)
     wrong, _ = loss_and_oracle(MASKED, error=1.0 * per_element(generate))
     assert all(loss.item() == pytest.approx(1, rel=1e-3) for loss in wrong.values())
+
+
+@pytest.mark.parametrize("diffusion", [EVERY_KIND[0], MASKED], ids=["shared", "masked"])
+def test_a_token_counts_by_its_weight(diffusion):
+    _, generate, _ = DenoisingLoss(Config(MODEL, diffusion)).draw(BATCH, generator())
+    weights = torch.rand(BATCH, MODEL.tokens, generator=generator(5)) * 3
+    error = torch.rand(BATCH, MODEL.tokens, generator=generator(6)) + 0.5  # one a token
+    plain, _ = loss_and_oracle(diffusion, per_element(error))
+    losses, _ = loss_and_oracle(diffusion, per_element(error), token_weights=weights)
+    for name, tokens in (("image", slice(6)), ("text", slice(6, None))):
+        counted = (weights * generate)[:, tokens]
+        mean = ((counted * error[:, tokens].square()).sum() / counted.sum()).item()
+        assert losses[name].item() == pytest.approx(mean, rel=1e-3) and losses[name] != plain[name]
+    scaled, _ = loss_and_oracle(diffusion, per_element(error), token_weights=weights / 100)
+    assert all(scaled[name].item() == pytest.approx(losses[name].item()) for name in losses)
+
+
+def test_tokens_that_count_for_nothing_make_no_loss():
+    losses, _ = loss_and_oracle(MASKED, error=1.0, token_weights=torch.zeros(BATCH, MODEL.tokens))
+    assert all(loss == 0 for loss in losses.values())
 
 
 def test_masks_have_the_proportions_that_the_model_is_to_learn():

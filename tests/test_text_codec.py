@@ -9,7 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.codecs.text import END, CodecFileError, TextCodec, UnknownWordError, separate, spread, tokenize
+from engine.codecs.text import (
+    END,
+    CodecFileError,
+    TextCodec,
+    UnknownWordError,
+    separate,
+    spread,
+    token_weights,
+    tokenize,
+)
 
 CAPTIONS = [
     f"{who} {what}: {colour} skin tone"
@@ -189,6 +198,18 @@ def test_unknown_words_are_named_with_their_nearest(codec):
 def test_unknown_words_become_holes_on_request(codec):
     values, generate = codec.encode("man xyzzy light", tokens=4, unknown="fill")
     assert generate.tolist() == [False, True, False, False] and values[1].eq(0).all()
+
+
+def test_captions_count_alike_and_their_filling_as_one_token():
+    lengths = torch.tensor([0, 1, 5, 14, 15, 16])
+    indices = torch.where(torch.arange(16) < lengths[:, None], 3, 0)
+    weights = token_weights(indices)
+    torch.testing.assert_close(weights.sum(1), torch.full((6,), 16.0))
+    for row, length in zip(weights, lengths.tolist(), strict=True):
+        read, further = row[: length + 1], row[length + 1 :]  # the words with their end, and what follows it
+        assert (read == read[0]).all()
+        if len(further):
+            assert (further == further[0]).all() and further.sum().item() == pytest.approx(read[0].item())
 
 
 def test_saved_codec_is_the_same(codec, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from engine import checkpoint, train
 from engine.config import PRESETS
+from engine.recipes import TINY
 from engine.training import CURVE, STATE, taken
 
 
@@ -61,6 +64,26 @@ def test_a_run_leaves_a_checkpoint_curves_and_pictures(run):
             picture.verify()
     assert {p.name for p in (run / "denoiser").glob("samples-*.png")} == {"samples-0000002.png", "samples-0000004.png"}
     assert (run / "autoencoder" / "samples.png").exists()
+
+
+def test_pictures_of_rare_words_are_shown_more_often_but_none_is_left_out():
+    captions = ["ghost", *["person, tall"] * 3, *["person, short"] * 30, "", "Ghost house"]
+    shown = Counter(train.with_repeats(captions, 4))
+    assert set(shown) == set(range(len(captions)))
+    assert shown[0] == 3 and shown[35] == 4  # two captions have "ghost", one has "house": 4/√2, 4/√1
+    assert [shown[i] for i in (1, 4, 34)] == [2, 1, 1]  # 4/√3, 4/√30
+    assert train.with_repeats(captions, 1) == list(range(len(captions)))
+
+
+def test_how_captions_and_rare_words_count_is_the_recipes(pictures, tmp_path, monkeypatch):
+    seen = {}
+    for name, recipe in {"plain": {}, "alike": {"captions_alike": True}, "repeated": {"repeats": 4}}.items():
+        monkeypatch.setitem(train.RECIPES, "tiny", replace(TINY, **recipe))
+        assert train_main(pictures, tmp_path / name) == 0
+        seen[name] = [json.loads(row) for row in (tmp_path / name / "denoiser" / CURVE).read_text().splitlines()]
+    assert seen["alike"][0]["text"] != seen["plain"][0]["text"]
+    assert seen["alike"][0]["image"] == seen["plain"][0]["image"]
+    assert seen["repeated"][0] != seen["plain"][0]
 
 
 def test_a_finished_run_started_again_changes_nothing(pictures, run):

@@ -207,6 +207,20 @@ def _words(caption: str, tokens: int) -> list[str]:
     return words + [END] * (tokens - len(words))
 
 
+def token_weights(indices: torch.Tensor) -> torch.Tensor:
+    """How much each token of captions [n, L] (rows of `vectors`) counts in training so that all captions count alike.
+
+    A plain mean over the tokens is one over the "</s>" that fill a short caption up: of the 16 tokens of "ghost" only
+    one is the ghost. So a caption's words and its first "</s>" count alike, and the further ones, which `decode` never
+    reads, as one of them together. Each row of the result [n, L] float32 sums to L.
+    """
+    words = (indices != 0).sum(1, keepdim=True)  # [n, 1]
+    tokens = indices.shape[1]
+    further = tokens - words - 1  # [n, 1], negative where the caption fills all tokens
+    weights = torch.where(torch.arange(tokens) <= words, 1.0, 1 / further.clamp_min(1))  # [n, L]
+    return weights * (tokens / weights.sum(1, keepdim=True))
+
+
 def spread(vectors: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
     """Word vectors [V, C] made fit for diffusion: near unit variance per channel, and no two words too close.
 
