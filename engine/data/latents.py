@@ -68,12 +68,13 @@ def cache_latents(
     _drop_shards_of_other_origin(folder, origin)
 
     shards = []
-    starts = range(0, len(dataset.items), shard_size)
-    for i, start in enumerate(tqdm(starts, desc="latents", unit="shard", disable=None)):
-        path = folder / f"latents-{i:05d}.safetensors"
-        if not _is_whole(path):
-            _write_shard(path, dataset, encode, size, start, start + shard_size, dtype)
-        shards.append(_read_shard(path, dataset))
+    with tqdm(total=len(dataset.items), desc="latents", unit="picture", disable=None) as bar:
+        for i, start in enumerate(range(0, len(dataset.items), shard_size)):
+            path, stop = folder / f"latents-{i:05d}.safetensors", min(start + shard_size, len(dataset.items))
+            if not _is_whole(path):
+                _write_shard(path, dataset, encode, size, start, stop, dtype, bar)
+            shards.append(_read_shard(path, dataset))
+            bar.update(stop - bar.n)  # those read and those left out too
 
     shards = [(latents, ids) for latents, ids in shards if len(ids)]
     if not shards:
@@ -96,7 +97,7 @@ def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
     index.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, dataset: CocoCaptions, encode, size: int, start: int, stop: int, dtype) -> None:
+def _write_shard(path: Path, dataset: CocoCaptions, encode, size: int, start: int, stop: int, dtype, bar) -> None:
     before = set(dataset.skipped)
     pairs = list(dataset.read(size, start, stop))
     skipped = {str(picture): why for picture, why in dataset.skipped.items() if picture not in before}
@@ -104,6 +105,7 @@ def _write_shard(path: Path, dataset: CocoCaptions, encode, size: int, start: in
     for first in range(0, len(pairs), BATCH):
         pixels = torch.stack([picture for _, picture in pairs[first : first + BATCH]])  # [B, 3, S, S] uint8
         latents.append(encode(pixels.float() / 127.5 - 1).to("cpu", dtype))  # [B, L, C]
+        bar.update(len(pixels))
     tensors = {
         "latents": torch.cat(latents).contiguous(),
         "image_ids": torch.tensor([item.image_id for item, _ in pairs], dtype=torch.int64),
