@@ -111,7 +111,7 @@ def approximations(data: Data, options: argparse.Namespace) -> dict:
     rows = _over_seeds(options, data, lambda engine, seed: approximation_sweep(engine, data.test, data.gallery, seed))
     return {
         "title": "Approximations: quality against time",
-        "note": "The same names drawn and pictures told at 10, 15 and 25 steps, plainly and with each approximation. "
+        "note": "The same names drawn and pictures told at 4, 8 and 16 steps, plainly and with each approximation. "
         "Seconds are those of a sample's steps, all samples in one batch; compare them within one run only.",
         "rows": rows,
         "plots": {"": lambda path: plot_curves(
