@@ -275,6 +275,7 @@ class Engine:
             except DAMAGED as error:
                 raise RequestError(f"image: mode {given.mode} cannot be used ({error}); give RGB") from None
             mask = np.zeros((size, size), bool) if request.mask is None else _mask(request.mask, given.size, size)
+            pixels = masks.painted_over(pixels, mask)
             known["image"] = self.image.encode(pixels[None].to(self.device))[0].cpu()
             generate["image"] = masks.image_elements(
                 mask, self.image.factor, self.image.patch, self.image.latent_channels
@@ -347,8 +348,7 @@ class Engine:
             parts = tokens.split(self.max_rows)  # as many at a time as memory was said to have room for
             pixels = torch.cat([self.image.decode(part.to(self.device)).cpu() for part in parts])  # [num, 3, S, S]
             if p.mask is not None:
-                weight = torch.from_numpy(masks.feather(p.mask, FEATHER))  # [S, S]
-                pixels = torch.where(weight > 0, p.pixels + weight * (pixels - p.pixels), p.pixels)
+                pixels = masks.laid_into(p.pixels, pixels, p.mask, FEATHER)
         samples = (
             Sample(to_image(image), text.text, p.request.seed + i, text.confidence)
             for i, (image, text) in enumerate(zip(pixels, texts, strict=True))

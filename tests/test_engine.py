@@ -190,6 +190,14 @@ def test_feathering_is_on_the_generated_side_only(engine, monkeypatch):
     assert np.array_equal(columns[:, 14:16], np.tile([170, 85], (32, 1)))
 
 
+def test_what_lies_under_the_mask_changes_nothing(engine):
+    mask, before = left_half(), picture(5)
+    other = Image.composite(picture(6), before, mask)
+    assert not np.array_equal(np.asarray(other), np.asarray(before))
+    results = [engine.generate(Request(image=i, mask=mask, prompt="red cat", steps=STEPS)) for i in (before, other)]
+    assert_same(*results, rounding=0)
+
+
 def test_a_black_mask_leaves_nothing_of_the_picture_to_generate(engine):
     black = Image.new("L", (32, 32))
     assert engine.generate(Request(image=picture(), mask=black, steps=STEPS)).task == "image-to-text"

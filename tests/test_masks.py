@@ -6,7 +6,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from engine.config import Modality, ModelConfig
-from engine.masks import feather, image_elements, pack, task_of, text_elements, token_mask, whole_tokens
+from engine.masks import (
+    feather,
+    image_elements,
+    laid_into,
+    pack,
+    painted_over,
+    task_of,
+    text_elements,
+    token_mask,
+    whole_tokens,
+)
 
 MODEL = ModelConfig((Modality("image", 4, 8, depth=0), Modality("text", 3, 2, depth=0)), shared_depth=1, dim=64)
 
@@ -104,3 +114,45 @@ def test_feather_rises_linearly_from_a_straight_edge():
 
 def test_feather_of_a_wholly_generated_picture_is_one_everywhere():
     assert (feather(np.ones((5, 5), bool), 3) == 1).all()
+
+
+HOLES = arrays(bool, (9, 7)).filter(lambda mask: mask.any() and not mask.all())
+
+
+def random_picture(seed, *count):
+    return torch.rand(*count, 3, 9, 7, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@given(HOLES, st.integers(0, 3))
+def test_known_pixels_come_back_and_nothing_under_the_mask_shows(mask, radius):
+    given_picture, generated = random_picture(0), random_picture(1, 2)
+    other = torch.where(torch.from_numpy(mask), random_picture(2), given_picture)
+    result = laid_into(given_picture, generated, mask, radius)
+    assert torch.equal(result[:, :, ~mask], given_picture[:, ~mask].expand(2, -1, -1))
+    assert torch.equal(result, laid_into(other, generated, mask, radius))
+    far = torch.from_numpy(feather(mask, radius) == 1)
+    assert torch.equal(result[:, :, far], generated[:, :, far])
+
+
+def test_a_seam_fades_out_inside_the_hole():
+    mask = np.zeros((4, 8), bool)
+    mask[:, 3:] = True
+    result = laid_into(torch.full((3, 4, 8), 0.4), torch.zeros(1, 3, 4, 8), mask, 2)
+    expected = torch.tensor([0.4, 0.4, 0.4, 0.4 * 2 / 3, 0.4 / 3, 0, 0, 0])
+    torch.testing.assert_close(result, expected.expand(1, 3, 4, 8))
+
+
+@given(HOLES)
+def test_a_hole_is_painted_like_the_nearest_known_pixels(mask):
+    given_picture = random_picture(0)
+    painted = painted_over(given_picture, mask)
+    assert torch.equal(painted[:, ~mask], given_picture[:, ~mask])
+    known = np.argwhere(~mask)
+    for y, x in np.argwhere(mask):
+        distance = ((known - (y, x)) ** 2).sum(1)
+        nearest = known[distance == distance.min()]
+        assert any(torch.equal(painted[:, y, x], given_picture[:, i, j]) for i, j in nearest)
+
+
+def test_a_picture_without_known_pixels_is_painted_grey():
+    assert not painted_over(random_picture(0), np.ones((9, 7), bool)).any()
