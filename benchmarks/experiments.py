@@ -40,11 +40,13 @@ GRID = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # (N_text, N_image); N_
 def architecture(data: Data, options: argparse.Namespace) -> dict:
     config = data.config
     same = replace(config, diffusion=replace(config.diffusion, times="independent"))
+    tokens = replace(same, model=replace(same.model, time="token"))
     parameters_, compute = equal_parameters(config.model), equal_compute(config.model)
     fewer = round(options.steps * forward_flops(config.model, 1) / forward_flops(parameters_, 1))
     variants = {
         "PS-U-Net": config,
         "PS-U-Net, independent times": same,
+        "PS-U-Net, independent times, time tokens": tokens,
         "U-ViT-multi, equal parameters": u_vit_config(config, parameters_),
         "U-ViT-multi, equal parameters, equal training compute": u_vit_config(config, parameters_),
         "U-ViT-multi, equal compute a forward": u_vit_config(config, compute),
@@ -52,8 +54,9 @@ def architecture(data: Data, options: argparse.Namespace) -> dict:
     steps = dict.fromkeys(variants, options.steps) | {"U-ViT-multi, equal parameters, equal training compute": fewer}
     return {
         "title": "PS-U-Net against U-ViT-multi",
-        "note": "Same data, seeds, batches, optimiser and noise schedule. PS-U-Net as its preset trains it, and with "
-        f"the U-ViT's independent times, so that nothing but the architecture differs. {ERRORS}",
+        "note": "Same data, seeds, batches, optimiser and noise schedule; the learning rate was chosen for PS-U-Net. "
+        "PS-U-Net as its preset trains it; with the U-ViT's independent times; and with its time tokens, too, so that "
+        f"nothing but the sharing of blocks differs. {ERRORS}",
         **race(variants, steps, data, options),
     }
 
@@ -83,7 +86,8 @@ def masking(data: Data, options: argparse.Namespace) -> dict:
     return {
         "title": "Joint infilling by the masked share",
         "note": "Random tokens of the picture, random words of the name, or both are masked; measured inside. "
-        "A ratio of 0 has nothing to generate and is left out.",
+        "A ratio of 0 has nothing to generate and is left out. How many words a name has is always given; at ratio 1, "
+        "both, nothing else is.",
         "rows": rows,
         "plots": {"": lambda path: plot_curves([(rows, "RMSE"), (rows, "word accuracy")], "ratio", "masked", path)},
     }
@@ -95,7 +99,8 @@ def guidance(data: Data, options: argparse.Namespace) -> dict:
     return {
         "title": "Guidance: quality against diversity",
         "note": "The same model throughout. Text-to-image: masked and empty-token guidance, both with known parts "
-        "renoised and clean. Joint: two passes that take turns (alternate) and UniDiffuser's 1 + 2. Quality is "
+        "renoised and clean; the model was trained for one of these four only. Joint: two passes that take turns "
+        "(alternate) and UniDiffuser's 1 + 2. Quality is "
         + ("a Fréchet distance" if data.features else "retrieval@1 of the name (joint: word F1 with the name of the "
            "nearest picture)")
         + "; diversity the RMS difference of samples, of one name each or of all joint ones, in levels.",
@@ -139,7 +144,7 @@ def _over_seeds(options: argparse.Namespace, data: Data, sweep) -> list[dict]:
     for several in zip(*found, strict=True):
         row = {}
         for key, value in several[0].items():
-            numbers = isinstance(value, float) and key not in ("ratio", "scale")
+            numbers = isinstance(value, float) and key not in ("ratio", "scale")  # those are what was set
             row[key] = statistics.mean(r[key] for r in several) if numbers else value
             if numbers:
                 row[f"± {key}"] = statistics.stdev(r[key] for r in several) if len(several) > 1 else "one seed"
@@ -210,7 +215,7 @@ def run(options: argparse.Namespace, command: str) -> dict:
     if not all(0 < ratio <= 1 for ratio in options.ratios):
         raise ValueError(f"--ratios: {options.ratios} do not work; use numbers above 0 and up to 1")
     options.device, options.dtype = resolve(options.device, options.dtype)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    before = machine.facts(options.device) | {"dtype": str(options.dtype).removeprefix("torch.")}
     found = EXPERIMENTS[options.experiment](read_data(options), options)
     name = f"experiment-{options.experiment}-{options.preset}"
     options.results.mkdir(parents=True, exist_ok=True)
@@ -219,11 +224,17 @@ def run(options: argparse.Namespace, command: str) -> dict:
         plot(options.results / file)
     stored = {
         "experiment": options.experiment, **found, "pictures": list(pictures), "command": command,
-        "commit": commit.stdout.strip() or "unknown", "date": datetime.now(timezone.utc).isoformat(),
-        "machine": machine.facts(options.device),
+        "commit": _commit(), "date": datetime.now(timezone.utc).isoformat(), "machine": before,
     }  # fmt: skip
     (options.results / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return stored
+
+
+def _commit() -> str:
+    """The commit of what was run, with a + where files differ from it; "unknown" outside of a repository."""
+    command = ["git", "describe", "--always", "--abbrev=10", "--match", "", "--dirty=+"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -8,18 +8,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from engine.device import resolve
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = ("torch", "triton", "xformers", "diffusers", "numpy")
 
 
 def facts(device: torch.device) -> dict:
-    """Device, driver, threads and versions."""
+    """Device, driver, threads, load and versions; to be taken before the work whose load would be counted too."""
     found = {"device": _processor(), "driver": "n/a", "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found = {"device": torch.cuda.get_device_name(device), "driver": "n/a", "cuda": torch.version.cuda}
         if meter := PowerMeter.open(device):
             found |= meter.facts()
-    found["load"] = round(os.getloadavg()[0], 1)  # what else ran: shared cores make noisy times
+    found["load before"] = round(os.getloadavg()[0], 1)  # what else ran: shared cores make noisy times
     found["python"] = platform.python_version()
     for package in PACKAGES:
         try:
@@ -101,4 +103,5 @@ def _processor() -> str:
             name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    native = ", native bfloat16" if resolve("cpu", "auto")[1] == torch.bfloat16 else ""
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{native}"

@@ -8,6 +8,7 @@ time, is then shown the times already taken, through a clock that the heat moves
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -29,12 +30,14 @@ class Contender:
     moved: float = 0  # bytes of one call, at least
     pictures: float = 0  # that one call makes or trains on
     facts: dict = field(default_factory=dict)  # more to record
+    within: Callable[[], AbstractContextManager] = nullcontext  # entered before the clock starts
 
     def wrong(self) -> str | None:
         """What is wrong with its result, if anything is."""
         if self.expected is None:
             return None
-        found, expected = self.run().double(), self.expected().double()
+        with self.within():
+            found, expected = self.run().double(), self.expected().double()
         error = ((found - expected).norm() / expected.norm()).item()
         return None if error <= self.tolerance else f"computes something else: relative error {error:.2g}"
 
@@ -51,53 +54,51 @@ def heat(contenders: dict[str, Contender], device: torch.device, seconds: float,
     """Times all contenders in turns for about `seconds` in all, at least `least` rounds each, after a warm-up."""
     repeats, peaks, round_seconds = {}, {}, 0.0
     for name, contender in contenders.items():
-        contender.run()
-        once = min(_timed(contender.run, 1, device) for _ in range(2))
+        with contender.within():
+            contender.run()
+        once = min(_timed(contender, 1, device) for _ in range(2))
         repeats[name] = max(1, round(ROUND_SECONDS / once))
         round_seconds += once * repeats[name]
-        peaks[name] = _peak_bytes(contender.run, device)
+        peaks[name] = _peak_bytes(contender, device)
     names, times = list(contenders), {name: [] for name in contenders}
     for number in range(max(least, min(200, round(seconds / round_seconds)))):
         for i in range(len(names)):
             name = names[(number + i) % len(names)]
-            times[name].append(_timed(contenders[name].run, repeats[name], device))
+            times[name].append(_timed(contenders[name], repeats[name], device))
     return {name: Timing(times[name], peaks[name]) for name in names}
 
 
-def _timed(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    synchronize(device)
-    return (time.perf_counter() - started) / repeats
+def _timed(contender: Contender, repeats: int, device: torch.device) -> float:
+    with contender.within():
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            contender.run()
+        synchronize(device)
+        return (time.perf_counter() - started) / repeats
 
 
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+def _peak_bytes(contender: Contender, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    run()
+    with contender.within():
+        contender.run()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def record(contender: Contender, timing: Timing, dtype: str, ceilings: dict[str, float]) -> dict:
-    """What is stored beside the times: rates at the median, and how far they are from the measured ceilings."""
+def record(contender: Contender, timing: Timing, dtype: str) -> dict:
+    """What is stored beside the times: the cost, and the rates at the median."""
     median = statistics.median(timing.seconds)
     found = {"dtype": dtype, "peak_bytes": timing.peak_bytes, **contender.facts}
-    dtype = found["dtype"]
     found["p50"], found["p95"] = median, sorted(timing.seconds)[int(0.95 * (len(timing.seconds) - 1) + 0.5)]
     if contender.flops:
-        found["flops"] = contender.flops
-        found["flops_per_second"] = contender.flops / median
-        found["percent_of_matmul"] = 100 * contender.flops / median / ceilings[dtype]
+        found |= {"flops": contender.flops, "flops_per_second": contender.flops / median}
     if contender.moved:
-        found["bytes"] = contender.moved
-        found["bytes_per_second"] = contender.moved / median
-        found["percent_of_copy"] = 100 * contender.moved / median / ceilings["copy"]
+        found |= {"bytes": contender.moved, "bytes_per_second": contender.moved / median}
     if contender.pictures:
         found["pictures_per_second"] = contender.pictures / median
     return found

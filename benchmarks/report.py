@@ -32,6 +32,8 @@ def compare(new: dict, old: dict, tolerance: float) -> tuple[list[str], bool]:
     The machine as a whole may have been slower: the median of all ratios is that drift. A benchmark is slower if its
     ratio, with the drift taken out, is above `tolerance`.
     """
+    if "experiment" in new or "experiment" in old:
+        raise ValueError("--compare: an experiment's table has no times to compare; give runs of `pytest benchmarks/`")
     machines = [run["machine_info"]["engine"] for run in (new, old)]
     different = [key for key in SAME if machines[0].get(key) != machines[1].get(key)]
     if different:
@@ -55,10 +57,16 @@ def compare(new: dict, old: dict, tolerance: float) -> tuple[list[str], bool]:
 
 
 def rows_by_group(run: dict) -> dict[str, list[dict]]:
-    """A run's results by group, fastest first: what was recorded and the statistics, flat."""
+    """A run's results by group, fastest first: what was recorded, the statistics and the distance to the ceilings."""
     groups: dict[str, list[dict]] = {}
+    ceilings = run["machine_info"]["engine"]["ceilings"]
     for b in run["benchmarks"]:
-        groups.setdefault(b["group"], []).append(b["extra_info"] | b["stats"])
+        row = b["extra_info"] | b["stats"]
+        if "flops_per_second" in row:
+            row["percent_of_matmul"] = 100 * row["flops_per_second"] / ceilings[row["dtype"]]
+        if "bytes_per_second" in row:
+            row["percent_of_copy"] = 100 * row["bytes_per_second"] / ceilings["copy"]
+        groups.setdefault(b["group"], []).append(row)
     return {group: sorted(rows, key=lambda row: row["median"]) for group, rows in groups.items()}
 
 
@@ -95,23 +103,38 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+CLAIMS = (  # (what the paper says, groups that try it, whose time, over whose time)
+    ("A forward of PS-U-Net takes less time than one of a U-ViT-multi with as many parameters.",
+     "forward,", "PS-U-Net, eager", "U-ViT-multi, equal parameters, eager"),
+    ("PS-U-Net samples faster than a U-ViT-multi with as many parameters.",
+     "sampling,", "PS-U-Net", "U-ViT-multi, equal parameters"),
+    ("PS-U-Net trains faster than a U-ViT-multi with as many parameters.",
+     "training,", "PS-U-Net, eager", "U-ViT-multi, eager"),
+    ("Guided joint sampling in two passes takes less time than in UniDiffuser's three, even if these are one batch.",
+     "sampling, guided joint", "alternate, 2 passes", "UniDiffuser, 3 passes in a batch"),
+    ("The same against three passes one by one, as UniDiffuser runs them.",
+     "sampling, guided joint", "alternate, 2 passes", "UniDiffuser, 3 passes one by one"),
+)  # fmt: skip
+
+
 def _claims(run: dict) -> str:
-    """The paper's claims on speed, as ratios of medians of one run."""
-    groups = {g: {row["contender"]: row["median"] for row in rows} for g, rows in rows_by_group(run).items()}
+    """What the paper says of speed, tried on this machine."""
     lines = []
-    for group, median in groups.items():
-        name = group.split(", ")
-        peer = next((n for n in ("U-ViT-multi, equal parameters", "U-ViT-multi, eager") if n in median), None)
-        if name[0] in ("sampling", "training") and name[1] != "steps" and peer:
-            ours = median["PS-U-Net" if peer.endswith("parameters") else "PS-U-Net, eager"]
-            lines.append(f"* {group}: PS-U-Net takes {ours / median[peer]:.2f} of the time of a U-ViT-multi with equal "
-                         "parameters.")  # fmt: skip
-        elif name[:2] == ["sampling", "guided joint"]:
-            two = median["masked, 2 passes"]
-            ratios = (two / median[f"UniDiffuser, 3 passes {how}"] for how in ("in a batch", "one by one"))
-            lines.append("* {}: two passes take {:.2f} of the time of UniDiffuser's three in a batch, {:.2f} of three "
-                         "one by one.".format(group, *ratios))  # fmt: skip
-    return "\n".join(["**The paper's claims on speed, on this machine:**", "", *lines]) if lines else ""
+    for claim, groups, ours, theirs in CLAIMS:
+        for group, several in rows_by_group(run).items():
+            rows = {row["contender"]: row for row in several}
+            if group.startswith(groups) and not group.startswith("sampling, steps") and {ours, theirs} <= set(rows):
+                a, b = rows[ours], rows[theirs]
+                verdict = "yes" if a["q3"] < b["q1"] else "no" if a["q1"] > b["q3"] else "undecided"
+                lines.append([claim, group, f"{a['median'] / b['median']:.2f}", verdict])
+                claim = ""
+    if not lines:
+        return ""
+    return (
+        "**What the paper says of speed, tried here.** The ratio is that of the median times; undecided is what has "
+        "overlapping middle halves of the times. Of speed only: for what a pass is worth, see the experiments.\n\n"
+        + _table(["the paper", "tried on", "ratio", "so here?"], lines)
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -125,6 +148,7 @@ def _timings(group: str, rows: list[dict]) -> str:
         "median": lambda r: _time(r["median"]),
         "IQR": lambda r: _time(r["iqr"]),
         "p95": lambda r: _time(r["p95"]),
+        "rounds": lambda r: str(r["rounds"]),
         "× fastest": lambda r: f"{r['median'] / rows[0]['median']:.2f}",
         "pictures/s": lambda r: f"{r['pictures_per_second']:.4g}",
         "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.4g}",
@@ -141,10 +165,12 @@ def _timings(group: str, rows: list[dict]) -> str:
 
 
 def _loop(rows: list[dict]) -> str:
-    """The engine's best loop against a plain one, and against its own products."""
+    """The engine's best loop against a plain one, and against its own products; nothing if one of them is missing."""
     median = {row["contender"]: row["median"] for row in rows}
-    best = min((name for name in ("captured", "compiled", "eager") if name in median), key=median.get)
-    products = median["matrix products and attention alone"]
+    loops = [name for name in ("captured", "compiled", "eager") if name in median]
+    if not loops or not {"plain, float32", "plain", "matrix products and attention alone"} <= set(median):
+        return ""
+    best, products = min(loops, key=median.get), median["matrix products and attention alone"]
     return (
         f"The fastest loop is {best}: {median['plain, float32'] / median[best]:.2f} times as fast as a plain one in "
         f"float32, {median['plain'] / median[best]:.2f} times as fast as a plain one in the same dtype. It takes "
@@ -180,8 +206,11 @@ def experiment_markdown(name: str, stored: dict) -> str:
     rows = [[_number(row.get(key, "n/a")) for key in header] for row in stored["rows"]]
     return "\n\n".join([
         f"## {name}: {stored['title']}",
-        f"`{stored['command']}`, commit `{stored['commit'][:10]}`, {stored['date'][:10]}, {machine['device']}, torch "
-        f"{machine['torch']}.",
+        f"`{stored['command']}`, commit `{stored['commit'][:10]}`"
+        + (" with uncommitted changes" if stored["commit"].endswith("+") else "")
+        + f", {stored['date'][:10]}, {machine['device']}, "
+        + ", ".join(f"{k} {machine[k]}" for k in ("dtype", "threads", "load before", "torch") if k in machine)
+        + ".",
         stored["note"],
         _table(header, rows),
         *(f"![{stored['title']}](results/{picture})" for picture in stored["pictures"]),
@@ -206,7 +235,10 @@ def write(results: Path, out: Path) -> list[Path]:
         chapters.append(markdown(name, run, [f"{results.name}/{p.name}" for p in pictures]))
     missing = _missing(list(runs.values()))
     text = ["# Results", "Written by `python -m benchmarks.report` from `benchmarks/results/`; not edited by hand. "
-            "Medians over rounds in which all contenders took turns; IQR is the distance of the quartiles.",
+            "Times are medians over rounds in which all contenders took turns (starts, energy and what the experiments "
+            "say of seconds were measured one after the other); IQR is the distance of the quartiles, p95 the nearest "
+            "round, which of few is the slowest. In the experiments ± is the standard deviation over the seeds: of "
+            "training where models were trained, else of sampling.",
             "**Not measured:** " + " ".join(missing) if missing else "", *chapters]  # fmt: skip
     out.write_text("\n\n".join(part for part in text if part) + "\n", encoding="utf-8")
     return [out, *written]

@@ -80,7 +80,7 @@ def masking_sweep(engine: Engine, pairs: Pairs, ratios: Sequence[float], steps: 
                     given["mask"] = Image.fromarray(pixels.astype(np.uint8) * 255)
                 if masked != "image":
                     given["prompt"] = " ".join("_" if h else w for h, w in zip(holes, words, strict=True))
-                requests.append(Request(**given, steps=steps, seed=seed + i, unknown_words="fill"))
+                requests.append(Request(**given, steps=steps, seed=_first(seed) + i, unknown_words="fill"))
                 wanted.append((picture, torch.from_numpy(pixels), words, holes))
             results = engine.generate(requests)
             row = {"masked": masked, "ratio": ratio}
@@ -94,6 +94,11 @@ def masking_sweep(engine: Engine, pairs: Pairs, ratios: Sequence[float], steps: 
     return rows
 
 
+def _first(seed: int) -> int:
+    """The seed of the first sample: those of one sweep are not those of the next."""
+    return seed * 1_000_000
+
+
 def _chosen(generator: np.random.Generator, count: int, ratio: float) -> np.ndarray:
     """At least one of `count`, [count] bool; a larger ratio chooses the same and more."""
     order = generator.permutation(count)
@@ -105,7 +110,7 @@ def _word_accuracy(texts: list[str], wanted: list[tuple[list[str], np.ndarray]])
     for text, (words, holes) in zip(texts, wanted, strict=True):
         found = tokenize(text)
         right += [i < len(found) and found[i] == words[i] for i in np.flatnonzero(holes)]
-    return statistics.mean(right)
+    return statistics.mean(map(float, right))
 
 
 def guidance_sweep(
@@ -146,7 +151,7 @@ def guidance_sweep(
                 guided_modalities=tuple(range(len(model.modalities))) if task == "joint" else (),
             )  # fmt: skip
             several = SAMPLES if task == "text-to-image" else 1
-            made = [Row(seed + SAMPLES * i + k, table, generate, packed(prompt), empty)
+            made = [Row(_first(seed) + SAMPLES * i + k, table, generate, packed(prompt), empty)
                     for i, prompt in enumerate(prompts) for k in range(several)]  # fmt: skip
             pictures, texts = _sampled(engine, made)
             if features:  # as many samples as there are real pictures, which the distance depends on
@@ -162,9 +167,9 @@ def guidance_sweep(
                 spread = statistics.mean(diversity(p) for p in pictures.split(several))
             else:
                 spread = diversity(pictures)
-            learned = " as trained" if conditioning == engine.config.diffusion.conditioning else ", never trained"
-            passes = f"{1 + len(table.guided[0])} passes"
-            label = f"{kind}, {conditioning}{learned}" if task == "text-to-image" else f"{kind}, {passes}"
+            learned = kind == "masked" and conditioning == engine.config.diffusion.conditioning
+            label = f"{kind}, {conditioning}" if task == "text-to-image" else kind
+            label += " (as trained)" if learned else ""
             rows.append({"task": task, "guidance": label, "scale": scale, "quality": float(quality),
                          "diversity": spread})  # fmt: skip
     return rows
@@ -184,7 +189,8 @@ def approximation_sweep(engine: Engine, pairs: Pairs, gallery: Gallery, seed: in
     rows, names = [], [item.captions[0] for item, _ in pairs]
     prompts = [" ".join(tokenize(name)) for name in names]
     pictures = [to_image(picture / 127.5 - 1) for _, picture in pairs]
-    engine.generate([Request(prompt=prompts[0], num=2, steps=2), Request(image=pictures[0], steps=2)])  # warm-up
+    several = {"num": len(pairs), "steps": 3, "step_cache": 2}
+    engine.generate([Request(prompt=prompts[0], **several), Request(image=pictures[0], **several)])  # warm-up
 
     def timed(requests: list[Request]) -> tuple[list, float]:
         before = engine.stats().sample_seconds
@@ -194,9 +200,9 @@ def approximation_sweep(engine: Engine, pairs: Pairs, gallery: Gallery, seed: in
     for name, options in APPROXIMATIONS.items():
         for steps in (4, 8, 16):  # the built-in model gains little from more
             both = {"steps": steps, **options}
-            drawn, drawing = timed([Request(prompt=p, seed=seed + i, unknown_words="fill", **both)
+            drawn, drawing = timed([Request(prompt=p, seed=_first(seed) + i, unknown_words="fill", **both)
                                     for i, p in enumerate(prompts)])  # fmt: skip
-            told, telling = timed([Request(image=p, seed=seed + i, **both) for i, p in enumerate(pictures)])
+            told, telling = timed([Request(image=p, seed=_first(seed) + i, **both) for i, p in enumerate(pictures)])
             found = gallery.nearest(torch.stack([pixels_of(r.image) for r in drawn]).flatten(1))
             right = [base_name(f) == base_name(n) for f, n in zip(found, names, strict=True)]
             f1 = [word_f1(r.text, n) for r, n in zip(told, names, strict=True)]

@@ -3,6 +3,7 @@
 To add a contender to an operation, add a line to its table.
 """
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -40,20 +41,24 @@ def table_of(contenders: dict, device, call, expected, dtype, **cost) -> dict[st
     return {
         name: CUDA_ONLY
         if function is None or (name.startswith("cuda") and device.type != "cuda")
-        else Contender(call(function), expected, TOLERANCE[dtype], **cost)
+        else Contender(call(function), expected, TOLERANCE[dtype], within=_within(function), **cost)
         for name, function in contenders.items()
     }
 
 
-def sdpa(*backends):
-    """SDPA on packed QKV, of the named implementations only."""
+def sdpa(backend):
+    """SDPA on packed QKV, to be called within the choice of one implementation, which takes time of its own."""
 
     def run(qkv):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        with sdpa_kernel(list(backends)):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
+    run.within = partial(sdpa_kernel, [backend])
     return run
+
+
+def _within(function):
+    return getattr(function, "within", nullcontext)
 
 
 def attention_in_products(qkv):
@@ -93,7 +98,7 @@ def test_attention(compete, device, dtype, full, contender, rows, part):
 
 def backward(function, inputs, weights, of):
     """A call that takes all gradients and returns that of input number `of`; the forward is done here, once."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _within(function)():
         leaves = [x.detach().requires_grad_() for x in inputs]
         outputs = function(*leaves)
     return lambda: torch.autograd.grad(outputs, leaves, weights, retain_graph=True)[of]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.race import Contender
-from benchmarks.workloads import forward_flops, presets, random_model
+from benchmarks.workloads import constant_modalities, presets, random_model, sampling_flops
 from engine import model as psunet
 from engine.config import PRESETS
 from engine.graphs import StepGraphs, compile_blocks
@@ -27,7 +27,7 @@ LOOPS = ("plain, float32", "plain", "eager", "compiled", "captured", PRODUCTS)
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loop(compete, monkeypatch, device, dtype, full, loop, batch):
-    """A plain loop runs the two passes one after the other, each block eagerly."""
+    """A plain loop runs the two passes one after the other, each block at every step and eagerly."""
     if batch > 16 and not full:
         pytest.skip("more rows only on a GPU or with --full")
     config = PRESETS[presets(full)]
@@ -40,12 +40,19 @@ def test_loop(compete, monkeypatch, device, dtype, full, loop, batch):
             return network, network.time_table(torch.arange(schedule.timesteps + 1, device=device))
 
         def loop_of(network, table, passes=1, graphs=None):
-            def denoise(inputs, times, outputs):
+            def plain(inputs, times, outputs):
                 parts = zip(inputs.chunk(passes), times.chunk(passes), strict=True)
                 return torch.cat([network(i, table, t, outputs) for i, t in parts])
 
-            sampler = Sampler(denoise, config.model, device, buckets=[batch], graphs=graphs)
-            return partial(sampler.run, rows)
+            def denoise(inputs, times, outputs, **encoded):
+                return network(inputs, table, times, outputs, **encoded)
+
+            def encode(name, inputs, times):
+                return network.encode(name, inputs, table, times)
+
+            ours = {"denoiser": denoise, "encode": encode, "graphs": graphs}
+            how = {"denoiser": plain} if passes > 1 else ours
+            return partial(Sampler(model=config.model, device=device, buckets=[batch], **how).run, rows)
 
         schedule = NoiseSchedule(config.diffusion.schedule, config.diffusion.timesteps)
         table = solver_table(schedule, timesteps(schedule.timesteps, STEPS), prediction=config.diffusion.prediction,
@@ -54,7 +61,7 @@ def test_loop(compete, monkeypatch, device, dtype, full, loop, batch):
         generate[config.model.state_slices["image"]] = True
         rows = [Row(seed, table, generate, torch.zeros(config.model.size)) for seed in range(batch)]
 
-        facts = {"flops": STEPS * forward_flops(config.model, 2 * batch, ("image",)), "pictures": batch}
+        facts = {"flops": sampling_flops(config, 2 * batch, STEPS, ("image",)), "pictures": batch}
         facts["facts"] = {"batch": batch, "steps": STEPS}
         one = facts | {"facts": facts["facts"] | {"dtype": "float32"}}
         eager = network_of()
@@ -68,7 +75,7 @@ def test_loop(compete, monkeypatch, device, dtype, full, loop, batch):
             LOOPS[2]: Contender(reference, **facts),
             LOOPS[3]: Contender(loop_of(*compiled), **checked),
             LOOPS[4]: "CUDA graphs need a CUDA device",
-            PRODUCTS: Contender(products_of(monkeypatch, *eager, config.model, batch), **facts),
+            PRODUCTS: Contender(products_of(monkeypatch, *eager, config, batch), **facts),
         }
         if device.type == "cuda":
             contenders[LOOPS[4]] = Contender(loop_of(*compiled, graphs=StepGraphs(device)), **checked)
@@ -77,9 +84,13 @@ def test_loop(compete, monkeypatch, device, dtype, full, loop, batch):
     compete(f"loop, text-to-image, batch {batch}, {STEPS} steps", loop, build)
 
 
-def products_of(monkeypatch, network, table, model, batch):
+def products_of(monkeypatch, network, table, config, batch):
     """A function that does `STEPS` times the linear layers and attentions of one step of two passes."""
-    calls = []
+    model, device, calls = config.model, table.device, []
+    inputs = torch.randn(2 * batch, model.size, generator=torch.Generator().manual_seed(0)).to(device)
+    times = torch.full((2 * batch, model.tokens), 500, dtype=torch.int32, device=device)
+    constant = constant_modalities(config, ("image",))
+    encoded = {name: network.encode(name, inputs, table, times) for name in constant}
 
     def attended(qkv, backend="auto"):
         calls.append(partial(attention, qkv, backend))
@@ -90,12 +101,9 @@ def products_of(monkeypatch, network, table, model, batch):
         for layer in network.modules()
         if isinstance(layer, nn.Linear)
     ]
-    device = table.device
     with monkeypatch.context() as patch:
         patch.setattr(psunet, "attention", attended)
-        inputs = torch.randn(2 * batch, model.size, generator=torch.Generator().manual_seed(0)).to(device)
-        times = torch.full((2 * batch, model.tokens), 500, dtype=torch.int32, device=device)
-        network(inputs, table, times, ("image",))
+        network(inputs, table, times, ("image",), encoded)
     for hook in hooks:
         hook.remove()
 

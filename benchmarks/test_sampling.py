@@ -9,7 +9,15 @@ import torch
 
 from benchmarks.machine import PowerMeter
 from benchmarks.race import CLOCK, Contender
-from benchmarks.workloads import engine_of, equal_parameters, forward_flops, presets, random_model, u_vit_config
+from benchmarks.workloads import (
+    engine_of,
+    equal_parameters,
+    forward_flops,
+    presets,
+    random_model,
+    sampling_flops,
+    u_vit_config,
+)
 from engine import Request
 from engine.config import PRESETS
 from engine.pictures import to_image
@@ -71,7 +79,7 @@ def test_tasks(compete, engines, full, steps, model, task, batch):
         for name, engine in engines.items():
             requests = requests_of(task, engine.config.image.size, batch, steps)
             passes, outputs = TASKS[task]
-            flops = steps * forward_flops(engine.config.model, batch * passes, outputs)
+            flops = sampling_flops(engine.config, batch * passes, steps, outputs)
             facts = {"batch": batch, "steps": steps, "task": task}
 
             def run(engine=engine, requests=requests):
@@ -96,7 +104,7 @@ def test_steps(compete, engines, full, model, batch, steps):
         contenders = {}
         for name, engine in engines.items():
             requests = requests_of("text-to-image", engine.config.image.size, batch, steps)
-            flops = steps * forward_flops(engine.config.model, 2 * batch, ("image",))
+            flops = sampling_flops(engine.config, 2 * batch, steps, ("image",))
             facts = {"batch": batch, "steps": steps, "task": f"text-to-image, batch {batch}"}
             contenders[name] = Contender(lambda e=engine, r=requests: e.generate(r), flops=flops, pictures=batch,
                                          facts=facts)  # fmt: skip
@@ -105,7 +113,7 @@ def test_steps(compete, engines, full, model, batch, steps):
     compete(f"sampling, steps, text-to-image, batch {batch}, {steps} steps", model, build)
 
 
-GUIDANCE = ("masked, 2 passes", "UniDiffuser, 3 passes in a batch", "UniDiffuser, 3 passes one by one")
+GUIDANCE = ("alternate, 2 passes", "UniDiffuser, 3 passes in a batch", "UniDiffuser, 3 passes one by one")
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -134,18 +142,18 @@ def test_joint_guidance(compete, device, dtype, full, steps, contender, batch):
             parts = zip(inputs.split(batch), index.split(batch), strict=True)
             return torch.cat([network(i, times, x, outputs) for i, x in parts])
 
-        masked, three = rows("alternate"), rows("unidiffuser")
+        two, three = rows("alternate"), rows("unidiffuser")
         facts = {"pictures": batch, "facts": {"batch": batch, "steps": steps}}
         cost = {passes: steps * forward_flops(model, passes * batch) for passes in (2, 3)}
         reference = sample(at_once, three, model, device)
         return {
-            GUIDANCE[0]: Contender(lambda: sample(at_once, masked, model, device), flops=cost[2], **facts),
+            GUIDANCE[0]: Contender(lambda: sample(at_once, two, model, device), flops=cost[2], **facts),
             GUIDANCE[1]: Contender(lambda: sample(at_once, three, model, device), flops=cost[3], **facts),
             GUIDANCE[2]: Contender(lambda: sample(one_by_one, three, model, device), lambda: reference,
                                    1e-4 if dtype == torch.float32 else 0.5, flops=cost[3], **facts),
         }  # fmt: skip
 
-    compete(f"sampling, guided joint, batch {batch}, {steps} steps", contender, build)
+    compete(f"sampling, guided joint of the U-ViT-multi, batch {batch}, {steps} steps", contender, build)
 
 
 def unidiffuser_class():
@@ -196,7 +204,11 @@ def test_diffusers_unidiffuser(compete, device, dtype, full, contender):
         contenders["diffusers UniDiffuserModel"] = Contender(run, facts={"rows": rows, "parameters": count})
         return contenders
 
-    compete(f"sampling, one call against diffusers, {rows} rows", contender, build)
+    compete(
+        f"sampling, one call against diffusers, which has 2 more tokens and embeds the times, {rows} rows",
+        contender,
+        build,
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)

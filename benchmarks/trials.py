@@ -1,6 +1,7 @@
 """Models trained for a comparison, on the same data, and what is measured of each on its way and at its end."""
 
 import argparse
+import hashlib
 import json
 import statistics
 import time
@@ -78,7 +79,7 @@ def trained(
     At a constant learning rate, so that a run's way can be looked at: the averaged weights make up for the decay.
     """
     total = total or steps
-    run = _folder(name, total, seed, options)
+    run = _folder(name, config, total, seed, data, options)
     run.mkdir(parents=True, exist_ok=True)
     take_codecs(data.codecs, run)
     image = ImageCodec.load(data.codecs / "image", config.image.size, config.image.patch, options.device)
@@ -97,9 +98,19 @@ def trained(
     return Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=name_of_dtype)
 
 
-def _folder(name: str, total: int, seed: int, options: argparse.Namespace) -> Path:
-    """A run's own; also by how it is measured on its way, since that cannot be measured again later."""
-    run = f"{name}-{total}-seed{seed}-count{options.count}-sampled{options.sampling_steps}"
+def _folder(name: str, config: Config, total: int, seed: int, data: Data, options: argparse.Namespace) -> Path:
+    """A run's own, by all that makes its weights and by how it is measured, on the way, which cannot be done later."""
+    recipe, measure = RECIPES[options.preset], (options.count, options.sampling_steps, options.points)
+    what = (
+        config,
+        recipe,
+        options.batch,
+        str(options.data.resolve()),
+        str(data.codecs.resolve()),
+        options.dtype,
+        measure,
+    )
+    run = f"{name}-{total}-seed{seed}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
     return options.out / run.lower().replace(" ", "-").replace(",", "").replace("/", "-")
 
 
@@ -112,7 +123,7 @@ def measured(
     """
     found = []
     for point in points:
-        file = _folder(name, points[-1], seed, options) / f"measured-{point}.json"
+        file = _folder(name, config, points[-1], seed, data, options) / f"measured-{point}.json"
         if not file.exists():
             with trained(name, config, point, seed, data, options, points[-1]) as engine:
                 values = denoising_errors(engine, data.test, seed)

@@ -51,10 +51,13 @@ def parameters(model: ModelConfig) -> int:
         return sum(p.numel() for p in checkpoint.build(model).parameters())
 
 
-def forward_flops(model: ModelConfig, rows: int, outputs: tuple[str, ...] | None = None) -> int:
+def forward_flops(
+    model: ModelConfig, rows: int, outputs: tuple[str, ...] | None = None, encoded: tuple[str, ...] = ()
+) -> int:
     """Multiplications and additions of the matrix products of one forward; what is elementwise is left out.
 
-    `outputs` as in the models' forward: out-blocks and heads of the others do not run.
+    `outputs` and `encoded` as in the models' forward: out-blocks and heads of modalities that are not in `outputs` do
+    not run, nor embeddings and in-blocks of those in `encoded`.
     """
     wanted = model.predicted if outputs is None else outputs
     prefix = 0 if model.uvit is None else len(model.uvit.timed) + model.uvit.extra_tokens
@@ -62,10 +65,24 @@ def forward_flops(model: ModelConfig, rows: int, outputs: tuple[str, ...] | None
     tokens = prefix + model.tokens + time * len(model.modalities)
     total = _stack_flops(model, tokens, model.shared_depth, model.shared_depth // 2)
     for m in model.modalities:
-        sides = 1 + (m.name in wanted)
-        total += _stack_flops(model, m.tokens + time, sides * m.depth, (sides - 1) * m.depth)
-        total += sides * 2 * m.tokens * m.channels * model.dim  # embedding, and head
+        before, after = m.name not in encoded, m.name in wanted
+        total += _stack_flops(model, m.tokens + time, (before + after) * m.depth, after * m.depth)
+        total += (before + after) * 2 * m.tokens * m.channels * model.dim  # embedding, and head
     return rows * total
+
+
+def constant_modalities(config: Config, outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """The modalities that enter every step alike while `outputs` are generated: encoded once by `Sampler`."""
+    if config.diffusion.conditioning != "clean":
+        return ()
+    return tuple(m.name for m in config.model.modalities if m.name not in outputs and m.depth > 0)
+
+
+def sampling_flops(config: Config, rows: int, steps: int, outputs: tuple[str, ...]) -> int:
+    """`forward_flops` of `steps` steps of `rows` rows, passes counted as rows, as the sampler does them."""
+    constant = constant_modalities(config, outputs)
+    whole, step = (forward_flops(config.model, rows, outputs, encoded) for encoded in ((), constant))
+    return steps * step + (whole - step)
 
 
 def _stack_flops(model: ModelConfig, tokens: int, blocks: int, skips: int) -> int:

@@ -204,7 +204,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _same_run(run: Path, settings: dict) -> None:
-    """Refuses to go on with a run of another preset, seed or autoencoder; `Stage` checks the rest."""
+    """Refuses to go on with a run of another preset, seed, autoencoder or loss; `Stage` checks the rest."""
     file = run / "run.json"
     if file.exists():
         try:
@@ -318,7 +318,9 @@ def train(options: argparse.Namespace) -> None:
             init = _start(options.init, config)
     run.mkdir(parents=True, exist_ok=True)
     with taken(run):
-        _same_run(run, {key: str(getattr(options, key)) for key in ("preset", "seed", "autoencoder", "init")})
+        settings = {key: str(getattr(options, key)) for key in ("preset", "seed", "autoencoder", "init")}
+        weighing = ("gamma", "skew", "first_caption", "captions_alike", "repeats")
+        _same_run(run, settings | {key: str(getattr(recipe, key)) for key in weighing})
         _stages(run, data, config, recipe, options, codec, init)
     print(f"checkpoint: {run / 'checkpoint'}")
 

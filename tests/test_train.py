@@ -171,6 +171,13 @@ def test_a_run_of_other_settings_is_not_overwritten(pictures, run, capsys, other
     assert weights_of(run) == before
 
 
+def test_a_run_of_another_recipe_is_not_mixed_with_its_own(pictures, run, monkeypatch, capsys):
+    before = weights_of(run)
+    monkeypatch.setitem(train.RECIPES, "tiny", replace(TINY, repeats=4))
+    assert train_main(pictures, run) == 2
+    assert "'repeats': '1'" in capsys.readouterr().err and weights_of(run) == before
+
+
 @pytest.mark.parametrize(
     "options, parts",
     [
