@@ -47,7 +47,7 @@ class Timing:
     """What a contender took in one heat."""
 
     seconds: list[float]  # of one call, by round
-    peak_bytes: int | None  # of device memory beyond what the call found; a graph's own pool is not in it; None on a CPU
+    peak_bytes: int | None  # of device memory beyond what the call found, without a graph's own pool; None on a CPU
 
 
 def heat(contenders: dict[str, Contender], device: torch.device, seconds: float, least: int = 5) -> dict[str, Timing]:
