@@ -177,7 +177,10 @@ class PSUNet(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """U-ViT's truncated normals; zero modulations and heads, so that training starts from the identity."""
+        """U-ViT's truncated normals; with adaLN zero modulations and heads, so that training starts from the identity.
+
+        Blocks without gates are no identity, and behind them heads of zero do not get off the ground.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -185,7 +188,8 @@ class PSUNet(nn.Module):
                     nn.init.zeros_(module.bias)
         for branch in self.branches.values():
             nn.init.trunc_normal_(branch.position, std=0.02)
-            nn.init.zeros_(branch.head.weight)
+            if self.time.adaln:
+                nn.init.zeros_(branch.head.weight)
         if self.time.adaln:
             nn.init.zeros_(self.time.project.weight)
 

@@ -192,6 +192,17 @@ def test_an_untrained_model_predicts_nothing_and_its_heads_can_learn(preset):
     assert all(branch.head.weight.grad.any() for branch in model.branches.values())
 
 
+def test_without_gates_every_weight_learns_from_the_first_step():
+    """Heads of zero would keep it from all but themselves, and such a model never got off the ground."""
+    torch.manual_seed(0)
+    c = config(time="token")
+    model = PSUNet(c)
+    inputs, times = torch.randn(3, c.size), torch.tensor([10, 500, 900])
+    index = torch.arange(3, dtype=torch.int32)[:, None].expand(3, c.tokens)
+    model(inputs, model.time_table(times), index).square().sum().backward()
+    assert all(p.grad.any() for p in model.parameters())
+
+
 def parameters_by_hand(c):
     """Parameters of an adaLN model, from the widths alone."""
     d, r = c.dim, c.mlp_ratio
