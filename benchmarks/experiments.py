@@ -215,7 +215,9 @@ def run(options: argparse.Namespace, command: str) -> dict:
     if not all(0 < ratio <= 1 for ratio in options.ratios):
         raise ValueError(f"--ratios: {options.ratios} do not work; use numbers above 0 and up to 1")
     options.device, options.dtype = resolve(options.device, options.dtype)
+    # Before the work: it makes load, and its results change files.
     before = machine.facts(options.device) | {"dtype": str(options.dtype).removeprefix("torch.")}
+    commit = _commit()
     found = EXPERIMENTS[options.experiment](read_data(options), options)
     name = f"experiment-{options.experiment}-{options.preset}"
     options.results.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,7 @@ def run(options: argparse.Namespace, command: str) -> dict:
         plot(options.results / file)
     stored = {
         "experiment": options.experiment, **found, "pictures": list(pictures), "command": command,
-        "commit": _commit(), "date": datetime.now(timezone.utc).isoformat(), "machine": before,
+        "commit": commit, "date": datetime.now(timezone.utc).isoformat(), "machine": before,
     }  # fmt: skip
     (options.results / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return stored
