@@ -46,7 +46,7 @@ EMOJI = Recipe(
     skew=3.0,
     first_caption=0.9,
     captions_alike=True,
-    repeats=4,
+    repeats=2,
     weights_dtype=torch.float16,
 )
 TINY = Recipe(
