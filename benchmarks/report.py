@@ -103,8 +103,8 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-CLAIMS = (  # (what the paper says, groups that try it, whose time, over whose time)
-    ("A forward of PS-U-Net takes less time than one of a U-ViT-multi with as many parameters.",
+CLAIMS = (  # (what the paper says, or needs; groups that try it, whose time, over whose time)
+    ("What the next two would rest on: a forward of PS-U-Net takes less time than a U-ViT-multi's of equal parameters.",
      "forward,", "PS-U-Net, eager", "U-ViT-multi, equal parameters, eager"),
     ("PS-U-Net samples faster than a U-ViT-multi with as many parameters.",
      "sampling,", "PS-U-Net", "U-ViT-multi, equal parameters"),
@@ -119,9 +119,9 @@ CLAIMS = (  # (what the paper says, groups that try it, whose time, over whose t
 
 def _claims(run: dict) -> str:
     """What the paper says of speed, tried on this machine."""
-    lines = []
+    lines, by_group = [], rows_by_group(run)
     for claim, groups, ours, theirs in CLAIMS:
-        for group, several in rows_by_group(run).items():
+        for group, several in by_group.items():
             rows = {row["contender"]: row for row in several}
             if group.startswith(groups) and not group.startswith("sampling, steps") and {ours, theirs} <= set(rows):
                 a, b = rows[ours], rows[theirs]
@@ -235,6 +235,7 @@ def write(results: Path, out: Path) -> list[Path]:
         chapters.append(markdown(name, run, [f"{results.name}/{p.name}" for p in pictures]))
     missing = _missing(list(runs.values()))
     text = ["# Results", "Written by `python -m benchmarks.report` from `benchmarks/results/`; not edited by hand. "
+            "A chapter of times is a run of `python -m pytest benchmarks/ --benchmark-json FILE`. "
             "Times are medians over rounds in which all contenders took turns (starts, energy and what the experiments "
             "say of seconds were measured one after the other); IQR is the distance of the quartiles, p95 the nearest "
             "round, which of few is the slowest. In the experiments ± is the standard deviation over the seeds: of "

@@ -28,8 +28,9 @@ from engine.sampler import Row, Sampler
 from engine.schedule import NoiseSchedule, spaced_table
 from engine.uvit import UViT
 
-# Guidance where a request names none: for text-to-image and image-to-text the best of 1, 2, 3 and 5 on the built-in
-# model (its card has the sweep); joint runs unguided, in one pass, and infill was not swept.
+# Guidance where a request names none: for text-to-image and image-to-text the best of 1, 2, 3 and 5 on an early state
+# of the built-in model (benchmarks/RESULTS.md sweeps it as it is); joint runs unguided, in one pass; infill was not
+# swept.
 GUIDANCE = {"joint": 1.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0}
 FEATHER = 2  # pixels over which a regenerated region blends into the kept one, on its own side
 

@@ -139,9 +139,11 @@ def train_denoiser(
         ]
         values = {"image": cache.latents[indices].float(), "text": text.vectors[captions[chosen]]}  # [B, L, C] each
         x0 = torch.cat([values[m.name].flatten(1) for m in config.model.modalities], dim=1)  # [B, N]
-        counts_of = {"image": torch.ones(values["image"].shape[:2]), "text": token_weights(captions[chosen])}
-        weights = torch.cat([counts_of[m.name] for m in config.model.modalities], dim=1)  # [B, L]
-        return loss(denoise, x0.to(options.device), generator, weights if recipe.captions_alike else None)
+        weights = None
+        if recipe.captions_alike:
+            counted = {"image": torch.ones(values["image"].shape[:2]), "text": token_weights(captions[chosen])}
+            weights = torch.cat([counted[m.name] for m in config.model.modalities], dim=1)  # [B, L]
+        return loss(denoise, x0.to(options.device), generator, weights)
 
     spread = range(0, len(cache), max(1, len(cache) // 24))[:24]
     prompts = [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
