@@ -1,4 +1,4 @@
-"""Kernels: each hot operation of the engine against its peers, at the shapes of the compared preset.
+"""Kernels: each operation of the engine against its peers, at the shapes of the compared preset.
 
 To add a contender to an operation, add a line to its table.
 """
@@ -13,10 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.race import Contender
 from benchmarks.workloads import presets
-from engine.batch import Row, batch_rows, new_progress
-from engine.config import PRESETS
 from engine.kernels import adaln, attention, cfg_step, timestep
-from engine.schedule import NoiseSchedule, solver_table, timesteps
+from engine.presets import PRESETS
 
 ROWS = (2, 32, 128)  # of the forward: two passes of 1, 16 and 64 samples
 PARTS = ("shared", "image", "text")  # whose tokens attend to each other: in the shared stack all
@@ -30,6 +28,11 @@ def model_of(full: bool, rows: int, part: str = "shared"):
         pytest.skip("more rows and other lengths only on a GPU or with --full")
     model = PRESETS[presets(full)].model
     return model, model.tokens if part == "shared" else model.modality(part).tokens
+
+
+def generator() -> torch.Generator:
+    """The same random numbers for every heat."""
+    return torch.Generator().manual_seed(0)
 
 
 def compiled(function):
@@ -88,7 +91,7 @@ def test_attention(compete, device, dtype, full, contender, rows, part):
     heads, d = model.dim // model.head_dim, model.head_dim
 
     def build():
-        qkv = torch.randn(rows, tokens, 3, heads, d, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        qkv = attention.example_inputs(rows, tokens, heads, d, dtype, device, generator())
         reference = attention_in_products(qkv.float())
         flops, moved = attention.cost(rows, tokens, heads, d, qkv.itemsize)
         return table_of(ATTENTION, device, lambda f: lambda: f(qkv), lambda: reference, dtype, flops=flops, moved=moved)
@@ -118,9 +121,8 @@ def test_attention_backward(compete, device, dtype, full, contender, rows, part)
     heads, d = model.dim // model.head_dim, model.head_dim
 
     def build():
-        generator = torch.Generator().manual_seed(0)
-        qkv = torch.randn(rows, tokens, 3, heads, d, generator=generator).to(device, dtype)
-        weights = torch.randn(rows, tokens, heads * d, generator=generator).to(device, dtype)
+        qkv = attention.example_inputs(rows, tokens, heads, d, dtype, device, generator())
+        weights = torch.randn(rows, tokens, heads * d, generator=generator()).to(device, dtype)
         reference = backward(attention_in_products, [qkv.float()], weights.float(), of=0)()
         flops, moved = attention.cost(rows, tokens, heads, d, qkv.itemsize)
         # Five products for the forward's two; QKV, the output and both their gradients.
@@ -161,12 +163,10 @@ def test_adaln(compete, device, dtype, full, contender, rows, residual):
     dim = model.dim
 
     def build():
-        generator = torch.Generator().manual_seed(0)
-        x, y = (torch.randn(rows, tokens, dim, generator=generator).to(device, dtype) for _ in range(2))
-        table, vector = (torch.randn(s, generator=generator).to(device, dtype) for s in ((1001, 6 * dim), (6 * dim,)))
-        time = torch.randint(1001, (rows, 1), generator=generator, dtype=torch.int32).to(device)
-        index = time.expand(-1, tokens).contiguous()
-        gathered = (table[time.long()].float() + vector.float()).to(dtype).unflatten(-1, (6, dim)).unbind(2)
+        x, y, table, index, vector = adaln.example_inputs(rows, tokens, dim, 1001, dtype, device, generator())
+        index = index[:, :1].expand(-1, tokens).contiguous()  # one time a row
+        gathered = (table[index[:, :1].long()].float() + vector.float()).to(dtype)  # [R, 1, 6·D]
+        gathered = gathered.unflatten(-1, (adaln.CHUNKS, dim)).unbind(2)
 
         def call(f):
             if f in (layer_norm_modulate_in_pytorch, RESIDUAL["PyTorch, times gathered before (less work)"]):
@@ -212,11 +212,10 @@ def test_adaln_backward(compete, device, dtype, full, contender, rows):
     dim, times = model.dim, rows + 2  # training has a time or two for each row
 
     def build():
-        generator = torch.Generator().manual_seed(0)
-        sizes = (rows, tokens, dim), (rows, tokens, dim), (times, 6 * dim), (6 * dim,)
-        inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
-        weights = [torch.randn(sizes[0], generator=generator).to(device, dtype) for _ in range(2)]
-        index = torch.randint(times, (rows, 1), generator=generator, dtype=torch.int32).to(device).expand(-1, tokens)
+        x, y, table, index, vector = adaln.example_inputs(rows, tokens, dim, times, dtype, device, generator())
+        index = index[:, :1].expand(-1, tokens)  # one time a row
+        inputs = [x, y, table, vector]
+        weights = list(torch.randn(2, *x.shape, generator=generator()).to(device, dtype))
 
         def call(f, inputs=inputs, weights=weights):
             # The table's gradient is checked: it is made of those of x and of the output.
@@ -258,9 +257,8 @@ def test_skip_connection(compete, device, dtype, full, contender, rows):
     dim = model.dim
 
     def build():
-        generator = torch.Generator().manual_seed(0)
-        sizes = (rows, tokens, dim), (rows, tokens, dim), (dim, 2 * dim), (dim,)
-        x, skip, weight, bias = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+        random, sizes = generator(), ((rows, tokens, dim), (rows, tokens, dim), (dim, 2 * dim), (dim,))
+        x, skip, weight, bias = (torch.randn(size, generator=random).to(device, dtype) for size in sizes)
         inputs = x, skip, torch.cat([x, skip], dim=-1), weight, bias
         reference = cat_and_linear(*(t.float() for t in inputs))
         flops, moved = 4 * rows * tokens * dim**2, x.itemsize * (3 * x.numel() + weight.numel())
@@ -292,9 +290,8 @@ def test_first_layer(compete, device, dtype, full, contender, rows):
     dim, hidden = model.dim, model.mlp_ratio * model.dim
 
     def build():
-        generator = torch.Generator().manual_seed(0)
-        sizes = (rows, tokens, dim), (hidden, dim), (hidden,)
-        inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+        random, sizes = generator(), ((rows, tokens, dim), (hidden, dim), (hidden,))
+        inputs = [torch.randn(size, generator=random).to(device, dtype) for size in sizes]
         reference = linear_then_gelu(*(t.float() for t in inputs))
         flops = 2 * rows * tokens * dim * hidden
         moved = inputs[0].itemsize * (rows * tokens * (dim + hidden) + dim * hidden)
@@ -316,14 +313,7 @@ def test_timestep(compete, device, dtype, full, contender):
     dim, frequencies, times = PRESETS[presets(full)].model.dim, 256, 1001
 
     def build():
-        generator = torch.Generator().manual_seed(0)
-
-        def layer(out, into):
-            weight = torch.randn(out, into, generator=generator) / into**0.5
-            return weight.to(device, dtype), torch.zeros(out, device=device, dtype=dtype)
-
-        layers = layer(dim, frequencies), layer(dim, dim), layer(6 * dim, dim)
-        t = torch.arange(times, device=device)
+        t, *layers = timestep.example_inputs(times, frequencies, dim, dim, dtype, device, generator())
         reference = timestep.timestep_table(t, *(tuple(w.float() for w in one) for one in layers))
         flops, moved = timestep.cost(times, frequencies, dim, dim, 6, layers[0][0].itemsize)
         return table_of(TIMESTEP, device, lambda f: lambda: f(t, *layers), lambda: reference, dtype,
@@ -348,21 +338,15 @@ def test_cfg_step(compete, device, full, contender, batch):
     model = PRESETS[presets(full)].model
 
     def build():
-        generator = torch.Generator().manual_seed(0)
-        table = solver_table(NoiseSchedule("cosine", 1000), timesteps(1000, 1000), prediction="v_prediction",
-                             conditioning="renoise", guidance_scale=3.0)  # fmt: skip
-        known = torch.randn(model.size, generator=generator)
-        generate = torch.rand(model.size, generator=generator) < 0.5
-        rows = batch_rows([Row(seed, table, generate, known) for seed in range(batch)], model, device)
-        prediction = torch.randn(2 * batch, model.size, generator=generator).to(device)
+        sizes = [(modality.tokens, modality.channels) for modality in model.modalities]
+        prediction, constants, start = cfg_step.example_inputs(batch, sizes, device=device, generator=generator())
 
         def call(f):
-            progress = new_progress(rows)
-            cfg_step.begin(rows, progress)
+            state = type(start)(*(tensor.clone() for tensor in start))
 
             def run():
-                f(prediction, rows, progress)
-                return progress.inputs
+                f(prediction, constants, state)
+                return state.inputs
 
             return run
 

@@ -2,23 +2,27 @@
 
     python -m engine.kernels.aot [--target sm_90]... [--out benchmarks/results/aot.md]
 
-The operations run as always, on CPU tensors, but with a driver that names the target and launches nothing; so what is
-compiled is what a launch would compile, arguments' divisibility and block sizes included.
+The operations run on CPU tensors, with a driver that names the target, and their launches only compile. So what is
+compiled is what a launch would compile, the arguments' divisibility and the block sizes included.
 """
 
 import argparse
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -31,7 +35,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION_BYTES = 16  # of NVIDIA's machine code since sm_70
 
 
 class Usage(NamedTuple):
@@ -51,7 +57,7 @@ class Usage(NamedTuple):
 
 
 class _Driver:
-    """Stands for a GPU of the target. JITFunction keeps its kernels by device number, so each target has its own."""
+    """Stands in for a GPU of the target. JITFunction caches kernels by device number, so each target has its own."""
 
     def __init__(self, target: str):
         self.target, self.device = TARGETS[target], list(TARGETS).index(target)
@@ -67,8 +73,8 @@ class _Driver:
 
 
 @contextmanager
-def compiling_for(target: str) -> Iterator[list]:
-    """Within it, launches compile for the target and go no further; the list collects the compiled kernels."""
+def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
+    """Within it, launches compile for the target and go no further; yields the list of what they compiled."""
     run, active, compiled = JITFunction.run, driver._active, []
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -84,121 +90,152 @@ def compiling_for(target: str) -> Iterator[list]:
         driver._active = active  # reset_active() would look for a GPU
 
 
-def usage(case: str, target: str, compiled) -> Usage:
-    """Reads a kernel's cost off its assembly."""
-    asm, shared = compiled.asm, compiled.metadata.shared
-    name = compiled.metadata.name
+def usages(kernels: list[tuple[str, CompiledKernel]], target: str) -> list[Usage]:
+    """What kernels, each given with its case, need on a target, read off their assembly."""
     if target == "gfx942":
-        text = asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
-        code = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat)_\w+)", text, re.MULTILINE)
-        mma = sum("mfma" in instruction for instruction in code)
-        loads = [i for i in code if re.match(r"(global|buffer)_load", i)]
-        wide = [i for i in loads if i.endswith(("x2", "x4"))]
-        return Usage(case, name, target, registers, spills, shared, len(code), 0, mma, len(wide), len(loads))
+        return [_amd_usage(case, target, kernel) for case, kernel in kernels]
+    return [
+        _nvidia_usage(case, target, kernel, instructions)
+        for (case, kernel), instructions in zip(kernels, _disassemble(kernels), strict=True)
+    ]
+
+
+def _amd_usage(case: str, target: str, kernel: CompiledKernel) -> Usage:
+    text = kernel.asm["amdgcn"]
+    code = re.findall(r"^\s+((?:v|s|ds|global|buffer|flat)_\w+)", text, re.MULTILINE)
+    loads = [instruction for instruction in code if re.match(r"(global|buffer)_load", instruction)]
+    return Usage(
+        case,
+        kernel.metadata.name,
+        target,
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+        spills=sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)),
+        shared=kernel.metadata.shared,
+        instructions=len(code),
+        wgmma=0,
+        mma=sum("mfma" in instruction for instruction in code),
+        vector_loads=sum(load.endswith(("x2", "x4")) for load in loads),
+        loads=len(loads),
+    )
+
+
+def _nvidia_usage(case: str, target: str, kernel: CompiledKernel, code: list[str]) -> Usage:
+    loads = [instruction for instruction in code if instruction.startswith(("LDG", "LDGSTS", "UTMALDG"))]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
-        resources, sass = (_said(TOOLS / "cuobjdump", what, file.name) for what in ("-res-usage", "-sass"))
-    registers = int(re.search(r"REG:(\d+)", resources)[1])
-    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
-    wgmma, mma = (sum(i.startswith(names) for i in code) for names in (("HGMMA", "UTCHMMA"), ("HMMA", "DMMA")))
-    loads = [i for i in code if i.startswith(("LDG", "LDGSTS", "UTMALDG"))]
-    wide = [i for i in loads if re.search(r"\.(64|128)\b", i) or i.startswith("UTMALDG")]
-    # Local memory alone is no spill: the never-taken slow path of cos and sin for huge angles has an array there.
-    spills = _spills(asm["ptx"], target) if any(i.startswith("STL") for i in code) else 0
-    return Usage(case, name, target, registers, spills, shared, len(code), wgmma, mma, len(wide), len(loads))
+        resources = _output_of(TOOLS / "cuobjdump", "-res-usage", file.name)
+    # Local memory alone is no spill: the slow path of cos and sin, for huge angles only, has an array there.
+    has_local_stores = any(instruction.startswith("STL") for instruction in code)
+    return Usage(
+        case,
+        kernel.metadata.name,
+        target,
+        registers=int(re.search(r"REG:(\d+)", resources)[1]),
+        spills=_spills(kernel.asm["ptx"], target) if has_local_stores else 0,
+        shared=kernel.metadata.shared,
+        instructions=len(code),
+        wgmma=sum(instruction.startswith(("HGMMA", "UTCHMMA")) for instruction in code),
+        mma=sum(instruction.startswith(("HMMA", "DMMA")) for instruction in code),
+        vector_loads=sum(bool(re.search(r"\.(64|128)\b", load)) or load.startswith("UTMALDG") for load in loads),
+        loads=len(loads),
+    )
+
+
+def _disassemble(kernels: list[tuple[str, CompiledKernel]]) -> list[list[str]]:
+    """The instructions' names of each kernel. All in one call, since nvdisasm takes a third of a second to start."""
+    codes = [_machine_code(kernel.asm["cubin"], kernel.metadata.name) for _, kernel in kernels]
+    architecture = re.search(r"^\.target sm_(\w+)", kernels[0][1].asm["ptx"], re.MULTILINE)[1]  # "90a"
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = _output_of(TOOLS / "nvdisasm", "--binary", f"SM{architecture}", file.name)
+    names = iter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text))
+    return [[next(names) for _ in range(len(code) // INSTRUCTION_BYTES)] for code in codes]
+
+
+def _machine_code(cubin: bytes, kernel: str) -> bytes:
+    """The section `.text.<kernel>` of a cubin, which is a 64-bit ELF file."""
+    sections_at = struct.unpack_from("<Q", cubin, 0x28)[0]  # e_shoff; then e_shentsize, e_shnum and e_shstrndx
+    header_bytes, sections, names_section = struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<2I4Q", cubin, sections_at + i * header_bytes) for i in range(sections)]
+    names_at = headers[names_section][4]
+    for name, _, _, _, at, size in headers:  # sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size
+        start = names_at + name
+        if cubin[start : cubin.index(b"\0", start)] == f".text.{kernel}".encode():
+            return cubin[at : at + size]
+    raise LookupError(f"no code of {kernel} in the cubin")
 
 
 def _spills(ptx: str, target: str) -> int:
-    """Bytes that ptxas says it spilled."""
-    assembler = TOOLS / ("ptxas-blackwell" if target == "sm_100" else "ptxas")
+    """Bytes that ptxas reports as spilled."""
+    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-        command = [assembler, "-v", f"--gpu-name={architecture}", source, "-o", Path(folder, "kernel.cubin")]
-        said = _said(*command)
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+        assembler = get_ptxas(TARGETS[target].arch).path  # the one that Triton has for this target
+        report = _output_of(assembler, "-v", f"--gpu-name={architecture}", source, "-o", Path(folder, "kernel.cubin"))
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
-def _said(*command) -> str:
+def _output_of(*command) -> str:
+    """What a tool writes, errors included."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, a call that launches the case's kernels): every block size that a launcher can choose, and odd shapes."""
-    heads = 8
-    for dtype, shapes in (
-        (torch.bfloat16, ((320, 64), (1024, 64), (333, 64), (77, 64), (32, 64), (1, 64), (320, 32), (320, 128))),
-        (torch.float16, ((320, 64), (333, 128))),
-        (torch.float32, ((320, 64), (333, 64), (320, 128))),
+    shapes = ((320, 64), (1024, 64), (333, 64), (77, 64), (32, 64), (1, 64), (320, 32), (320, 128))
+    for dtype, sizes in (
+        ("bf16", shapes),
+        ("fp16", ((320, 64), (333, 128))),
+        ("fp32", ((320, 64), (333, 64), (320, 128))),
     ):
-        for tokens, head_dim in shapes:
-            qkv = torch.empty(2, tokens, 3, heads, head_dim, dtype=dtype)
-            out, lse = qkv.new_empty(2, tokens, heads * head_dim), torch.empty(2, heads, tokens)
-
-            def run(qkv=qkv, out=out, lse=lse):
-                attention._attention(qkv)
-                attention._attention_backward(out, qkv, out, lse)
-
-            yield f"L {tokens}, d {head_dim}, {_short(dtype)}", run
+        for tokens, head_dim in sizes:
+            qkv = attention.example_inputs(tokens=tokens, head_dim=head_dim, dtype=DTYPES[dtype])
+            yield f"L {tokens}, d {head_dim}, {dtype}", partial(_run_attention, qkv)
     chunks = {"norm": (adaln.NONE, 0, 1), "residual": (2, adaln.NONE, adaln.NONE), "residual and norm": (2, 3, 4)}
-    for dtype, dims in ((torch.bfloat16, (192, 512, 768)), (torch.float16, (1152,)), (torch.float32, (512,))):
+    for dtype, dims in (("bf16", (192, 512, 768)), ("fp16", (1152,)), ("fp32", (512,))):
         for dim in dims:
+            inputs = adaln.example_inputs(dim=dim, dtype=DTYPES[dtype])
             for name, used in chunks.items():
-                yield f"D {dim}, {_short(dtype)}, {name}", lambda dim=dim, dtype=dtype, u=used: _adaln(dim, dtype, u)
-    for dtype in (torch.bfloat16, torch.float32):
-        sizes = (512, 256), (512,), (512, 512), (512,), (3072, 512), (3072,)
-        layers = [torch.empty(size, dtype=dtype) for size in sizes]
-        yield f"D 512, {_short(dtype)}", lambda layers=layers: timestep._table(torch.empty(51), layers)
+                yield f"D {dim}, {dtype}, {name}", partial(_run_adaln, inputs, used)
+    for dtype in ("bf16", "fp32"):
+        times, *layers = timestep.example_inputs(dtype=DTYPES[dtype])
+        tensors = [tensor for layer in layers for tensor in layer]
+        yield f"D 512, {dtype}", partial(timestep._table, times.float(), tensors)
     for batch, passes, live, dtype in (
-        (1, 1, 1, torch.bfloat16), (1, 2, 2, torch.bfloat16), (64, 1, 1, torch.bfloat16), (64, 2, 2, torch.bfloat16),
-        (64, 2, 1, torch.bfloat16), (64, 3, 3, torch.bfloat16), (64, 2, 2, torch.float32),
+        (1, 1, 1, "bf16"), (1, 2, 2, "bf16"), (16, 1, 1, "bf16"), (16, 2, 2, "bf16"), (16, 2, 1, "bf16"),
+        (16, 3, 3, "bf16"), (16, 2, 2, "fp32"),
     ):  # fmt: skip
-        name = f"B {batch}, N 8192, {live} of {passes} passes, {_short(dtype)}"
-        yield name, lambda b=batch, p=passes, live=live, dtype=dtype: _cfg_step(b, p, live, dtype)
+        inputs = cfg_step.example_inputs(batch, passes=passes, live=live, dtype=DTYPES[dtype])
+        yield f"B {batch}, N 8192, {live} of {passes} passes, {dtype}", partial(cfg_step._triton_step, *inputs)
+    three = cfg_step.example_inputs(16, ((128, 16), (128, 16), (64, 64)), dtype=torch.bfloat16)
+    yield "B 16, N 8192, 2 of 2 passes, 3 modalities, bf16", partial(cfg_step._triton_step, *three)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+def _run_attention(qkv: torch.Tensor) -> None:
+    out, lse = attention._attention(qkv)
+    attention._attention_backward(out, qkv, out, lse)
 
 
-def _adaln(dim: int, dtype: torch.dtype, chunks: tuple[int, int, int]) -> None:
-    x, vector, table = (torch.empty(size, dtype=dtype) for size in ((2, 320, dim), (6 * dim,), (66, 6 * dim)))
-    y, index = None if chunks[0] == adaln.NONE else x, torch.zeros(2, 320, dtype=torch.int32)
+def _run_adaln(inputs: tuple[torch.Tensor, ...], chunks: tuple[int, int, int]) -> None:
+    x, y, table, index, vector = inputs
+    y = None if chunks[0] == adaln.NONE else y
     _, _, mean, rstd = adaln._adaln(x, y, table, index, vector, *chunks)
     adaln._adaln_backward(x, x, x, y, mean, rstd, table, index, vector, *chunks)
 
 
-def _cfg_step(batch: int, passes: int, live: int, dtype: torch.dtype) -> None:
-    size, tokens, lines = 8192, 320, 26
-    mask, values, int32 = torch.ones(batch, size, dtype=torch.bool), torch.empty(batch, size), torch.int32
-    rows = cfg_step.Rows(
-        torch.zeros(batch, dtype=torch.int64), mask, values, values, torch.zeros(size, dtype=int32),
-        torch.ones(batch, tokens, dtype=torch.bool), torch.zeros(tokens, dtype=int32),
-        torch.empty(batch, lines, len(cfg_step.Coefficient)),
-        torch.zeros(batch, lines, cfg_step.Index.GUIDED + passes - 1, dtype=int32),
-    )  # fmt: skip
-    progress = cfg_step.Progress(
-        rows.seeds, values, values, torch.empty(passes * batch, size), torch.zeros(passes * batch, tokens, dtype=int32),
-        torch.zeros(batch, dtype=int32),
-    )  # fmt: skip
-    cfg_step._triton_step(torch.empty(live * batch, size, dtype=dtype), rows, progress)
-
-
 def compile_all(target: str) -> list[Usage]:
     """Every case on one target; a kernel that several cases share is listed with the first."""
-    found: dict[int, Usage] = {}
+    kernels: dict[int, tuple[str, CompiledKernel]] = {}
     for case, run in cases():
         with compiling_for(target) as compiled:
             run()
         for kernel in compiled:
-            if id(kernel) not in found:
-                found[id(kernel)] = usage(case, target, kernel)
-    return list(found.values())
+            kernels.setdefault(id(kernel), (case, kernel))
+    return usages(list(kernels.values()), target)
 
 
 def markdown(usages: list[Usage]) -> str:

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.kernels.backend import choose, jit, tl, triton
+from engine.kernels.backend import COMPILER_OPTIONS, choose, jit, tl, triton
 
 HEAD_DIMS = (32, 64, 128)  # that the Triton kernels take
 MAX_TOKENS = 1024
+UNSUPPORTED = f"takes at most {MAX_TOKENS} tokens, and heads of {', '.join(map(str, HEAD_DIMS))} channels"
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x·log2 e): the hardware has exp2
 PINNED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -54,8 +55,22 @@ def xformers(qkv: Tensor) -> Tensor:
 
 
 @jit
-def _keys(q, K, V, m, total, acc, n, stride_l, scale, L: tl.constexpr, D: tl.constexpr, WALK: tl.constexpr,
-          TAIL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _keys(
+    q,  # [OWN, D] any float dtype
+    K,  # [L, D] any float dtype
+    V,  # [L, D] any float dtype
+    m,  # [OWN] float32
+    total,  # [OWN] float32
+    acc,  # [OWN, D] float32
+    n,  # int, the block's first key
+    stride_l,  # int, between tokens of K and V
+    scale,  # float, log2 e / √D
+    L: tl.constexpr,  # tokens
+    D: tl.constexpr,  # channels of a head
+    WALK: tl.constexpr,  # keys of a block
+    TAIL: tl.constexpr,  # whether some of its keys may be past the end
+    PRECISION: tl.constexpr,  # of float32 products
+):
     """One block of WALK keys: updates the maximum m and sum `total` [OWN] and the output acc [OWN, D] of queries q."""
     key, d = n + tl.arange(0, WALK), tl.arange(0, D)
     at = key[:, None] * stride_l + d[None, :]  # [WALK, D]
@@ -74,8 +89,22 @@ def _keys(q, K, V, m, total, acc, n, stride_l, scale, L: tl.constexpr, D: tl.con
 
 
 @jit
-def _attention_forward(QKV, OUT, LSE, scale, stride_b, stride_l, stride_i, stride_h, H: tl.constexpr, L: tl.constexpr,
-                       D: tl.constexpr, OWN: tl.constexpr, WALK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _attention_forward(
+    QKV,  # [B, L, 3, H, D] any float dtype, channels contiguous
+    OUT,  # [B, L, H·D] like QKV, contiguous, written
+    LSE,  # [B, H, L] float32, written
+    scale,  # float, log2 e / √D
+    stride_b,  # int, between rows of QKV
+    stride_l,  # int, between tokens
+    stride_i,  # int, between Q, K and V
+    stride_h,  # int, between heads
+    H: tl.constexpr,  # heads
+    L: tl.constexpr,  # tokens
+    D: tl.constexpr,  # channels of a head
+    OWN: tl.constexpr,  # queries of a program
+    WALK: tl.constexpr,  # keys of an iteration
+    PRECISION: tl.constexpr,  # of float32 products
+):
     """out and lse = log2 Σ exp2(s) of OWN queries of one row and head."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     query, d = tl.program_id(0) * OWN + tl.arange(0, OWN), tl.arange(0, D)
@@ -101,9 +130,25 @@ def _attention_forward(QKV, OUT, LSE, scale, stride_b, stride_l, stride_i, strid
 
 
 @jit
-def _attention_backward_kv(QKV, DOUT, LSE, DELTA, DQKV, scale, scale_log2, stride_b, stride_l, stride_i, stride_h,
-                           H: tl.constexpr, L: tl.constexpr, D: tl.constexpr, WALK: tl.constexpr,
-                           OWN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _attention_backward_kv(
+    QKV,  # [B, L, 3, H, D] any float dtype, channels contiguous
+    DOUT,  # [B, L, H·D] like QKV, contiguous
+    LSE,  # [B, H, L] float32
+    DELTA,  # [B, H, L] float32
+    DQKV,  # [B, L, 3, H, D] like QKV, contiguous, K and V written
+    scale,  # float, 1 / √D
+    scale_log2,  # float, log2 e / √D
+    stride_b,  # int, between rows of QKV
+    stride_l,  # int, between tokens
+    stride_i,  # int, between Q, K and V
+    stride_h,  # int, between heads
+    H: tl.constexpr,  # heads
+    L: tl.constexpr,  # tokens
+    D: tl.constexpr,  # channels of a head
+    OWN: tl.constexpr,  # keys of a program
+    WALK: tl.constexpr,  # queries of an iteration
+    PRECISION: tl.constexpr,  # of float32 products
+):
     """dK and dV of OWN keys of one row and head: walks over the queries in blocks of WALK."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     key, d = tl.program_id(0) * OWN + tl.arange(0, OWN), tl.arange(0, D)
@@ -140,9 +185,25 @@ def _attention_backward_kv(QKV, DOUT, LSE, DELTA, DQKV, scale, scale_log2, strid
 
 
 @jit
-def _attention_backward_q(QKV, DOUT, LSE, DELTA, DQKV, scale, scale_log2, stride_b, stride_l, stride_i, stride_h,
-                          H: tl.constexpr, L: tl.constexpr, D: tl.constexpr, OWN: tl.constexpr,
-                          WALK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _attention_backward_q(
+    QKV,  # [B, L, 3, H, D] any float dtype, channels contiguous
+    DOUT,  # [B, L, H·D] like QKV, contiguous
+    LSE,  # [B, H, L] float32
+    DELTA,  # [B, H, L] float32
+    DQKV,  # [B, L, 3, H, D] like QKV, contiguous, Q written
+    scale,  # float, 1 / √D
+    scale_log2,  # float, log2 e / √D
+    stride_b,  # int, between rows of QKV
+    stride_l,  # int, between tokens
+    stride_i,  # int, between Q, K and V
+    stride_h,  # int, between heads
+    H: tl.constexpr,  # heads
+    L: tl.constexpr,  # tokens
+    D: tl.constexpr,  # channels of a head
+    OWN: tl.constexpr,  # queries of a program
+    WALK: tl.constexpr,  # keys of an iteration
+    PRECISION: tl.constexpr,  # of float32 products
+):
     """dQ of OWN queries of one row and head: walks over the keys in blocks of WALK."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     query, d = tl.program_id(0) * OWN + tl.arange(0, OWN), tl.arange(0, D)
@@ -178,7 +239,7 @@ def _attention_backward_q(QKV, DOUT, LSE, DELTA, DQKV, scale, scale_log2, stride
 
 
 def _blocks(tokens: int, head_dim: int, dtype: torch.dtype, backward: bool) -> dict:
-    """Rows that a program owns, rows it walks over in one go, and the pipeline.
+    """Queries (or keys) that a program owns, keys (or queries) it walks over at once, and the pipeline.
 
     64 owned rows fill one warpgroup of tensor cores and divide L = 320 and 256. The backward holds two more tiles, so
     it walks in shorter blocks, and spreads 128 channels over twice the threads; float32 products run without tensor
@@ -191,7 +252,7 @@ def _blocks(tokens: int, head_dim: int, dtype: torch.dtype, backward: bool) -> d
         own, walk, stages, precision = 64, 32 if backward else 64, 2, "tf32"  # 16-bit products ignore the precision
     sizes = {"OWN": min(own, fits), "WALK": min(walk, fits)}
     warps = 8 if backward and head_dim == 128 and dtype != torch.float32 else 4
-    return {**sizes, "PRECISION": precision, "num_warps": warps, "num_stages": stages}
+    return {**sizes, "PRECISION": precision, "num_warps": warps, "num_stages": stages, **COMPILER_OPTIONS}
 
 
 def _shape(qkv: Tensor) -> tuple[tuple[int, ...], dict]:
@@ -261,8 +322,8 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     """
     rows, tokens, three, _, head_dim = qkv.shape
     assert three == 3, f"qkv is [B, L, 3, H, d], not {tuple(qkv.shape)}"
-    supported = head_dim in HEAD_DIMS and tokens <= MAX_TOKENS
-    chosen = choose("attention", qkv, (rows, tokens, head_dim), supported, backend)
+    unsupported = "" if head_dim in HEAD_DIMS and tokens <= MAX_TOKENS else UNSUPPORTED
+    chosen = choose("attention", qkv, (rows, tokens, head_dim), backend, unsupported)
     if chosen == "triton":
         return _attention(qkv)[0]
     return xformers(qkv) if chosen == "xformers" else sdpa(qkv, chosen)
@@ -272,3 +333,16 @@ def cost(rows: int, tokens: int, heads: int, head_dim: int, itemsize: int) -> tu
     """(FLOPs, bytes moved at least) of one forward: two products per pair of tokens; QKV read, output written."""
     flops = 4 * rows * heads * tokens * tokens * head_dim
     return flops, 4 * rows * tokens * heads * head_dim * itemsize
+
+
+def example_inputs(
+    rows: int = 2,
+    tokens: int = 320,
+    heads: int = 8,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Random packed QKV [B, L, 3, H, d]."""
+    return torch.randn(rows, tokens, 3, heads, head_dim, generator=generator).to(device, dtype)

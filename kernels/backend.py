@@ -24,7 +24,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheels for this platform: the decorated kernels exist, nothing chooses them
-    triton, tl = None, SimpleNamespace(constexpr=None)  # for their annotations
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)  # for their annotations and constants
 
 BACKENDS = {
     "attention": ("sdpa", "cudnn", "flash", "triton", "xformers"),
@@ -36,6 +36,8 @@ PORTABLE = {operation: backends[0] for operation, backends in BACKENDS.items()}
 # What CUDA runs where nothing was measured: each of these is one launch instead of five to fifty eager ones.
 UNMEASURED = {"attention": "sdpa", "adaln": "triton", "timestep": "torch", "cfg_step": "triton"}
 ENVIRONMENT = {operation: os.environ.get(f"PSUNET_{operation.upper()}", "auto") for operation in BACKENDS}
+# Of every launch. Explicit, because Triton 3.9 warns without it, and 3.10 changes its default.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 MEASURED = Path(__file__).with_name("measured.json")  # none before the first measurement
 
@@ -56,7 +58,20 @@ MEASUREMENTS = read_measurements(MEASURED)
 
 
 class BackendError(ValueError):
-    """A backend that does not exist or cannot run here; the message names the operation, the value and the remedy."""
+    """A backend that does not exist or cannot run here. `str(error)` is "argument: value problem; remedy".
+
+    argument  the operation, or the environment variable that names the backend
+    value     the backend asked for
+    remedy    what to do instead
+    problem   what is wrong with the value
+    """
+
+    def __init__(self, argument: str, value: str, remedy: str, problem: str):
+        self.argument, self.value, self.remedy, self.problem = argument, value, remedy, problem
+        super().__init__(argument, value, remedy, problem)  # all of them, so that the error can be pickled
+
+    def __str__(self) -> str:
+        return f"{self.argument}: {self.value!r} {self.problem}; {self.remedy}"
 
 
 def jit(function):
@@ -64,23 +79,22 @@ def jit(function):
     return function if triton is None else triton.jit(function)
 
 
-def choose(operation: str, x: torch.Tensor, sizes: tuple[int, ...], supported: bool = True, asked: str = "auto") -> str:
+def choose(operation: str, x: torch.Tensor, sizes: tuple[int, ...], asked: str = "auto", unsupported: str = "") -> str:
     """The backend for an operation on a tensor like x.
 
-    sizes      what the speed depends on, as in measured.json: (rows, tokens, head size) or (tokens, channels), …
-    supported  whether the Triton kernel takes the shape at all
-    asked      the caller's choice or "auto"
-    Raises BackendError if the one asked for cannot run. Pure Python on constants, so that torch.compile traces it.
+    sizes        what the speed depends on, as in measured.json: (rows, tokens, channels of a head), …
+    asked        the caller's choice or "auto"
+    unsupported  why the Triton kernel cannot take this call, as in "has no backward"; empty if it can
+    Raises BackendError if the backend asked for cannot run. Pure Python on constants, so that torch.compile traces it.
     """
     argument = operation
     if asked == "auto":
         asked, argument = ENVIRONMENT[operation], f"PSUNET_{operation.upper()}"
     if asked == "auto":
-        return _automatic(operation, x, sizes, supported)
+        return _automatic(operation, x, sizes, unsupported)
     check(operation, asked, x.device.type, argument)
-    if asked == "triton" and not supported:
-        remedy = f"use {PORTABLE[operation]} or auto"
-        raise BackendError(f"{argument}: 'triton' does not take sizes {sizes} in {x.dtype}; {remedy}")
+    if asked == "triton" and unsupported:
+        raise BackendError(argument, asked, f"use {PORTABLE[operation]} or auto", f"{unsupported} (sizes {sizes})")
     return asked
 
 
@@ -91,33 +105,34 @@ def check(operation: str, asked: str, device_type: str, argument: str | None = N
         return
     if asked not in BACKENDS[operation]:
         known = ", ".join(("auto", *BACKENDS[operation]))
-        raise BackendError(f"{argument}: {asked!r} is not known; use one of {known}")
+        raise BackendError(argument, asked, f"use one of {known}", "is not known")
     if asked == "triton" and triton is None:
-        raise BackendError(f"{argument}: 'triton' is not installed; install triton, or use {portable} or auto")
+        raise BackendError(argument, asked, f"install triton, or use {portable} or auto", "is not installed")
     if device_type != "cuda" and not (asked == "triton" and INTERPRETED):
-        raise BackendError(f"{argument}: {asked!r} needs a CUDA device; use {portable} or auto")
+        raise BackendError(argument, asked, f"use {portable} or auto", "needs a CUDA device")
 
 
-def _automatic(operation: str, x: torch.Tensor, sizes: tuple[int, ...], supported: bool) -> str:
+def _automatic(operation: str, x: torch.Tensor, sizes: tuple[int, ...], unsupported: str) -> str:
     if x.device.type != "cuda":
         if not torch.compiler.is_compiling():
-            _announce(operation, PORTABLE[operation], f"on {x.device.type}")
+            _announce(operation, PORTABLE[operation], f"on {x.device.type}", logging.INFO)
         return PORTABLE[operation]
     measured = fastest(family(x.device.index or 0), operation, str(x.dtype).removeprefix("torch."), sizes)
     chosen = measured or UNMEASURED[operation]
     reason = "measured" if measured else "nothing measured on this device"
-    if chosen == "triton" and (triton is None or not supported):
-        chosen, reason = PORTABLE[operation], "no Triton here" if triton is None else f"no kernel for sizes {sizes}"
+    fallback = chosen == "triton" and (triton is None or unsupported != "")
+    if fallback:
+        chosen = PORTABLE[operation]
+        reason = "Triton is not installed" if triton is None else f"Triton's kernel {unsupported}"
     if not torch.compiler.is_compiling():
-        _announce(operation, chosen, reason)
+        _announce(operation, chosen, reason, logging.WARNING if fallback else logging.INFO)
     return chosen
 
 
 @cache
-def _announce(operation: str, chosen: str, reason: str) -> None:
-    """Once for each decision; a log record, since a warning per run would be noise and silence would be worse."""
-    fallback = reason.startswith("no ")
-    log.log(logging.WARNING if fallback else logging.INFO, "%s: %s (%s)", operation, chosen, reason)
+def _announce(operation: str, chosen: str, reason: str, level: int) -> None:
+    """Logs each decision once: a warning at every call would be noise, and a silent fallback would go unnoticed."""
+    log.log(level, "%s: %s (%s)", operation, chosen, reason)
 
 
 def family(device: int) -> str:

@@ -11,12 +11,12 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine.kernels import adaln, attention, backend, timestep
-from engine.kernels.cfg_step import Coefficient, Guided, Index, Progress, Rows, cfg_step
+from engine.kernels import adaln, attention, backend, cfg_step, timestep
 
 ROWS = (2, 32, 128)  # of the forward: two passes of 1, 16 and 64 samples
 
@@ -25,45 +25,16 @@ def workloads(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple[int,
     """(operation, sizes as `backend.choose` gets them, a call that takes the backend), at coco256's shapes."""
     for rows in ROWS:
         for tokens in (320, 256, 64):
-            qkv = torch.randn(rows, tokens, 3, 8, 64, device=device, dtype=dtype)
-            yield "attention", (rows, tokens, 64), lambda b, qkv=qkv: attention.attention(qkv, b)
-
-            x, y = torch.randn(2, rows, tokens, 512, device=device, dtype=dtype)
-            table, vector = torch.randn(1001, 3072, device=device, dtype=dtype), torch.randn(3072, device=device)
-            index = torch.randint(1001, (rows, tokens), device=device, dtype=torch.int32)
-            both = (x, y, table, index, vector.to(dtype), 2, 3, 4)
-            yield "adaln", (rows, tokens, 512), lambda b, both=both: adaln.gated_residual_modulate(*both, b)
-    shapes = (512, 256), (512,), (512, 512), (512,), (3072, 512), (3072,)
-    weights = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
-    layers = list(zip(weights[::2], weights[1::2], strict=True))
+            qkv = attention.example_inputs(rows, tokens, dtype=dtype, device=device)
+            yield "attention", (rows, tokens, 64), partial(attention.attention, qkv)
+            inputs = adaln.example_inputs(rows, tokens, times=1001, dtype=dtype, device=device)
+            yield "adaln", (rows, tokens, 512), partial(adaln.gated_residual_modulate, *inputs, 2, 3, 4)
     for times in (51, 1001):
-        t = torch.arange(times, device=device)
-        yield "timestep", (times, 256, 512), lambda b, t=t: timestep.timestep_table(t, *layers, backend=b)
+        inputs = timestep.example_inputs(times, dtype=dtype, device=device)
+        yield "timestep", (times, 256, 512), partial(timestep.timestep_table, *inputs)
     for batch in (1, 16, 64):
-        step = _step_buffers(batch, dtype, device)
-        yield "cfg_step", (batch, 8192), lambda b, step=step: cfg_step(*step, b)
-
-
-def _step_buffers(batch: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, Rows, Progress]:
-    """A step of two passes of `batch` rows of coco256, half of whose elements are known."""
-    size, tokens, lines = 8192, 320, 10_001  # more lines than a measurement makes steps
-    generate = torch.arange(size, device=device).lt(size // 2).expand(batch, -1).contiguous()
-    indices = torch.zeros(batch, lines, Index.GUIDED + 1, dtype=torch.int32, device=device)
-    indices[..., Index.GUIDED] = Guided.MASKED
-    rows = Rows(
-        torch.arange(batch, device=device), generate, *torch.randn(2, batch, size, device=device).unbind(),
-        torch.zeros(size, dtype=torch.int32, device=device),
-        torch.arange(tokens, device=device).lt(tokens // 2).expand(batch, -1).contiguous(),
-        torch.zeros(tokens, dtype=torch.int32, device=device),
-        torch.rand(batch, lines, len(Coefficient), device=device), indices,
-    )  # fmt: skip
-    inputs, state = torch.randn(2 * batch, size, device=device), torch.randn(batch, size, device=device)
-    progress = Progress(
-        torch.zeros(batch, dtype=torch.int64, device=device), state, torch.zeros_like(state), inputs,
-        torch.zeros(2 * batch, tokens, dtype=torch.int32, device=device),
-        torch.zeros(batch, dtype=torch.int32, device=device),
-    )  # fmt: skip
-    return torch.randn_like(inputs).to(dtype), rows, progress
+        inputs = cfg_step.example_inputs(batch, dtype=dtype, device=device)
+        yield "cfg_step", (batch, 8192), partial(cfg_step.cfg_step, *inputs)
 
 
 def measure(dtypes: list[torch.dtype], device: str) -> list[dict]:

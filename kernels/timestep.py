@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.backend import choose, jit, tl, triton
+from engine.kernels.backend import COMPILER_OPTIONS, choose, jit, tl, triton
 
 
 def sinusoid(times: Tensor, channels: int) -> Tensor:
@@ -39,7 +39,7 @@ def timestep_table(
     layers = hidden, embed, project
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for layer in layers for tensor in layer)
     sizes = len(times), hidden[0].shape[1], embed[0].shape[0]
-    if choose("timestep", hidden[0], sizes, not trained, backend) == "triton":
+    if choose("timestep", hidden[0], sizes, backend, "has no backward" if trained else "") == "triton":
         return _table(times.float(), [tensor for layer in layers for tensor in layer])
     h = sinusoid(times, hidden[0].shape[1]).to(hidden[0].dtype)  # [T, F]
     h = F.silu(F.linear(h, *hidden))  # [T, E]
@@ -51,8 +51,20 @@ def timestep_table(
 
 
 @jit
-def _layer(IN, W, B, OUT, row, real, SILU_IN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr,
-           BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _layer(
+    IN,  # [T, K] any float dtype
+    W,  # [N, K] like IN
+    B,  # [N] like IN
+    OUT,  # [T, N] like IN, written
+    row,  # [TIMES] int32
+    real,  # [TIMES] bool, which of these rows exist
+    SILU_IN: tl.constexpr,  # whether SiLU is applied to the input
+    K: tl.constexpr,  # channels in
+    N: tl.constexpr,  # channels out
+    TIMES: tl.constexpr,  # rows of a program
+    BLOCK: tl.constexpr,  # channels of an iteration
+    PRECISION: tl.constexpr,  # of float32 products
+):
     """OUT = (SiLU of) IN·Wᵀ + B for TIMES rows."""
     k, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     for first in range(0, N, BLOCK):
@@ -75,10 +87,28 @@ def _layer(IN, W, B, OUT, row, real, SILU_IN: tl.constexpr, K: tl.constexpr, N: 
 
 
 @jit
-def _timestep_table(TIMES_IN, W1, B1, WE, BE, W2, B2, WAVES, HIDDEN, EMBEDDED, TABLE, n, F: tl.constexpr,
-                    E: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
-    """TIMES rows of the table; WAVES [T, F], HIDDEN [T, E] and EMBEDDED [T, D] are room for the layers between."""
+def _timestep_table(
+    TIMES_IN,  # [T] float32
+    W1,  # [E, F] any float dtype, like all that follow
+    B1,  # [E]
+    WE,  # [D, E]
+    BE,  # [D]
+    W2,  # [OUT, D]
+    B2,  # [OUT]
+    WAVES,  # [T, F] room for the sinusoid
+    HIDDEN,  # [T, E] room for the first layer's output
+    EMBEDDED,  # [T, D] room for the second layer's output
+    TABLE,  # [T, OUT] written
+    n,  # int, T
+    F: tl.constexpr,  # channels of the sinusoid
+    E: tl.constexpr,  # channels of the first layer
+    D: tl.constexpr,  # channels of the second layer
+    OUT: tl.constexpr,  # channels of the table, 6·D
+    TIMES: tl.constexpr,  # rows of a program
+    BLOCK: tl.constexpr,  # channels of an iteration
+    PRECISION: tl.constexpr,  # of float32 products
+):
+    """TIMES rows of the table."""
     row = tl.program_id(0) * TIMES + tl.arange(0, TIMES)
     real = row < n
     time = tl.load(TIMES_IN + row, mask=real, other=0.0)
@@ -98,12 +128,12 @@ def _timestep_table(TIMES_IN, W1, B1, WE, BE, W2, B2, WAVES, HIDDEN, EMBEDDED, T
 def _table(times: Tensor, layers: list[Tensor]) -> Tensor:
     w1, b1, we, be, w2, b2 = layers = [tensor.contiguous() for tensor in layers]
     n, (e, f), d, out = len(times), w1.shape, we.shape[0], w2.shape[0]
-    rooms = (w1.new_empty(n, width) for width in (f, e, d))
+    between = (w1.new_empty(n, width) for width in (f, e, d))
     table = w1.new_empty(n, out)
     precision = "ieee" if w1.dtype == torch.float32 else "tf32"
     _timestep_table[(triton.cdiv(n, 16),)](
-        times, *layers, *rooms, table, n, F=f, E=e, D=d, OUT=out, TIMES=16, BLOCK=64, PRECISION=precision, num_warps=4,
-        num_stages=2,
+        times, *layers, *between, table, n, F=f, E=e, D=d, OUT=out, TIMES=16, BLOCK=64, PRECISION=precision,
+        num_warps=4, num_stages=2, **COMPILER_OPTIONS,
     )  # fmt: skip
     return table
 
@@ -117,3 +147,20 @@ def cost(times: int, frequencies: int, hidden: int, dim: int, chunks: int, items
     """(FLOPs, bytes moved at least): three linear layers; weights read once, the table written once."""
     weights = frequencies * hidden + hidden * dim + dim * chunks * dim
     return 2 * times * weights, (weights + times * chunks * dim) * itemsize
+
+
+def example_inputs(
+    times: int = 51,
+    frequencies: int = 256,
+    hidden: int = 512,
+    dim: int = 512,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(times, then the three layers' weights and biases): random layers that keep the size of what they are given."""
+    layers = []
+    for width_in, width_out in ((frequencies, hidden), (hidden, dim), (dim, 6 * dim)):
+        weight = torch.randn(width_out, width_in, generator=generator) / width_in**0.5
+        layers.append((weight.to(device, dtype), torch.randn(width_out, generator=generator).to(device, dtype)))
+    return torch.arange(times, device=device), *layers

@@ -1,7 +1,8 @@
-"""Which implementation runs: by argument, environment, measurement, default; and torch.compile sees no break."""
+"""Which implementation runs: by argument, environment, measurement or default; and no graph break in torch.compile."""
 
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.config import PRESETS
 from engine.kernels import backend
-from engine.model import PSUNet
+from engine.model.psunet import PSUNet
+from engine.presets import PRESETS
 
 SIZES = (2, 320, 64)
 
@@ -75,10 +76,10 @@ def test_the_argument_wins_over_the_environment_and_that_over_the_measurement(me
 def test_a_fallback_is_announced_once(gpu, caplog):
     caplog.set_level(logging.INFO, "engine.kernels")
     for _ in range(3):
-        assert backend.choose("adaln", OnGPU, (2, 320, 9000), supported=False) == "torch"
+        assert backend.choose("adaln", OnGPU, (2, 320, 9000), unsupported="takes few channels") == "torch"
         assert backend.choose("adaln", OnGPU, (2, 320, 512)) == "triton"
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "adaln: torch (no kernel for sizes (2, 320, 9000))"),
+        ("WARNING", "adaln: torch (Triton's kernel takes few channels)"),
         ("INFO", "adaln: triton (nothing measured on this device)"),
     ]
 
@@ -100,12 +101,23 @@ def test_what_cannot_run_on_a_cpu_is_refused(asked, message, monkeypatch):
         backend.choose("attention", torch.zeros(1), SIZES, asked=asked)
 
 
-def test_a_bad_environment_variable_is_named(monkeypatch):
+def test_a_bad_environment_variable_is_named_and_the_error_has_fields(monkeypatch):
     monkeypatch.setitem(backend.ENVIRONMENT, "adaln", "fast")
-    with pytest.raises(
-        backend.BackendError, match="^PSUNET_ADALN: 'fast' is not known; use one of auto, torch, triton"
-    ):
+    with pytest.raises(backend.BackendError) as caught:
         backend.choose("adaln", torch.zeros(1), SIZES)
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):  # a worker process sends errors pickled
+        assert isinstance(error, ValueError)
+        fields = error.argument, error.value, error.problem, error.remedy
+        assert fields == ("PSUNET_ADALN", "fast", "is not known", "use one of auto, torch, triton")
+        assert str(error) == "PSUNET_ADALN: 'fast' is not known; use one of auto, torch, triton"
+
+
+def test_what_a_kernel_does_not_take_is_refused_where_it_was_asked_for_only(gpu):
+    reason = {"unsupported": "takes at most 8 channels"}
+    assert backend.choose("adaln", OnGPU, (2, 3, 9), **reason) == "torch"
+    message = r"^adaln: 'triton' takes at most 8 channels \(sizes \(2, 3, 9\)\); use torch or auto$"
+    with pytest.raises(backend.BackendError, match=message):
+        backend.choose("adaln", OnGPU, (2, 3, 9), "triton", **reason)
 
 
 def test_cpus_take_pytorch_for_everything():
@@ -119,7 +131,7 @@ def test_every_operation_has_its_backends_default_and_variable():
 
 def test_the_engine_works_where_triton_has_no_wheels():
     code = "import sys; sys.modules['triton'] = None\n"
-    code += "import torch\nfrom engine.config import PRESETS\nfrom engine.model import PSUNet\n"
+    code += "import torch\nfrom engine.presets import PRESETS\nfrom engine.model.psunet import PSUNet\n"
     code += "m = PSUNet(PRESETS['tiny'].model); n = PRESETS['tiny'].model\n"
     code += "print(m(torch.zeros(1, n.size), m.time_table(torch.arange(2)), torch.zeros(1, n.tokens).int()).shape)"
     root = Path(__file__).parents[1]

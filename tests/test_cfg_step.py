@@ -1,21 +1,21 @@
+"""The sampling step's PyTorch reference: random numbers, what each pass sees, guidance, and modalities at rest."""
+
 import pytest
 import torch
 
+from engine.kernels import philox
 from engine.kernels.cfg_step import (
-    DROP_STREAM,
-    IDENTITY,
-    STATE_STREAM,
-    Coefficient,
-    Guided,
-    Progress,
-    Rows,
-    begin,
+    BatchConstants,
     cfg_step,
     cost,
+    example_inputs,
+    init_state,
     initial_noise,
-    normals,
-    philox_4x32,
+    new_state,
+    write_inputs,
 )
+from engine.kernels.philox import DROP_STREAM, STATE_STREAM, normals, philox_4x32, step_noise
+from engine.kernels.step_table import NOOP_STEP, Coefficient, PassKind, StepColumn
 
 # Random123's published known-answer vectors for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -68,51 +68,76 @@ def test_all_64_bits_of_a_seed_count_and_its_sign_bit_is_a_bit():
 
 
 def test_extreme_random_bits_give_finite_normals(monkeypatch):
-    import engine.kernels.cfg_step as module
-
     for word in (0, 0xFFFFFFFF):
-        monkeypatch.setattr(module, "philox_4x32", lambda *_, word=word: (torch.tensor([[word]]),) * 4)
+        monkeypatch.setattr(philox, "philox_4x32", lambda *_, word=word: (torch.tensor([[word]]),) * 4)
         for values in many(size=1):
             assert values.isfinite().all()
 
 
-# Two modalities, "0" of two tokens with two channels and "1" of one token with three: N = 7, L = 3.
+@pytest.mark.parametrize("size", [9, 6000])  # drawn all at once, and stream by stream
+def test_a_step_draws_the_same_noise_however_many_passes_and_samples_it_has(size):
+    seeds, step, drop_draw = torch.tensor([5, -8]), torch.tensor([3, 4]), torch.tensor([0, 4])
+    z, xi, *eta = step_noise(seeds, step, drop_draw, size, passes=3)
+    assert len(eta) == 2
+    for i in range(2):
+        one = step_noise(seeds[i : i + 1], step[i : i + 1], drop_draw[i : i + 1], size, passes=2)
+        for ours, alone in zip((z, xi, eta[0]), one, strict=True):
+            assert torch.equal(ours[i : i + 1], alone)
+    assert torch.equal(z, normals(seeds, step, STATE_STREAM, size)[0])
+    assert torch.equal(eta[1], normals(seeds, drop_draw, DROP_STREAM + 1, size)[0])
+
+
+# Two modalities: number 0 has two tokens with two channels, number 1 has one token with three: N = 7, L = 3.
 MODALITY = torch.tensor([0, 0, 0, 0, 1, 1, 1], dtype=torch.int32)
+TOKEN = torch.tensor([0, 0, 1, 1, 2, 2, 2])
 TOKEN_MODALITY = torch.tensor([0, 0, 1], dtype=torch.int32)
 GENERATE = torch.tensor([True, True, False, False, True, True, True])
 TOKEN_GENERATE = torch.tensor([True, False, True])
 KNOWN, NULL = torch.arange(7.0) + 10, torch.arange(7.0) + 100
 TIME, KNOWN_TIME, DROP_TIME = 7, 0, 9
+MASKED = PassKind.GUIDES | PassKind.DROPS_KNOWN
+EMPTY = PassKind.GUIDES | PassKind.NULLS_KNOWN
+DROPPED = PassKind.DROPS_KNOWN | PassKind.DROPS_STATE  # guides nothing
+ONLY_0, ONLY_1 = (MASKED, DROPPED), (DROPPED, MASKED)  # guide one modality alone
 
 
-def one_row(codes, known_alpha=1.0, known_sigma=0.0, w=1.0, generate=GENERATE, token_generate=TOKEN_GENERATE, seed=5):
-    """A batch of one row whose table is one step that leaves x̂0 = f in the state."""
-    coefficients = torch.zeros(1, 2, len(Coefficient))
-    values = {"KNOWN_ALPHA": known_alpha, "KNOWN_SIGMA": known_sigma, "Q": 1, "B": 1, "W": w}
-    for name, value in values.items():
-        coefficients[0, 0, Coefficient[name]] = value
-    coefficients[0, 1] = torch.tensor(IDENTITY)
-    indices = torch.tensor([[[TIME, KNOWN_TIME, DROP_TIME, 0, 1, *codes], [0, 0, 0, 0, 0, *[Guided.OFF] * len(codes)]]])
-    rows = Rows(
+def line(kinds=(), time=TIME, known_time=KNOWN_TIME, drop_time=DROP_TIME, noop=False, **coefficients):
+    """One modality's entry of a step table: by default the step that puts f into the state."""
+    values = {"KNOWN_ALPHA": 1, "Q": 1, "B": 1, "W": 1} | coefficients
+    row = NOOP_STEP if noop else [values.get(column.name, 0.0) for column in Coefficient]
+    return row, [time, known_time, drop_time, 0, 1, *kinds]
+
+
+def one_sample(*lines, generate=GENERATE, token_generate=TOKEN_GENERATE, seed=5):
+    """(constants, state) of one sample whose table has these lines, each one entry per modality."""
+    off = line([PassKind.OFF] * (len(lines[0][0][1]) - StepColumn.PASS), 0, 0, 0, noop=True)
+    table = [*lines, (off, off)]
+    constants = BatchConstants(
         torch.tensor([seed]), generate[None], KNOWN[None], NULL[None], MODALITY, token_generate[None], TOKEN_MODALITY,
-        coefficients, indices.int(),
+        torch.tensor([[[entry[0] for entry in entries] for entries in table]]),
+        torch.tensor([[[entry[1] for entry in entries] for entries in table]], dtype=torch.int32),
     )  # fmt: skip
-    passes = 1 + len(codes)
-    poison = float("nan")
-    progress = Progress(
-        torch.tensor([77]), torch.full((1, 7), poison), torch.full((1, 7), poison), torch.full((passes, 7), poison),
-        torch.full((passes, 3), -5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
-    )  # fmt: skip
-    begin(rows, progress)
-    return rows, progress
+    state = new_state(constants)
+    for tensor in state[1:-1]:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else -5)
+    state.step.fill_(77)
+    init_state(constants, state)
+    return constants, state
+
+
+def one_step(*passes, **options):
+    """One sample of one step; `passes` are the extra passes' kinds, one for both modalities or a pair."""
+    kinds = [kind if isinstance(kind, tuple) else (kind, kind) for kind in passes]
+    masks = {name: options.pop(name) for name in ("generate", "token_generate") if name in options}
+    return one_sample([line([kind[m] for kind in kinds], **options) for m in range(2)], **masks)
 
 
 def eta(number, seed=5):
     return normals(torch.tensor([seed]), torch.tensor([0]), DROP_STREAM + number, 7)[0][0]
 
 
-def test_each_pass_sees_what_its_code_says():
-    _, progress = one_row([Guided.MASKED, Guided.EMPTY, 0, 1, Guided.OFF])
+def test_each_pass_sees_what_its_kinds_say():
+    _, state = one_step(MASKED, EMPTY, ONLY_0, ONLY_1, PassKind.OFF)
     x = initial_noise(torch.tensor([5]), 7)[0]
     conditional = torch.where(GENERATE, x, KNOWN)
     expected = {
@@ -124,8 +149,8 @@ def test_each_pass_sees_what_its_code_says():
         5: conditional,
     }
     for number, values in expected.items():
-        assert torch.equal(progress.inputs[number], values), number
-    assert progress.times.tolist() == [
+        assert torch.equal(state.inputs[number], values), number
+    assert state.times.tolist() == [
         [TIME, KNOWN_TIME, TIME],
         [TIME, DROP_TIME, TIME],
         [TIME, KNOWN_TIME, TIME],
@@ -135,73 +160,246 @@ def test_each_pass_sees_what_its_code_says():
     ]
 
 
+def test_dropping_the_state_leaves_the_known_part_unless_that_is_dropped_too():
+    _, state = one_step(PassKind.DROPS_STATE, PassKind.DROPS_STATE | PassKind.NULLS_KNOWN)
+    assert torch.equal(state.inputs[1], torch.where(GENERATE, eta(0), KNOWN))
+    assert torch.equal(state.inputs[2], torch.where(GENERATE, eta(1), NULL))
+    assert state.times.tolist()[1:] == [[DROP_TIME, KNOWN_TIME, DROP_TIME]] * 2
+
+
+def test_noise_wins_over_null_values_where_a_pass_asks_for_both():
+    _, state = one_step(EMPTY | PassKind.DROPS_KNOWN)
+    assert torch.equal(state.inputs[1][~GENERATE], eta(0)[~GENERATE])
+
+
 def test_renoised_known_values_share_their_noise_across_passes_and_differ_from_the_state_noise():
-    _, progress = one_row([Guided.OFF, Guided.EMPTY], known_alpha=0.5, known_sigma=2.0)
+    _, state = one_step(PassKind.OFF, EMPTY, KNOWN_ALPHA=0.5, KNOWN_SIGMA=2.0)
     known = ~GENERATE
     xi = normals(torch.tensor([5]), torch.tensor([0]), STATE_STREAM, 7)[1][0]
-    assert torch.equal(progress.inputs[0][known], (0.5 * KNOWN + 2.0 * xi)[known])
-    assert torch.equal(progress.inputs[1], progress.inputs[0])
-    assert torch.equal(progress.inputs[2][known], (0.5 * NULL + 2.0 * xi)[known])
+    assert torch.equal(state.inputs[0][known], (0.5 * KNOWN + 2.0 * xi)[known])
+    assert torch.equal(state.inputs[1], state.inputs[0])
+    assert torch.equal(state.inputs[2][known], (0.5 * NULL + 2.0 * xi)[known])
 
 
 def test_a_token_with_any_generated_element_has_the_states_time():
     generate = torch.tensor([False, True, False, False, False, False, False])
-    _, progress = one_row([Guided.MASKED], generate=generate, token_generate=torch.tensor([True, False, False]))
-    assert progress.times.tolist() == [[TIME, KNOWN_TIME, KNOWN_TIME], [TIME, DROP_TIME, DROP_TIME]]
+    _, state = one_step(MASKED, generate=generate, token_generate=torch.tensor([True, False, False]))
+    assert state.times.tolist() == [[TIME, KNOWN_TIME, KNOWN_TIME], [TIME, DROP_TIME, DROP_TIME]]
+
+
+def test_every_modality_has_its_own_times():
+    known = torch.tensor([True, False, False])  # no token of modality 1 is generated
+    entries = line([DROPPED], time=3, known_time=4, drop_time=5), line([MASKED], time=6, known_time=7, drop_time=8)
+    _, state = one_sample(entries)
+    assert state.times.tolist() == [[3, 4, 6], [5, 5, 6]]
+    _, state = one_sample(entries, generate=known[TOKEN], token_generate=known)
+    assert state.times.tolist() == [[3, 4, 7], [5, 5, 8]]
+
+
+def test_every_modality_has_its_own_noise_of_the_known_part():
+    entries = line(KNOWN_ALPHA=0.5, KNOWN_SIGMA=2.0), line(KNOWN_ALPHA=0.25, KNOWN_SIGMA=0.0)
+    nothing = torch.zeros(7, dtype=torch.bool)
+    _, state = one_sample(entries, generate=nothing, token_generate=nothing[:3])
+    xi = normals(torch.tensor([5]), torch.tensor([0]), STATE_STREAM, 7)[1][0]
+    expected = torch.where(MODALITY == 0, 0.5 * KNOWN + 2.0 * xi, 0.25 * KNOWN)
+    assert torch.equal(state.inputs[0], expected)
 
 
 def test_two_passes_combine_as_classifier_free_guidance():
-    rows, progress = one_row([Guided.MASKED], w=3.0)
+    constants, state = one_step(MASKED, W=3.0)
     f_c, f_u = torch.randn(1, 7), torch.randn(1, 7)
-    cfg_step(torch.cat([f_c, f_u]), rows, progress)
+    cfg_step(torch.cat([f_c, f_u]), constants, state)
     expected = f_u + 3.0 * (f_c - f_u)
-    torch.testing.assert_close(progress.state[:, GENERATE], expected[:, GENERATE])
+    torch.testing.assert_close(state.state[:, GENERATE], expected[:, GENERATE])
 
 
 def test_a_pass_per_modality_guides_that_modality_only():
-    rows, progress = one_row([0, 1], w=3.0)
+    constants, state = one_step(ONLY_0, ONLY_1, W=3.0)
     f = torch.randn(3, 7)
-    cfg_step(f, rows, progress)
+    cfg_step(f, constants, state)
     expected = f[0] + 2.0 * torch.where(MODALITY == 0, f[0] - f[1], f[0] - f[2])
-    torch.testing.assert_close(progress.state[0, GENERATE], expected[GENERATE])
+    torch.testing.assert_close(state.state[0, GENERATE], expected[GENERATE])
+
+
+def test_every_modality_has_its_own_guidance_scale():
+    constants, state = one_sample([line([MASKED], W=3.0), line([MASKED], W=5.0)])
+    f = torch.randn(2, 7)
+    cfg_step(f, constants, state)
+    expected = f[0] + torch.where(MODALITY == 0, 2.0, 4.0) * (f[0] - f[1])
+    torch.testing.assert_close(state.state[0, GENERATE], expected[GENERATE])
 
 
 def test_one_pass_is_enough_where_the_others_are_off():
-    rows, progress = one_row([Guided.OFF, Guided.OFF])
+    constants, state = one_step(PassKind.OFF, PassKind.OFF)
     f = torch.randn(1, 7)
-    cfg_step(f, rows, progress)
-    assert torch.equal(progress.state[0, GENERATE], f[0, GENERATE])
+    cfg_step(f, constants, state)
+    assert torch.equal(state.state[0, GENERATE], f[0, GENERATE])
+
+
+def test_every_coefficient_does_its_part_in_its_own_modality():
+    """Two steps of all columns, against the formula in float64."""
+    draw = torch.Generator().manual_seed(0)
+    names = [column.name for column in Coefficient]
+    values = torch.rand(2, 2, len(names), generator=draw).tolist()  # [step][modality][column]
+    steps = [[line([MASKED], **dict(zip(names, entry, strict=True))) for entry in entries] for entries in values]
+    constants, state = one_sample(*steps)
+    x, x0_prev = state.state.double(), torch.zeros(1, 7, dtype=torch.float64)
+    for step in range(2):
+        f = torch.randn(2, 7, generator=draw)
+        cfg_step(f, constants, state)
+        _, _, p, q, a, b, c, d, w = (constants.coefficients[0, step, MODALITY.long()].double()).unbind(1)
+        z, _ = normals(torch.tensor([5]), torch.tensor([step + 1]), STATE_STREAM, 7)
+        x0 = p * x + q * (f[1].double() + w * (f[0].double() - f[1].double()))
+        x = torch.where(GENERATE, a * x + b * x0 + c * x0_prev + d * z, KNOWN.double())
+        x0_prev = x0
+        torch.testing.assert_close(state.state.double(), x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state.x0_prev.double(), x0, rtol=1e-5, atol=1e-5)
 
 
 def test_poison_in_the_prediction_of_known_elements_goes_nowhere():
-    rows, progress = one_row([Guided.MASKED], w=3.0)
-    cfg_step(torch.where(GENERATE, 1.0, float("nan")).repeat(2, 1), rows, progress)
-    assert torch.equal(progress.state[0, ~GENERATE], KNOWN[~GENERATE])
-    assert progress.state.isfinite().all() and progress.inputs.isfinite().all()
+    constants, state = one_step(MASKED, W=3.0)
+    cfg_step(torch.where(GENERATE, 1.0, float("nan")).repeat(2, 1), constants, state)
+    assert torch.equal(state.state[0, ~GENERATE], KNOWN[~GENERATE])
+    assert state.state.isfinite().all() and state.inputs.isfinite().all()
 
 
-def test_a_row_past_its_table_stays_bit_for_bit_as_it_is():
-    rows, progress = one_row([Guided.MASKED], w=3.0)
-    cfg_step(torch.randn(2, 7), rows, progress)
-    done = progress.state.clone()
+N_STEPS = 1000  # the time of pure noise
+
+
+def waiting(kind=PassKind.DROPS_KNOWN):
+    return line([kind], time=N_STEPS, noop=True)
+
+
+def arrived(kind=DROPPED):
+    return line([kind], time=0, drop_time=N_STEPS, noop=True)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1.0])
+def test_modalities_that_wait_or_have_arrived_keep_their_state_bit_for_bit(poison):
+    """Modality 0 moves while 1 waits, then 1 moves while 0 has arrived: at no step do both."""
+    moving = line([MASKED], W=2.0)
+    constants, state = one_sample([moving, waiting()], [moving, waiting()], [arrived(), moving], [arrived(), moving])
+    for resting in (MODALITY == 1, MODALITY == 1, MODALITY == 0, MODALITY == 0):
+        before = state.state.clone()
+        cfg_step(torch.where(resting, poison, torch.randn(2, 7)), constants, state)
+        after = state.state
+        assert torch.equal(after[:, resting].view(torch.int32), before[:, resting].view(torch.int32))
+        assert not torch.equal(after[:, GENERATE & ~resting], before[:, GENERATE & ~resting])
+        assert all(tensor.isfinite().all() for tensor in (state.state, state.x0_prev, state.inputs))
+
+
+def test_a_waiting_modality_is_noise_at_n_and_an_arrived_one_is_clean_at_0_until_dropped():
+    moving = line([MASKED])
+    constants, state = one_sample([moving, waiting()], [arrived(), moving])
+    x = state.state.clone()
+    assert state.times.tolist() == [[TIME, KNOWN_TIME, N_STEPS], [TIME, DROP_TIME, N_STEPS]]
+    assert torch.equal(state.inputs[1, MODALITY == 1], x[0, MODALITY == 1])
+    cfg_step(torch.randn(2, 7), constants, state)
+    assert state.times.tolist() == [[0, KNOWN_TIME, TIME], [N_STEPS, N_STEPS, TIME]]
+    assert torch.equal(state.inputs[0], state.state[0])
+    assert torch.equal(state.inputs[1], torch.where(MODALITY == 0, eta(0), state.state[0]))
+
+
+def test_a_waiting_modality_starts_from_its_initial_noise():
+    waits = [[line(), line(noop=True)]] * 3
+    constants, state = one_sample(*waits, [line(noop=True), line(P=1.0, Q=0.5)])
     for _ in range(3):
-        cfg_step(torch.randn(2, 7), rows, progress)
-        assert torch.equal(progress.state, done)
+        cfg_step(torch.randn(1, 7), constants, state)
+    f = torch.randn(1, 7)
+    cfg_step(f, constants, state)
+    expected = initial_noise(torch.tensor([5]), 7) + 0.5 * f
+    torch.testing.assert_close(state.state[:, MODALITY == 1], expected[:, MODALITY == 1])
+
+
+def test_one_modality_waits_one_moves_and_one_has_arrived():
+    prediction, constants, state = example_inputs(2, ((3, 2), (4, 3), (2, 5)), passes=2, steps=3)
+    constants.coefficients[:, :, [0, 2]] = torch.tensor(NOOP_STEP)
+    constants.coefficients[:, 0, 1] = torch.tensor(line(P=0.0)[0])
+    constants.indices[:, :, 0, StepColumn.TIME], constants.indices[:, :, 2, StepColumn.TIME] = N_STEPS, 0
+    init_state(constants, state)
+    before, resting = state.state.clone(), constants.modality != 1
+    cfg_step(torch.where(resting, float("nan"), prediction), constants, state)
+    assert torch.equal(state.state[:, resting], before[:, resting])
+    expected = torch.where(constants.generate, prediction[:2], constants.known)
+    assert torch.equal(state.state[:, ~resting], expected[:, ~resting])
+    for modality, time in ((0, N_STEPS), (2, 0)):
+        mine = constants.token_generate & (constants.token_modality == modality)
+        assert (state.times[:2][mine] == time).all()
+
+
+def test_a_sample_past_its_table_stays_bit_for_bit_as_it_is():
+    constants, state = one_step(MASKED, W=3.0)
+    cfg_step(torch.randn(2, 7), constants, state)
+    done = state.state.clone()
+    for _ in range(3):
+        cfg_step(torch.randn(2, 7), constants, state)
+        assert torch.equal(state.state, done)
+
+
+def test_inputs_can_be_written_again_for_a_state_that_was_changed_between_steps():
+    prediction, constants, state = example_inputs(2, ((5, 3), (2, 7)), passes=3, steps=4)
+    cfg_step(prediction, constants, state)
+    kept = [tensor.clone() for tensor in state]
+    state.inputs.fill_(float("nan"))
+    state.times.fill_(-1)
+    write_inputs(constants, state)
+    assert all(torch.equal(ours, before) for ours, before in zip(state, kept, strict=True))
+    state.state[constants.generate] = 7.0
+    write_inputs(constants, state)
+    assert (state.inputs[:2][constants.generate] == 7).all()
+    assert torch.equal(state.inputs[:2][~constants.generate], kept[3][:2][~constants.generate])
+
+
+def test_a_sample_becomes_the_same_whatever_shares_its_batch():
+    prediction, constants, state = example_inputs(3, ((5, 3), (2, 7)), passes=3, steps=4)
+    shared = {"modality", "token_modality"}
+    one = BatchConstants(**{k: v if k in shared else v[1:2] for k, v in constants._asdict().items()})
+    alone = new_state(one)
+    init_state(one, alone)
+    for _ in range(6):
+        cfg_step(prediction, constants, state)
+        cfg_step(prediction[1::3], one, alone)
+        assert torch.equal(alone.state, state.state[1:2])
+        assert torch.equal(alone.inputs, state.inputs[1::3]) and torch.equal(alone.times, state.times[1::3])
 
 
 def test_step_can_be_captured_because_it_never_reads_a_tensor_on_the_host():
     """Fake tensors have no values: any host read of one raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    rows, progress = one_row([Guided.MASKED, 0], w=3.0)
+    constants, state = one_step(MASKED, ONLY_0, W=3.0)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        rows, progress = (type(t)(*map(mode.from_tensor, t)) for t in (rows, progress))
-        begin(rows, progress)
-        cfg_step(mode.from_tensor(torch.randn(3, 7)), rows, progress)
+        constants, state = (type(t)(*map(mode.from_tensor, t)) for t in (constants, state))
+        init_state(constants, state)
+        cfg_step(mode.from_tensor(torch.randn(3, 7)), constants, state)
 
 
-def test_cost_grows_with_passes_and_counts_every_tensor_once():
-    flops, moved = cost(batch=2, size=8192, tokens=320, passes=2)
-    assert cost(2, 8192, 320, 3) > (flops, moved)
-    inputs_and_prediction = 2 * 2 * 2 * 8192 * 4
-    assert inputs_and_prediction < moved < 3 * inputs_and_prediction
+def test_example_inputs_are_samples_of_all_kinds():
+    _, constants, state = example_inputs(8, ((5, 3), (2, 7)), passes=3, live=2, steps=12)
+    kinds, noop = constants.indices[..., StepColumn.PASS :], torch.tensor(NOOP_STEP)
+    waits = (constants.coefficients == noop).all(-1)  # [B, S + 1, M]
+    assert waits[:, -1].all() and (kinds[:, -1] == PassKind.OFF).all() and (kinds[..., 1] == PassKind.OFF).all()
+    assert set(kinds.unique().tolist()) == set(range(16))
+    assert (waits[..., 0] != waits[..., 1]).any(), "modalities move alike"
+    assert len(set(waits.all(-1).sum(1).tolist())) > 1, "all samples have tables of one length"
+    token = torch.arange(7).repeat_interleave(torch.tensor([3] * 5 + [7] * 2))
+    for i in range(8):
+        assert constants.token_generate[i].tolist() == [bool(constants.generate[i, token == t].any()) for t in range(7)]
+    assert state.state.isfinite().all()
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_cost_counts_the_bytes_of_every_tensor_once(passes):
+    prediction, constants, state = example_inputs(2, ((32, 16), (8, 64)), passes)
+    _, moved = cost(2, 1024, 40, passes)
+    masks = constants.generate, constants.token_generate, constants.modality, constants.token_modality
+    nulls = (constants.null,) if passes > 1 else ()
+    read = prediction, constants.known, *nulls, *masks, state.state, state.x0_prev
+    written = state.state, state.x0_prev, state.inputs, state.times
+    assert moved == sum(tensor.nbytes for tensor in (*read, *written))
+
+
+def test_cost_counts_the_arithmetic_of_each_pass():
+    per_element = [cost(2, 1024, 40, passes)[0] / 2048 for passes in (1, 2, 3)]
+    # x̂0 3, update 7, known part 3, one Box-Muller pair 8; a pass more: guidance 4, null values 2, another pair
+    assert per_element == [21, 35, 49]

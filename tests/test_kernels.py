@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.kernels import adaln, timestep
+from engine.kernels import adaln, attention, timestep
 from engine.kernels.adaln import gated_residual, gated_residual_modulate, layer_norm_modulate
-from engine.kernels.attention import attention
-from engine.kernels.attention import cost as attention_cost
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIM = 24
@@ -20,6 +18,11 @@ DIM = 24
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def example(module, *sizes, dtype=torch.float32):
+    """A kernel's example inputs, the same in every run."""
+    return module.example_inputs(*sizes, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
 def rms(x):
@@ -47,16 +50,16 @@ def softmax_attention(qkv):
     "rows, tokens, heads, head_dim", [(1, 1, 1, 64), (2, 37, 3, 64), (3, 8, 2, 16), (1, 320, 1, 64)]
 )
 def test_attention_is_softmax_attention(rows, tokens, heads, head_dim, dtype, trained):
-    qkv = normal(rows, tokens, 3, heads, head_dim).mul(1.5).to(dtype)
-    out = attention(qkv.clone().requires_grad_(trained)).detach()
+    qkv = (1.5 * example(attention, rows, tokens, heads, head_dim)).to(dtype)
+    out = attention.attention(qkv.clone().requires_grad_(trained)).detach()
     assert out.shape == (rows, tokens, heads * head_dim)
     assert_as_exact_as_torch(out, softmax_attention(qkv), softmax_attention(qkv.double()))
 
 
 def test_attention_of_large_logits_stays_finite():
-    qkv = 100 * normal(1, 9, 3, 1, 64)
+    qkv = 100 * example(attention, 1, 9, 1, 64)
     for trained in (False, True):
-        out = attention(qkv.clone().requires_grad_(trained))
+        out = attention.attention(qkv.clone().requires_grad_(trained))
         torch.testing.assert_close(out.double(), softmax_attention(qkv.double()), rtol=1e-4, atol=1e-3)
 
 
@@ -65,21 +68,21 @@ def test_attention_takes_any_strides(trained):
     storage = normal(2, 3, 5, 2, 13, 2 * 16)  # [H, 3, …]: every axis in another place than in [B, L, 3, H, d]
     qkv = storage[:, :, 0, :, :, ::2].permute(2, 3, 1, 0, 4)  # [2, 13, 3, 2, 16]
     assert not qkv.is_contiguous()
-    out = attention(qkv.detach().requires_grad_(trained))
-    torch.testing.assert_close(out.detach(), attention(qkv.contiguous()))
+    out = attention.attention(qkv.detach().requires_grad_(trained))
+    torch.testing.assert_close(out.detach(), attention.attention(qkv.contiguous()))
 
 
 def test_attention_gradient_is_that_of_the_formula():
-    qkv, weights = normal(2, 11, 3, 2, 16), normal(2, 11, 32, seed=1)
+    qkv, weights = example(attention, 2, 11, 2, 16), normal(2, 11, 32, seed=1)
     ours, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-    (attention(ours) * weights).sum().backward()
+    (attention.attention(ours) * weights).sum().backward()
     (softmax_attention(exact) * weights).sum().backward()
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_refuses_what_is_no_packed_qkv():
+def test_attention_refuses_what_is_not_packed_qkv():
     with pytest.raises(AssertionError, match="B, L, 3, H, d"):
-        attention(torch.zeros(2, 3, 7, 2, 16))
+        attention.attention(torch.zeros(2, 3, 7, 2, 16))
 
 
 def modulated(x, m_shift, m_scale):
@@ -93,12 +96,10 @@ def modulations(table, index, vector):
     return (table[index.long()] + vector).chunk(6, dim=-1)
 
 
-def adaln_inputs(dtype=torch.float32, rows=3, tokens=7, offset=0.0, times=5):
-    """x, y, table, index and vector; the index jumps about in the table's rows."""
-    x, y = normal(rows, tokens, DIM) + offset, normal(rows, tokens, DIM, seed=1)
-    table, vector = normal(times, 6 * DIM, seed=2), normal(6 * DIM, seed=3)
-    index = torch.arange(rows * tokens).mul(8).remainder(times).reshape(rows, tokens).int()
-    return x.to(dtype), y.to(dtype), table.to(dtype), index, vector.to(dtype)
+def adaln_inputs(dtype=torch.float32, offset=0.0, times=5):
+    """x, y, table, index and vector of three rows of seven tokens; x is `offset` away from zero."""
+    x, *rest = example(adaln, 3, 7, DIM, times, dtype=dtype)
+    return (x.float() + offset).to(dtype), *rest
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,11 +164,6 @@ def test_sinusoid_is_the_transformers_with_cosines_first():
     torch.testing.assert_close(ours.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-4)
 
 
-def table_layers(dtype=torch.float32, frequencies=16, hidden=12, dim=8):
-    sizes = [(hidden, frequencies), (dim, hidden), (6 * dim, dim)]
-    return [(normal(*size).to(dtype), normal(size[0], seed=1).to(dtype)) for size in sizes]
-
-
 def dense_table(times, layers):
     """The formula in the layers' dtype, from the sinusoid in float64."""
     angles = times.double()[:, None] * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
@@ -180,29 +176,33 @@ def dense_table(times, layers):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_timestep_table_is_the_time_mlp_of_every_time(dtype):
-    times, layers = torch.tensor([1000, 0, 3, 3]), table_layers(dtype)
+    times, (_, *layers) = torch.tensor([1000, 0, 3, 3]), example(timestep, 4, 16, 12, 8, dtype=dtype)
     ours = timestep.timestep_table(times, *layers)
     exact = dense_table(times, [(w.double(), b.double()) for w, b in layers])
-    assert ours.shape == (4, 48) and torch.equal(ours[2], ours[3])
+    assert ours.shape == (4, 48)
+    torch.testing.assert_close(ours[2], ours[3])
     # float32 holds an angle of 1000 to 6e-5 only.
     assert rms(ours - exact) <= 2 * rms(dense_table(times, layers) - exact) + 1e-4 * rms(exact)
 
 
 def test_neighbouring_late_times_differ_in_bfloat16():
     times = torch.tensor([998, 999, 1000])  # bfloat16 itself holds multiples of 4 there
-    table = timestep.timestep_table(times, *table_layers(torch.bfloat16))
+    _, *layers = example(timestep, 3, 16, 12, 8, dtype=torch.bfloat16)
+    table = timestep.timestep_table(times, *layers)
     assert not torch.equal(table[0], table[1]) and not torch.equal(table[1], table[2])
 
 
 def test_costs_count_the_matrix_products():
-    qkv = torch.zeros(2, 5, 3, 4, 16, requires_grad=True)
+    qkv = example(attention, 2, 5, 4, 16).requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        attention(qkv)
-    assert attention_cost(2, 5, 4, 16, itemsize=2) == (counter.get_total_flops(), 2 * (qkv.numel() + qkv.numel() // 3))
+        out = attention.attention(qkv)
+    assert attention.cost(2, 5, 4, 16, qkv.itemsize) == (counter.get_total_flops(), qkv.nbytes + out.nbytes)
+    times, *layers = example(timestep, 7, 16, 12, 8)
     with FlopCounterMode(display=False) as counter:
-        timestep.timestep_table(torch.zeros(7), *table_layers())
-    flops, _ = timestep.cost(7, 16, 12, 8, chunks=6, itemsize=4)
+        table = timestep.timestep_table(times, *layers)
+    flops, moved = timestep.cost(7, 16, 12, 8, chunks=6, itemsize=4)
     assert flops == counter.get_total_flops()
+    assert moved == sum(weight.nbytes for weight, _ in layers) + table.nbytes
 
 
 @pytest.mark.parametrize("residual", [False, True])
