@@ -6,9 +6,10 @@ Imports no torch, so that --help and bad options answer at once.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
+
+from engine.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,31 +24,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
-    """Says why in one line, whatever line ends a file's name holds; returns the exit status.
+    """Prints why in one line, whatever line breaks the message holds; returns the exit status.
 
-    options  arguments that the command has: of these "steps: 0 …" becomes "--steps: 0 …", as the command spells them
+    error    an exception or a message. One that has an `argument`, such as an InputError, is about that argument, or
+             about several, separated by ", "
+    options  names of the command's options, as Python spells them: an argument that is one is printed as "--steps"
     """
-    names, colon, rest = str(error).partition(":")
-    if set(options).issuperset(names.split(", ")):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in names.split(", "))
-    print(f"{command}: {' '.join((names + colon + rest).splitlines())}", file=sys.stderr)
+    message, argument = str(error), getattr(error, "argument", None)
+    if argument is not None:
+        names, options = argument.split(", "), set(options)
+        spelled = ", ".join(f"--{name.replace('_', '-')}" for name in names) if options.issuperset(names) else argument
+        message = f"{spelled}: {message.removeprefix(f'{argument}: ')}"
+    print(f"{command}: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
-
-
-@contextmanager
-def about(option: str, *other: str) -> Iterator[None]:
-    """Begins the message of a ValueError with the option that it is about, in place of any `other` argument's name."""
-    try:
-        yield
-    except ValueError as error:
-        name, colon, rest = str(error).partition(": ")
-        raise ValueError(f"{option}: {rest if colon and name in (option, *other) else error}") from None
 
 
 def name(text: str) -> str:
     """The name of a file, a folder or a model: an argparse type."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file or folder; give one")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file or folder; give one")
     return text
 
 
@@ -56,31 +51,17 @@ def path(text: str) -> Path:
     return Path(name(text))
 
 
-def whole(lowest: int, highest: int) -> Callable[[str], int]:
-    """The argparse type of whole numbers in a range."""
-
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} to {highest}; use one")
-        return value
-
-    return number
-
-
 def check_writable(out: Path, files: Iterable[str] = ()) -> None:
-    """Refuses an --out in which `files` cannot be written, before minutes of work are spent on them."""
+    """Raises InputError about "out" if `files` cannot be written there, before minutes of work are spent on them."""
     try:
         nearest = next(f for f in (out, *out.absolute().parents) if f.exists() or f.is_symlink())
     except OSError as error:  # a name too long
-        raise ValueError(f"out: {out} cannot be written ({error.strerror}); give another folder") from None
+        raise InputError("out", out, "give another folder", f"cannot be written ({error.strerror})") from None
     if not nearest.is_dir():
-        raise ValueError(f"out: {nearest} is no folder; give another one")
+        raise InputError("out", nearest, "give another one", "is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"out: {nearest} cannot be written; give another folder")
+        raise InputError("out", nearest, "give another folder", "cannot be written")
     for file in files:
         if (out / file).is_dir():
-            raise ValueError(f"out: {out / file} is a folder where a file is to be written; give another folder")
+            problem = "is a folder where a file is to be written"
+            raise InputError("out", out / file, "give another folder", problem)

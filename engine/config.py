@@ -1,22 +1,25 @@
 """Configurations and presets: frozen dataclasses, no torch, unknown keys refused."""
 
-import reprlib
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import isqrt
+
+from engine.errors import InputError
 
 SCHEDULES = ("scaled_linear", "cosine")
 PREDICTIONS = ("epsilon", "v_prediction")
 CONDITIONINGS = ("renoise", "clean")
-TRAINING_TIMES = ("shared", "independent", "masked", "conditional")
+TIME_SAMPLINGS = ("shared", "independent", "masked", "conditional")
 TIME_CONDITIONINGS = ("adaln", "token")
 NORMS = ("pre", "post")
+# What checkpoints of version 0.1, which have no `sampling` section, are sampled with.
+SAMPLING_OF_VERSION_0_1 = {
+    "guidance": {"joint": 3.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0},
+    "feather": 2,
+}
 # Far above all that has been trained, and low enough that a slip in a file neither fills the memory nor takes hours.
-MOST_TOKENS = MOST_CHANNELS = MOST_PIXELS = 65_536  # also blocks' width
-MOST_BLOCKS, MOST_TIMESTEPS = 1000, 10_000
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be built; the message names the key, the value and the remedy."""
+MAX_TOKENS = MAX_CHANNELS = MAX_PIXELS = 65_536  # also blocks' width
+MAX_BLOCKS, MAX_TIMESTEPS = 1000, 10_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class UViTConfig:
             object.__setattr__(self, key, tuple(names))
         _require(self.norm in NORMS, "uvit.norm", self.norm, f"use one of {NORMS}")
         for key in ("patch", "extra_tokens"):
-            _require_within(f"uvit.{key}", getattr(self, key), 0, MOST_TOKENS)
+            _require_within(f"uvit.{key}", getattr(self, key), 0, MAX_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -67,34 +70,36 @@ class ModelConfig:
     dim: int  # D, width of every block
     head_dim: int = 64
     mlp_ratio: int = 4
-    time: str = "adaln"  # "adaln": modulations per token; "token": a time token per modality (U-ViT)
+    time_conditioning: str = "adaln"  # "adaln": modulations per token; "token": a time token per modality (U-ViT)
     uvit: UViTConfig | None = None
 
     def __post_init__(self):
         names = [m.name for m in self.modalities]
         _require(len(names) >= 1, "modalities", names, "give at least one")
         _require(len(set(names)) == len(names), "modalities", names, "give each its own name")
-        for m in self.modalities:
-            _require_within(f"{m.name}.tokens", m.tokens, 1, MOST_TOKENS)
-            _require_within(f"{m.name}.channels", m.channels, 1, MOST_CHANNELS)
-            _require_within(f"{m.name}.depth", m.depth, 0, MOST_BLOCKS)
-        _require_within("shared_depth", self.shared_depth, 0, MOST_BLOCKS)
+        for m in self.modalities:  # a name is also that of a folder and of a submodule
+            _require(str(m.name).isidentifier(), "modalities.name", m.name, "use letters, digits and _")
+            _require_within(f"{m.name}.tokens", m.tokens, 1, MAX_TOKENS)
+            _require_within(f"{m.name}.channels", m.channels, 1, MAX_CHANNELS)
+            _require_within(f"{m.name}.depth", m.depth, 0, MAX_BLOCKS)
+        _require_within("shared_depth", self.shared_depth, 0, MAX_BLOCKS)
         _require(
             self.shared_depth == 0 or self.shared_depth % 2 == 1,
             "shared_depth",
             self.shared_depth,
             "use 0 or an odd number (in-blocks, one middle block, out-blocks)",
         )
-        _require_within("dim", self.dim, 1, MOST_CHANNELS)
+        _require_within("dim", self.dim, 1, MAX_CHANNELS)
         _require_within("head_dim", self.head_dim, 1, self.dim)
         _require(self.dim % self.head_dim == 0, "dim", self.dim, f"use a multiple of head_dim ({self.head_dim})")
         _require_within("mlp_ratio", self.mlp_ratio, 1, 64)
-        _require(self.time in TIME_CONDITIONINGS, "time", self.time, f"use one of {TIME_CONDITIONINGS}")
+        _require_one_of("time_conditioning", self.time_conditioning, TIME_CONDITIONINGS)
         if self.uvit is not None:
             self._check_uvit(self.uvit, names)
 
     def _check_uvit(self, uvit: UViTConfig, names: list[str]) -> None:
-        _require(self.time == "token", "time", self.time, "a U-ViT's time is a token: use 'token'")
+        token = self.time_conditioning == "token"
+        _require(token, "time_conditioning", self.time_conditioning, "a U-ViT has time tokens: use 'token'")
         _require(self.shared_depth >= 1, "shared_depth", self.shared_depth, "a U-ViT needs an odd number")
         for m in self.modalities:
             _require(m.depth == 0, f"{m.name}.depth", m.depth, "a U-ViT has no blocks of one modality: use 0")
@@ -147,31 +152,73 @@ class DiffusionConfig:
     timesteps: int = 1000  # N; time 0 is clean data, time N the noisiest
     prediction: str = "epsilon"
     conditioning: str = "renoise"  # how known values enter: at their scheduled noise, or clean at time 0
-    times: str = "shared"  # training times, see `engine.loss`
+    time_sampling: str = "shared"  # how training times are drawn, see `engine.diffusion.loss`
 
     def __post_init__(self):
         for key, allowed in (
             ("schedule", SCHEDULES),
             ("prediction", PREDICTIONS),
             ("conditioning", CONDITIONINGS),
-            ("times", TRAINING_TIMES),
+            ("time_sampling", TIME_SAMPLINGS),
         ):
             _require(getattr(self, key) in allowed, key, getattr(self, key), f"use one of {allowed}")
-        _require_within("timesteps", self.timesteps, 2, MOST_TIMESTEPS)
-        fits = {"shared": ("renoise",), "independent": CONDITIONINGS}.get(self.times, ("clean",))
-        _require(self.conditioning in fits, "conditioning", self.conditioning, f"times={self.times!r} trains {fits}")
+        _require_within("timesteps", self.timesteps, 2, MAX_TIMESTEPS)
+        fits = {"shared": ("renoise",), "independent": CONDITIONINGS}.get(self.time_sampling, ("clean",))
+        _require(
+            self.conditioning in fits,
+            "conditioning",
+            self.conditioning,
+            f"time_sampling {self.time_sampling!r} needs {fits}",
+        )
 
 
 @dataclass(frozen=True)
-class ImageConfig:
-    """How pictures become tokens: an autoencoder's latents, cut into patch × patch squares."""
+class CodecConfig:
+    """The codec between a modality's values and its tokens; its files are in a folder of the checkpoint."""
 
-    size: int  # pixels, pictures are size × size
-    patch: int  # latents per token side
+    kind: str  # a name in `engine.codecs.codec.CODECS`
+    folder: str = ""  # of the checkpoint; "": the modality's name. Modalities may share one
+    settings: Mapping[str, int | float | str] = field(default_factory=dict)  # the codec's own, such as an image's size
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind, **({"folder": self.folder} if self.folder else {}), **self.settings}
+
+    @classmethod
+    def from_dict(cls, values, where: str) -> "CodecConfig":
+        _require(isinstance(values, dict), where, values, "give a mapping with the codec's kind")
+        for key in ("kind", "folder"):
+            right = isinstance(values.get(key, ""), str)
+            _require(right, f"{where}.{key}", values.get(key), "give a string")
+        _require(bool(values.get("kind")), f"{where}.kind", values.get("kind"), "name a codec")
+        folder = values.get("folder", "")
+        inside = not {"/", "\\", "\0"} & set(folder) and folder not in (".", "..")
+        _require(inside, f"{where}.folder", folder, "name a folder of the checkpoint")
+        settings = {key: value for key, value in values.items() if key not in ("kind", "folder")}
+        for key, value in settings.items():
+            plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+            _require(plain, f"{where}.{key}", value, "give a number or a string")
+        return cls(values["kind"], folder, settings)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Defaults of requests, as far as the request leaves them open."""
+
+    # By task, as `engine.diffusion.masks.task_of` names it. Joint runs in which all modalities move together are not
+    # guided by default: nothing is known that a second pass could drop.
+    guidance: Mapping[str, float] = field(default_factory=dict)
+    order: tuple[str, ...] = ()  # in which modalities are generated; those not named come last; (): all together
+    feather: int = 2  # pixels over which a regenerated region blends into the kept one, inside the regenerated region
 
     def __post_init__(self):
-        _require_within("image.size", self.size, 8, MOST_PIXELS)
-        _require_within("image.patch", self.patch, 1, self.size)
+        right = isinstance(self.order, list | tuple) and all(isinstance(name, str) for name in self.order)
+        _require(right and len(set(self.order)) == len(self.order), "sampling.order", self.order, "give distinct names")
+        object.__setattr__(self, "order", tuple(self.order))
+        _require(isinstance(self.guidance, Mapping), "sampling.guidance", self.guidance, "give a scale for each task")
+        for task, scale in self.guidance.items():
+            right = isinstance(scale, int | float) and -100 <= scale <= 100  # also NaN
+            _require(right, f"sampling.guidance.{task}", scale, "use a number from -100 to 100")
+        _require_within("sampling.feather", self.feather, 0, MAX_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -180,72 +227,96 @@ class Config:
 
     model: ModelConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    image: ImageConfig | None = None
+    codecs: Mapping[str, CodecConfig] = field(default_factory=dict)  # by modality; none for a bare network
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):
-        if self.model.time == "token":
-            _require(
-                self.diffusion.times != "masked",
-                "times",
-                "masked",
-                "a time token is one per modality: use 'adaln', or times 'shared' or 'independent'",
-            )
+        sampling = self.diffusion.time_sampling
+        if self.model.time_conditioning == "token":
+            remedy = "time tokens are one per modality: use time_conditioning 'adaln', or 'shared' or 'independent'"
+            _require(sampling != "masked", "time_sampling", sampling, remedy)
         conditional = len(self.model.predicted) < len(self.model.modalities)
-        _require(
-            conditional == (self.diffusion.times == "conditional"),
-            "times",
-            self.diffusion.times,
-            f"for a model that predicts {', '.join(self.model.predicted)} use "
-            + ("'conditional'" if conditional else "'shared', 'independent' or 'masked'"),
-        )
-        if self.diffusion.times == "independent" and self.model.uvit is not None:
-            timed = self.model.uvit.timed
-            _require(
-                len(timed) == len(self.model.modalities), "uvit.timed", timed, "independent times need a token each"
-            )
+        fits = "'conditional'" if conditional else "'shared', 'independent' or 'masked'"
+        remedy = f"for a model that predicts {', '.join(self.model.predicted)} use {fits}"
+        _require(conditional == (sampling == "conditional"), "time_sampling", sampling, remedy)
+        if sampling == "independent" and self.model.uvit is not None:
+            timed, all_timed = self.model.uvit.timed, len(self.model.uvit.timed) == len(self.model.modalities)
+            _require(all_timed, "uvit.timed", timed, "independent times need a time token for each modality")
+        names = [m.name for m in self.model.modalities]
+        if self.codecs:
+            _require(set(self.codecs) == set(names), "codecs", sorted(self.codecs), f"name one each for {names}")
+        unknown = sorted(set(self.sampling.order) - set(names))
+        _require(not unknown, "sampling.order", unknown, f"the modalities are {', '.join(names)}")
+        ordered = not self.sampling.order or self.diffusion.conditioning == "clean"
+        _require(ordered, "sampling.order", self.sampling.order, "an order needs conditioning 'clean'; use []")
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        codecs = {name: codec.to_dict() for name, codec in self.codecs.items()}
+        return {**asdict(replace(self, codecs={})), "codecs": codecs}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """The inverse of `to_dict`; raises ConfigError on unknown, missing or ill-typed keys."""
-        values = _known_keys(cls, values, "config")
+        """The inverse of `to_dict`; also reads the files of version 0.1.
+
+        Raises InputError on unknown, missing or ill-typed keys.
+        """
+        values = _known_keys(cls, _from_version_0_1(values), "config")
         model = _known_keys(ModelConfig, values.get("model"), "model")
         modalities = model.get("modalities")
         _require(isinstance(modalities, list | tuple), "model.modalities", modalities, "give a list")
         model["modalities"] = tuple(_build(Modality, m, "model.modalities") for m in modalities)
         if model.get("uvit") is not None:
             model["uvit"] = _build(UViTConfig, model["uvit"], "model.uvit")
-        image = values.get("image")
+        codecs = values.get("codecs", {})
+        _require(isinstance(codecs, dict), "codecs", codecs, "give a codec for each modality")
         return cls(
             model=_build(ModelConfig, model, "model"),
             diffusion=_build(DiffusionConfig, values.get("diffusion", {}), "diffusion"),
-            image=None if image is None else _build(ImageConfig, image, "image"),
+            codecs={name: CodecConfig.from_dict(codec, f"codecs.{name}") for name, codec in codecs.items()},
+            sampling=_build(SamplingConfig, values.get("sampling", {}), "sampling"),
         )
+
+
+def _from_version_0_1(values):
+    """Version 0.1 had `model.time`, `diffusion.times` and, in place of codecs, `image` beside an implied text codec."""
+    if not isinstance(values, dict):
+        return values
+    values = dict(values)
+    for part, old, new in (("model", "time", "time_conditioning"), ("diffusion", "times", "time_sampling")):
+        if isinstance(values.get(part), dict) and old in values[part] and new not in values[part]:
+            values[part] = {new if key == old else key: value for key, value in values[part].items()}
+    if "image" in values and "codecs" not in values:
+        image = values.pop("image")
+        if image is not None:
+            settings = dict(image) if isinstance(image, dict) else {"size": image}
+            values["codecs"] = {"image": {"kind": "image", **settings}, "text": {"kind": "text"}}
+            diffusion = values.get("diffusion")
+            clean = isinstance(diffusion, dict) and diffusion.get("conditioning") == "clean"
+            order = {"order": ["text", "image"]} if clean else {}
+            values.setdefault("sampling", SAMPLING_OF_VERSION_0_1 | order)
+    return values
 
 
 def _require(holds: bool, key: str, value, remedy: str) -> None:
     if not holds:
-        raise ConfigError(f"{key}: {shown(value)} does not work; {remedy}")
+        raise InputError(key, value, remedy)
 
 
-def _require_within(key: str, value: int, lowest: int, highest: int) -> None:
-    _require(lowest <= value <= highest, key, value, f"use a whole number from {lowest} to {highest}")
+def _require_one_of(key: str, value, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, key, value, f"use one of {', '.join(allowed)}")
 
 
-def shown(value) -> str:
-    """A value for a message, cut where it is long or deeply nested."""
-    short = reprlib.Repr()
-    short.maxstring = 100
-    return short.repr(value)
+def _require_within(key: str, value, lowest: int, highest: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(whole and lowest <= value <= highest, key, value, f"use a whole number from {lowest} to {highest}")
 
 
 def _known_keys(cls, values, where: str) -> dict:
     _require(isinstance(values, dict), where, values, "give a mapping of settings")
     names = [f.name for f in fields(cls)]
     unknown = sorted(set(values) - set(names))
-    _require(not unknown, where, ", ".join(unknown), f"unknown setting; known are {', '.join(names)}")
+    if unknown:
+        raise InputError(where, ", ".join(unknown), f"use {', '.join(names)}", "is not a known setting")
     return dict(values)
 
 
@@ -258,7 +329,8 @@ def _build(cls, values, where: str):
     try:
         return cls(**values)
     except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        missing = [f.name for f in fields(cls) if f.name not in values]
+        raise InputError(where, sorted(values), f"give {', '.join(missing)} too ({error})", "is not complete") from None
 
 
 def _slices(sizes: dict[str, int]) -> dict[str, slice]:
@@ -267,69 +339,3 @@ def _slices(sizes: dict[str, int]) -> dict[str, slice]:
         slices[name] = slice(start, start + size)
         start += size
     return slices
-
-
-PRESETS: dict[str, Config] = {
-    # The paper's size: 256 px MS-COCO latents (4×32×32, patch 2) and 64 words of Word2Vec-64; L = 320.
-    "coco256": Config(
-        ModelConfig((Modality("image", 256, 16, depth=4), Modality("text", 64, 64, depth=2)), shared_depth=9, dim=512),
-        DiffusionConfig("scaled_linear", 1000, "epsilon", "renoise", "shared"),
-        ImageConfig(size=256, patch=2),
-    ),
-    # The built-in model: 64 px emoji (8×8×8 latents, patch 2) and names of up to 16 words.
-    "emoji": Config(
-        ModelConfig((Modality("image", 16, 32, depth=2), Modality("text", 16, 32, depth=2)), shared_depth=7, dim=192),
-        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked"),
-        ImageConfig(size=64, patch=2),
-    ),
-    # U-ViT-multi, depth 12 as on MS-COCO: one stack, a time token per modality. The paper's baseline.
-    "uvit-multi-coco256": Config(
-        ModelConfig(
-            (Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)), shared_depth=13, dim=512,
-            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
-        ),
-        DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "independent"),
-        ImageConfig(size=256, patch=2),
-    ),
-    # The same, deeper: depth 16.
-    "uvit-multi-deep-coco256": Config(
-        ModelConfig(
-            (Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)), shared_depth=17, dim=512,
-            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
-        ),
-        DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "independent"),
-        ImageConfig(size=256, patch=2),
-    ),
-    # U-ViT for text-to-image: the text is a condition, the last layer a convolution.
-    "uvit-t2i-coco256": Config(
-        ModelConfig(
-            (Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)), shared_depth=13, dim=512,
-            time="token", uvit=UViTConfig(("image",), ("image",), patch=2),
-        ),
-        DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "conditional"),
-        ImageConfig(size=256, patch=2),
-    ),
-    # As many blocks and skips as `emoji`, all of them shared.
-    "uvit-emoji": Config(
-        ModelConfig(
-            (Modality("image", 16, 32, depth=0), Modality("text", 16, 32, depth=0)), shared_depth=15, dim=192,
-            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
-        ),
-        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent"),
-        ImageConfig(size=64, patch=2),
-    ),
-    # For tests: seconds, not minutes.
-    "uvit-tiny": Config(
-        ModelConfig(
-            (Modality("image", 16, 4, depth=0), Modality("text", 6, 8, depth=0)), shared_depth=3, dim=64,
-            time="token", uvit=UViTConfig(("image", "text"), ("image", "text")),
-        ),
-        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent"),
-        ImageConfig(size=32, patch=1),
-    ),
-    "tiny": Config(
-        ModelConfig((Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1)), shared_depth=3, dim=64),
-        DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked"),
-        ImageConfig(size=32, patch=1),
-    ),
-}  # fmt: skip

@@ -1,8 +1,12 @@
 """What a caller asks for and what it gets: `Request`, `Result`, and every check that needs no model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -10,11 +14,12 @@ if TYPE_CHECKING:
 TASKS = ("auto", "joint", "text-to-image", "image-to-text", "infill")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 SOLVERS = ("dpm++", "ddim", "ddpm")
+GUIDANCE_KINDS = ("masked", "alternate", "unidiffuser", "empty")
+SHORTHANDS = {"prompt": "text", "image": "image", "mask": "image"}  # the modalities that these arguments stand for
 MAX_NUM = 1024
-
-
-class RequestError(ValueError):
-    """A request that cannot be served; the message names the argument, the value and the remedy."""
+MAX_SEED = 2**64 - 1
+WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
+                 "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,16 +31,26 @@ class Request:
     mask      a PIL image or a file, white where `image` is to be regenerated, black where it is kept
     task      "auto" is told from what is given; another value only checks that the request is that task
     num       samples, with seeds seed, seed + 1, …
-    steps     steps of the solver
+    steps     steps of the solver; where modalities are generated in an order, each takes so many
     solver    "dpm++" (DPM-Solver++(2M)), "ddim" or "ddpm"
-    guidance  scale w of classifier-free guidance, 1 is none; None: the task's default
-    guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
+    guidance  scale w of classifier-free guidance, 1 is none; None: the checkpoint's default for the task
     seed      0 … 2⁶⁴ − num
     resample  how often each stretch of `jump` steps is done (RePaint); 1: once, no resampling
     jump      steps of such a stretch
-    step_cache  an approximation: run the inner shared blocks at every so many steps only, 1: at all; they also run
-              whenever the passes change, which in guided joint generation is at every step
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
+    guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
+    step_cache  an approximation: run the inner shared blocks at every so many steps only, 1: at all; they also run
+              whenever the passes change, which in alternately guided joint generation is at every step
+    order     "together": all modalities are denoised at once, as in the paper; or their names in the order in which
+              they are generated, each guided by the earlier ones, those not named last; None: the checkpoint's default
+    eta       η of solver "ddim": 0 deterministic, 1 as noisy as DDPM
+    guidance_kind  "masked" drops the known part (the paper's); "alternate" guides one modality a step by dropping the
+              others; "unidiffuser" has an extra pass for each modality; "empty" replaces the known part by the empty
+              text and a grey image; None: masked, or alternate where nothing is known and all are generated together
+    inputs    what is given of any modality, by its name: `prompt` is inputs["text"], `image` inputs["image"]
+    masks     for given images by modality: `mask` is masks["image"]
+
+    Raises InputError on values out of range.
     """
 
     prompt: str | None = None
@@ -52,46 +67,95 @@ class Request:
     unknown_words: str = "error"
     guidance_interval: tuple[float, float] | None = None
     step_cache: int = 1
+    order: str | tuple[str, ...] | None = None
+    eta: float = 0.0
+    guidance_kind: str | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    masks: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        if self.prompt is not None and not isinstance(self.prompt, str):
-            raise RequestError(f"prompt: {self.prompt!r} is no text; give a string, one request per prompt")
-        if self.prompt is not None and not any(c.isalnum() or c == "_" for c in self.prompt):
-            raise RequestError(
-                f"prompt: {self.prompt!r} has no word; give words, or leave it out to have them generated"
+        _check_prompt(self.prompt)
+        self._check_choices()
+        self._check_numbers()
+        for key, shorthands in (("inputs", ("prompt", "image")), ("masks", ("mask",))):
+            names = getattr(self, key)
+            if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names):
+                raise InputError(key, names, "give a mapping from names of modalities", "is not a mapping of names")
+            object.__setattr__(self, key, dict(names))  # a copy: the caller may change its own
+            for shorthand in shorthands:
+                if getattr(self, shorthand) is not None and SHORTHANDS[shorthand] in names:
+                    raise InputError(shorthand, SHORTHANDS[shorthand], f"leave it out of {key}", "is given twice")
+        unmasked = sorted(self.given_masks.keys() - self.given.keys())
+        if unmasked:
+            name = unmasked[0]
+            argument = "mask" if name == "image" and self.mask is not None else f"masks[{name!r}]"
+            raise InputError(
+                argument, self.given_masks[name], f"give {name} too", f"needs the {name} that it belongs to"
             )
-        if self.prompt is not None and any(0xD800 <= ord(c) <= 0xDFFF for c in self.prompt):
-            raise RequestError(f"prompt: {self.prompt!r} holds bytes that are no text; give it in UTF-8")
-        for key, allowed in (("task", TASKS), ("solver", SOLVERS), ("unknown_words", ("error", "fill"))):
-            if getattr(self, key) not in allowed:
-                raise RequestError(f"{key}: {getattr(self, key)!r} is not known; use one of {', '.join(allowed)}")
-        for key, lowest, highest in (
-            ("num", 1, MAX_NUM), ("steps", 1, 1000), ("resample", 1, 100), ("jump", 1, 1000), ("step_cache", 1, 1000),
-            ("seed", 0, 2**64 - (self.num if isinstance(self.num, int) else 1)),
-        ):  # fmt: skip
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
-                raise RequestError(f"{key}: {value!r} does not work; use a whole number from {lowest} to {highest}")
-        if self.resample > 1 and self.jump >= self.steps:
-            raise RequestError(f"jump: {self.jump} does not work with {self.steps} steps; use fewer than the steps")
-        if self.guidance is not None and not (
-            isinstance(self.guidance, int | float) and -100 <= self.guidance <= 100
-        ):  # also NaN
-            raise RequestError(f"guidance: {self.guidance!r} does not work; use a number from -100 to 100")
-        if self.guidance_interval is not None and not _is_interval(self.guidance_interval):
-            raise RequestError(
-                f"guidance_interval: {self.guidance_interval!r} does not work; use two numbers, 0 <= start < end <= 1"
-            )
-        if self.mask is not None and self.image is None:
-            raise RequestError("mask: a mask needs the image it belongs to; give image too")
         self._check_task()
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is given, by modality."""
+        shorthand = {"text": self.prompt, "image": self.image}
+        return {name: value for name, value in [*self.inputs.items(), *shorthand.items()] if value is not None}
+
+    @property
+    def given_masks(self) -> dict[str, Any]:
+        """The masks that are given, by modality."""
+        return {name: value for name, value in [*self.masks.items(), ("image", self.mask)] if value is not None}
+
+    def _check_choices(self) -> None:
+        choices = {"task": TASKS, "solver": SOLVERS, "unknown_words": ("error", "fill")}
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise InputError(key, getattr(self, key), f"use one of {', '.join(allowed)}", "is not known")
+        if self.guidance_kind is not None and self.guidance_kind not in GUIDANCE_KINDS:
+            raise InputError(
+                "guidance_kind", self.guidance_kind, f"use one of {', '.join(GUIDANCE_KINDS)}", "is not known"
+            )
+        order = self.order
+        if isinstance(order, str) and order != "together":
+            raise InputError("order", order, 'use "together", or a list of names of modalities', "is not known")
+        if order is not None and not isinstance(order, str):
+            names = list(order) if isinstance(order, list | tuple) else []
+            if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+                raise InputError("order", order, "give distinct names of modalities, or together")
+            object.__setattr__(self, "order", tuple(names))
+
+    def _check_numbers(self) -> None:
+        for key, (lowest, highest) in WHOLE_NUMBERS.items():
+            value = getattr(self, key)
+            if key == "seed" and isinstance(self.num, Integral):
+                highest = MAX_SEED + 1 - int(self.num)
+            if not isinstance(value, Integral) or isinstance(value, bool) or not lowest <= value <= highest:
+                raise InputError(key, value, f"use a whole number from {lowest} to {highest}")
+            object.__setattr__(self, key, int(value))  # numpy's too
+        if self.resample > 1 and self.jump >= self.steps:
+            raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
+        if self.guidance is not None:
+            if not _is_number(self.guidance) or not -100 <= self.guidance <= 100:  # also NaN
+                raise InputError("guidance", self.guidance, "use a number from -100 to 100")
+            object.__setattr__(self, "guidance", float(self.guidance))
+        if not _is_number(self.eta) or not 0 <= self.eta <= 1:
+            raise InputError("eta", self.eta, "use a number from 0 to 1")
+        object.__setattr__(self, "eta", float(self.eta))
+        if self.eta != 0 and self.solver != "ddim":
+            raise InputError("eta", self.eta, f"use solver ddim; {self.solver} has no eta")
+        if self.guidance_interval is not None:
+            pair = self.guidance_interval
+            right = isinstance(pair, tuple | list) and len(pair) == 2 and all(_is_number(x) for x in pair)
+            if not right or not 0 <= pair[0] < pair[1] <= 1:
+                raise InputError("guidance_interval", pair, "use two numbers, 0 <= start < end <= 1")
+
     def _check_task(self) -> None:
-        wanted = {
-            "joint": self.prompt is None and self.image is None,
-            "text-to-image": self.prompt is not None and self.image is None,
-            "image-to-text": self.prompt is None and self.image is not None and self.mask is None,
-            "infill": self.prompt is not None or self.image is not None,
+        given = self.given
+        text, image, partial = "text" in given, "image" in given, bool(self.given_masks)
+        fits = {
+            "joint": not given,
+            "text-to-image": text and not image,
+            "image-to-text": image and not text and not partial,
+            "infill": bool(given),
         }
         remedy = {
             "joint": "leave out prompt and image",
@@ -99,23 +163,41 @@ class Request:
             "image-to-text": "give an image, no mask and no prompt",
             "infill": "give a prompt with _, or an image with a mask",
         }
-        if self.task != "auto" and not wanted[self.task]:
-            raise RequestError(f"task: {self.task!r} does not fit what is given; {remedy[self.task]}, or use auto")
+        if self.task != "auto" and not fits[self.task]:
+            raise InputError("task", self.task, f"{remedy[self.task]}, or use auto", "does not fit what is given")
 
 
-def _is_interval(value) -> bool:
-    pair = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
-    return pair and 0 <= value[0] < value[1] <= 1
+def _check_prompt(prompt) -> None:
+    if prompt is None:
+        return
+    if not isinstance(prompt, str):
+        raise InputError("prompt", prompt, "give a string, one request per prompt", "is not a string")
+    if not any(c.isalnum() or c == "_" for c in prompt):
+        raise InputError("prompt", prompt, "give words, or leave it out to have them generated", "has no word")
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
+        raise InputError("prompt", prompt, "give it in UTF-8", "holds bytes that are not text")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and its text."""
+    """One joint sample: a value of each modality."""
 
-    image: "Image"
-    text: str
+    outputs: Mapping[str, Any]  # by modality: a PIL image or a string
     seed: int
     confidence: float  # mean certainty of the words' decoding, 0…1; known words are certain
+    word_confidence: tuple[float, ...] = ()  # of each word of the text
+
+    @property
+    def image(self) -> "Image":
+        return self.outputs["image"]
+
+    @property
+    def text(self) -> str:
+        return self.outputs["text"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +205,9 @@ class Result:
     """The samples of one request, in the order of their seeds; `image` and `text` are the first's."""
 
     request: Request
-    task: str  # what the request was: joint, text-to-image, image-to-text or infill
+    task: str  # what the request was: joint, text-to-image, image-to-text, …, or infill
     guidance: float  # the scale that was used
+    order: tuple[str, ...]  # in which modalities were generated; (): together
     samples: tuple[Sample, ...]
 
     @property

@@ -5,9 +5,41 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import PRESETS, Config, ConfigError, DiffusionConfig, ImageConfig, Modality, ModelConfig, UViTConfig
+from engine.config import (
+    CodecConfig,
+    Config,
+    DiffusionConfig,
+    Modality,
+    ModelConfig,
+    SamplingConfig,
+    UViTConfig,
+)
+from engine.errors import InputError
+from engine.presets import PRESETS
 
 TINY = PRESETS["tiny"]
+# config.json of the built-in model as version 0.1 wrote it.
+VERSION_0_1 = {
+    "model": {
+        "modalities": [
+            {"name": "image", "tokens": 16, "channels": 32, "depth": 2},
+            {"name": "text", "tokens": 16, "channels": 32, "depth": 2},
+        ],
+        "shared_depth": 7,
+        "dim": 192,
+        "head_dim": 64,
+        "mlp_ratio": 4,
+        "time": "adaln",
+    },
+    "diffusion": {
+        "schedule": "cosine",
+        "timesteps": 1000,
+        "prediction": "v_prediction",
+        "conditioning": "clean",
+        "times": "masked",
+    },
+    "image": {"size": 64, "patch": 2},
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -16,10 +48,42 @@ def test_presets_survive_json(preset):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_a_config_without_pictures_or_diffusion_settings_takes_the_defaults():
+def test_a_config_of_a_bare_network_takes_the_defaults():
     config = Config.from_dict({"model": TINY.to_dict()["model"]})
-    assert (config.model, config.diffusion, config.image) == (TINY.model, DiffusionConfig(), None)
+    assert config == Config(TINY.model, DiffusionConfig(), {}, SamplingConfig())
     assert Config.from_dict(config.to_dict()) == config
+
+
+def test_a_config_of_version_0_1_means_the_built_in_model():
+    config = Config.from_dict(VERSION_0_1)
+    assert config == PRESETS["emoji"]
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_of_version_0_1_that_knows_no_clean_parts_moves_all_modalities_together():
+    values = json.loads(json.dumps(VERSION_0_1))
+    values["diffusion"] |= {"conditioning": "renoise", "times": "shared"}
+    config = Config.from_dict(values)
+    assert config.sampling.order == () and config.sampling.guidance["text-to-image"] == 5.0
+
+
+def test_a_bare_network_of_version_0_1_has_no_codecs():
+    config = Config.from_dict(VERSION_0_1 | {"image": None})
+    assert (dict(config.codecs), config.model) == ({}, PRESETS["emoji"].model)
+
+
+def test_reading_a_config_of_version_0_1_leaves_it_as_it_was():
+    values = json.loads(json.dumps(VERSION_0_1))
+    Config.from_dict(values)
+    assert values == VERSION_0_1
+
+
+def test_any_modalities_survive_json_with_their_codecs():
+    model = replace(TINY.model, modalities=(*TINY.model.modalities, Modality("sketch", 16, 4, 0)))
+    codecs = {**TINY.codecs, "sketch": CodecConfig("image", folder="image", settings={"size": 32, "patch": 1})}
+    config = replace(TINY, model=model, codecs=codecs)
+    assert config.to_dict()["codecs"]["sketch"] == {"kind": "image", "folder": "image", "size": 32, "patch": 1}
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_slices_lie_side_by_side_in_the_order_of_the_modalities():
@@ -54,16 +118,14 @@ MODEL = {"modalities": (Modality("image", 16, 4, 1),), "shared_depth": 1, "dim":
         (ModelConfig, {**MODEL, "dim": 0}, "dim", "0"),
         (ModelConfig, {**MODEL, "head_dim": 0}, "head_dim", "0"),
         (ModelConfig, {**MODEL, "mlp_ratio": 0}, "mlp_ratio", "0"),
-        (ModelConfig, {**MODEL, "time": "film"}, "time", "'film'"),
+        (ModelConfig, {**MODEL, "time_conditioning": "film"}, "time_conditioning", "'film'"),
         (DiffusionConfig, {"schedule": "linear"}, "schedule", "'linear'"),
         (DiffusionConfig, {"timesteps": 1}, "timesteps", "1"),
         (DiffusionConfig, {"prediction": "x0"}, "prediction", "'x0'"),
         (DiffusionConfig, {"conditioning": "none"}, "conditioning", "'none'"),
-        (DiffusionConfig, {"times": "both"}, "times", "'both'"),
-        (DiffusionConfig, {"times": "masked", "conditioning": "renoise"}, "conditioning", "'renoise'"),
-        (DiffusionConfig, {"times": "shared", "conditioning": "clean"}, "conditioning", "'clean'"),
-        (ImageConfig, {"size": 7, "patch": 1}, "image.size", "7"),
-        (ImageConfig, {"size": 64, "patch": 0}, "image.patch", "0"),
+        (DiffusionConfig, {"time_sampling": "both"}, "time_sampling", "'both'"),
+        (DiffusionConfig, {"time_sampling": "masked", "conditioning": "renoise"}, "conditioning", "'renoise'"),
+        (DiffusionConfig, {"time_sampling": "shared", "conditioning": "clean"}, "conditioning", "'clean'"),
         (ModelConfig, {**MODEL, "modalities": (Modality("a", 10**6, 1, 0),)}, "a.tokens", "1000000"),
         (ModelConfig, {**MODEL, "modalities": (Modality("a", 1, 10**6, 0),)}, "a.channels", "1000000"),
         (ModelConfig, {**MODEL, "modalities": (Modality("a", 1, 1, 10**6),)}, "a.depth", "1000000"),
@@ -71,21 +133,41 @@ MODEL = {"modalities": (Modality("image", 16, 4, 1),), "shared_depth": 1, "dim":
         (ModelConfig, {**MODEL, "dim": 64 * 10**18}, "dim", "64000000000000000000"),
         (ModelConfig, {**MODEL, "mlp_ratio": 10**12}, "mlp_ratio", "1000000000000"),
         (DiffusionConfig, {"timesteps": 10**13}, "timesteps", "10000000000000"),
-        (ImageConfig, {"size": 10**12, "patch": 1}, "image.size", "1000000000000"),
-        (ImageConfig, {"size": 64, "patch": 65}, "image.patch", "65"),
+        (SamplingConfig, {"guidance": {"joint": float("nan")}}, "sampling.guidance.joint", "nan"),
+        (SamplingConfig, {"guidance": {"joint": "3"}}, "sampling.guidance.joint", "'3'"),
+        (SamplingConfig, {"guidance": 3.0}, "sampling.guidance", "3.0"),
+        (SamplingConfig, {"order": ("text", "text")}, "sampling.order", "text"),
+        (SamplingConfig, {"order": "text"}, "sampling.order", "'text'"),
+        (SamplingConfig, {"feather": -1}, "sampling.feather", "-1"),
         (UViTConfig, {"timed": ("a",), "predicted": ("a",), "extra_tokens": 10**9}, "extra_tokens", "1000000000"),
     ],
 )
 def test_values_that_do_not_work_are_named(cls, values, key, value):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         cls(**values)
     assert_one_sentence(error, key, value, ";")
 
 
 def test_a_time_token_cannot_tell_known_tokens_from_others():
-    with pytest.raises(ConfigError) as error:
-        Config(replace(TINY.model, time="token"), TINY.diffusion)
-    assert_one_sentence(error, "times", "'masked'", "adaln")
+    with pytest.raises(InputError) as error:
+        Config(replace(TINY.model, time_conditioning="token"), TINY.diffusion)
+    assert_one_sentence(error, "time_sampling", "'masked'", "adaln")
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"codecs": {"image": TINY.codecs["image"]}}, ["codecs", "['image']", "'text'"]),
+        ({"codecs": {**TINY.codecs, "sound": CodecConfig("text")}}, ["codecs", "sound"]),
+        ({"sampling": SamplingConfig(order=("sound",))}, ["sampling.order", "sound", "image, text"]),
+        ({"diffusion": DiffusionConfig()}, ["sampling.order", "clean"]),
+    ],
+    ids=["a modality without a codec", "a codec without a modality", "order of another", "order of renoised parts"],
+)
+def test_settings_that_do_not_fit_each_other_are_named(changes, parts):
+    with pytest.raises(InputError) as error:
+        replace(TINY, **changes)
+    assert_one_sentence(error, *parts)
 
 
 def changed(path, value):
@@ -105,11 +187,11 @@ def changed(path, value):
 @pytest.mark.parametrize(
     "path, value, parts",
     [
-        ("colour", 1, ["config", "colour", "unknown"]),
-        ("model.depth", 1, ["model", "depth", "unknown"]),
-        ("model.modalities.1.width", 1, ["modalities", "width", "unknown"]),
-        ("diffusion.beta", 1, ["diffusion", "beta", "unknown"]),
-        ("image.height", 64, ["image", "height", "unknown"]),
+        ("colour", 1, ["config", "colour", "not a known"]),
+        ("model.depth", 1, ["model", "depth", "not a known"]),
+        ("model.modalities.1.width", 1, ["modalities", "width", "not a known"]),
+        ("diffusion.beta", 1, ["diffusion", "beta", "not a known"]),
+        ("sampling.steps", 1, ["sampling", "steps", "not a known"]),
         ("model", ..., ["model", "None"]),
         ("model", 3, ["model", "3"]),
         ("model.dim", ..., ["model", "dim"]),
@@ -117,7 +199,7 @@ def changed(path, value):
         ("model.dim", True, ["model.dim", "True", "int"]),
         ("model.dim", 64.0, ["model.dim", "64.0", "int"]),
         ("model.dim", None, ["model.dim", "None", "int"]),
-        ("model.time", 1, ["model.time", "1", "str"]),
+        ("model.time_conditioning", 1, ["model.time_conditioning", "1", "str"]),
         ("model.modalities", ..., ["model.modalities", "None"]),
         ("model.modalities", "image", ["model.modalities", "'image'"]),
         ("model.modalities", [3], ["model.modalities", "3"]),
@@ -126,19 +208,27 @@ def changed(path, value):
         ("model.modalities.0.channels", ..., ["modalities", "channels"]),
         ("diffusion.timesteps", 1e3, ["diffusion.timesteps", "1000.0"]),
         ("diffusion", [], ["diffusion", "[]"]),
-        ("image", "64", ["image", "'64'"]),
-        ("image.patch", ..., ["image", "patch"]),
-        ("model.time", json.loads("[" * 900 + "]" * 900), ["model.time", "[[["]),
-        ("model.time", [0] * 1000, ["model.time", "[0, 0", "str"]),
+        ("codecs", [], ["codecs", "[]"]),
+        ("codecs.image", "64", ["codecs.image", "'64'"]),
+        ("codecs.image.kind", ..., ["codecs.image.kind", "None"]),
+        ("codecs.image.kind", 3, ["codecs.image.kind", "3"]),
+        ("codecs.image.size", None, ["codecs.image.size", "None"]),
+        ("codecs.image.size", True, ["codecs.image.size", "True"]),
+        ("codecs.image.folder", "../image", ["codecs.image.folder", "'../image'"]),
+        ("codecs.image.folder", "..", ["codecs.image.folder", "'..'"]),
+        ("codecs.image.folder", 1, ["codecs.image.folder", "1"]),
+        ("sampling", 3, ["sampling", "3"]),
+        ("model.time_conditioning", json.loads("[" * 900 + "]" * 900), ["model.time_conditioning", "[[["]),
+        ("model.time_conditioning", [0] * 1000, ["model.time_conditioning", "[0, 0", "str"]),
     ],
 )
 def test_json_that_is_no_config_is_refused_by_key(path, value, parts):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         Config.from_dict(changed(path, value))
     assert_one_sentence(error, *parts)
 
 
 @pytest.mark.parametrize("values", [None, [], "tiny", {}])
 def test_what_is_no_mapping_with_a_model_is_refused(values):
-    with pytest.raises(ConfigError):
+    with pytest.raises(InputError):
         Config.from_dict(values)

@@ -1,0 +1,65 @@
+"""`PRESETS`: named configurations to train."""
+
+from engine.config import CodecConfig, Config, DiffusionConfig, Modality, ModelConfig, SamplingConfig, UViTConfig
+
+
+def _codecs(size: int, patch: int) -> dict[str, CodecConfig]:
+    """An autoencoder for images of so many pixels a side, word vectors for text."""
+    return {"image": CodecConfig("image", settings={"size": size, "patch": patch}), "text": CodecConfig("text")}
+
+
+def _uvit(modalities: tuple[Modality, ...], blocks: int, dim: int, uvit: UViTConfig | None = None) -> ModelConfig:
+    """A U-ViT, by default U-ViT-multi: a time token per modality, all of them predicted."""
+    names = tuple(m.name for m in modalities)
+    return ModelConfig(modalities, blocks, dim, time_conditioning="token", uvit=uvit or UViTConfig(names, names))
+
+
+# 256 px MS-COCO latents (4×32×32, patch 2) and 64 words of Word2Vec-64; L = 320.
+COCO = Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)
+# 64 px emoji (8×8×8 latents, patch 2) and names of up to 16 words.
+EMOJI = Modality("image", 16, 32, depth=0), Modality("text", 16, 32, depth=0)
+TINY = Modality("image", 16, 4, depth=0), Modality("text", 6, 8, depth=0)
+
+INDEPENDENT = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "independent")
+CONDITIONAL = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "conditional")
+MASKED = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked")
+COSINE_INDEPENDENT = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent")
+
+GUIDANCE = {"joint": 3.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0}
+TEXT_FIRST = SamplingConfig(GUIDANCE, order=("text", "image"))
+TOGETHER = SamplingConfig(GUIDANCE)
+
+PRESETS: dict[str, Config] = {
+    # The paper's size.
+    "coco256": Config(
+        ModelConfig((Modality("image", 256, 16, depth=4), Modality("text", 64, 64, depth=2)), shared_depth=9, dim=512),
+        DiffusionConfig("scaled_linear", 1000, "epsilon", "renoise", "shared"),
+        _codecs(256, 2),
+        TOGETHER,
+    ),
+    # The built-in model.
+    "emoji": Config(
+        ModelConfig((Modality("image", 16, 32, depth=2), Modality("text", 16, 32, depth=2)), shared_depth=7, dim=192),
+        MASKED,
+        _codecs(64, 2),
+        TEXT_FIRST,
+    ),
+    # The paper's baseline: depth 12, as on MS-COCO.
+    "uvit-multi-coco256": Config(_uvit(COCO, 13, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),
+    # The same at depth 16.
+    "uvit-multi-deep-coco256": Config(_uvit(COCO, 17, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),
+    # U-ViT for text-to-image: the text is a condition, the last layer a convolution.
+    "uvit-t2i-coco256": Config(
+        _uvit(COCO, 13, 512, UViTConfig(("image",), ("image",), patch=2)), CONDITIONAL, _codecs(256, 2), TOGETHER
+    ),
+    # As many blocks and skips as `emoji`, all of them shared.
+    "uvit-emoji": Config(_uvit(EMOJI, 15, 192), COSINE_INDEPENDENT, _codecs(64, 2), TEXT_FIRST),
+    # For tests: trained in seconds.
+    "uvit-tiny": Config(_uvit(TINY, 3, 64), COSINE_INDEPENDENT, _codecs(32, 1), TEXT_FIRST),
+    "tiny": Config(
+        ModelConfig((Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1)), shared_depth=3, dim=64),
+        MASKED,
+        _codecs(32, 1),
+        TEXT_FIRST,
+    ),
+}
