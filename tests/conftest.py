@@ -1,9 +1,14 @@
 """What every test file shares: optional data, GPU tests and hypothesis settings."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers with several threads slow each other down
+
 import torch
 from hypothesis import settings
 
@@ -26,29 +31,58 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A complete checkpoint folder of the `tiny` preset with random weights: 32 px, 6 words, a vocabulary of 32."""
+    from engine.presets import PRESETS
+
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", PRESETS["tiny"])
+
+
+@pytest.fixture(scope="session")
+def three_modality_checkpoint(tmp_path_factory) -> Path:
+    """As `tiny_checkpoint`, with a third modality: `sketch`, a second image that shares the image's codec folder."""
+    from engine.config import CodecConfig, Modality, SamplingConfig
+    from engine.presets import PRESETS
+
+    tiny = PRESETS["tiny"]
+    model = replace(tiny.model, modalities=(*tiny.model.modalities, Modality("sketch", 16, 4, depth=1)))
+    codecs = {**tiny.codecs, "sketch": CodecConfig("image", folder="image", settings=tiny.codecs["image"].settings)}
+    sampling = SamplingConfig(tiny.sampling.guidance, order=("text", "sketch", "image"))
+    config = replace(tiny, model=model, codecs=codecs, sampling=sampling)
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "three", config)
+
+
+def random_checkpoint(folder: Path, config) -> Path:
+    """Writes a checkpoint of random weights whose codecs are `image`, of 32 px, and `text`, of 8 channels."""
     from diffusers import AutoencoderDC
 
     from engine import checkpoint
     from engine.codecs.image import ImageCodec
     from engine.codecs.text import END, TextCodec
-    from engine.config import PRESETS
-    from engine.model import PSUNet
-    from engine.recipes import RECIPES
+    from engine.model.denoiser import build
+    from engine.training.recipes import RECIPES
 
-    folder, config = tmp_path_factory.mktemp("checkpoint") / "tiny", PRESETS["tiny"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = PSUNet(config.model)
+        network = build(config.model)
         # All of them random: as initialised, gates and heads are zero and no sample would depend on anything.
-        weights = {name: 0.1 * torch.randn_like(w) for name, w in model.state_dict().items()}
+        weights = {name: 0.1 * torch.randn_like(w) for name, w in network.state_dict().items()}
         vectors = torch.nn.functional.normalize(torch.randn(32, 8)) * 8**0.5
         autoencoder = AutoencoderDC(**RECIPES["tiny"].autoencoder_config)
     checkpoint.save(folder, config, weights, torch.float32)
     words = "red green blue big small old new cat dog bird fish tree sun moon star car house man woman child face hand "
     words += "heart flag of with and in on the running"
     TextCodec((END, *words.split()), vectors).save(folder / "text")
-    ImageCodec(autoencoder, config.image.size, config.image.patch).save(folder / "image")
+    ImageCodec(autoencoder, **config.codecs["image"].settings).save(folder / "image")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup: a file's tests, which share fixtures, run on one worker.
+
+    Those of a file that sets SPREAD, whose tests share nothing that takes long, run on any.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and not getattr(item.module, "SPREAD", False):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,14 +1,25 @@
-"""Pictures to tokens and back with each of the autoencoders, and folders that are none."""
+"""Images to tokens and back with each of the autoencoders, what is known of an image, and damaged folders."""
 
 import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine.codecs.image import ImageCodec, patchify, unpatchify
-from engine.config import ConfigError
-from engine.data.coco import load_image
+from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, autoencoder_class
+from engine.codecs.image import ImageCodec, image_elements, patchify, unpatchify
+from engine.config import Modality
+from engine.errors import InputError
+from engine.images import composite, fill_masked, fit_image, load_image, to_image
 
 SIZE = 32
 
@@ -69,6 +80,14 @@ def folder(folders, tmp_path):
     return tmp_path
 
 
+def load(folder, size=SIZE, patch=1, **settings):
+    """The codec of a folder, for a modality that fits."""
+    latents = SavedAutoencoder.open(folder).latents
+    side = size // (latents.factor * patch) if isinstance(size, int) and isinstance(patch, int) and patch else 1
+    modality = Modality("sketch", side**2, latents.channels * patch**2 if isinstance(patch, int) else 1, depth=0)
+    return ImageCodec.load(folder, {"size": size, "patch": patch, **settings}, modality)
+
+
 def pixels(batch=2):
     return torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -100,9 +119,9 @@ def test_tokens_of_no_square_grid_are_refused():
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_autoencoder_gives_scaled_latents_as_tokens(folders, kind, patch):
-    codec = ImageCodec.load(folders[kind], SIZE, patch)
+    codec = load(folders[kind], patch=patch)
     factor, channels = KINDS[kind]
-    tokens = codec.encode(pixels())
+    tokens = codec.encode_pixels(pixels())
     assert tokens.shape == (2, codec.tokens, codec.channels) == (2, (SIZE // factor // patch) ** 2, channels * patch**2)
     with torch.no_grad():
         latents = latents_of(autoencoder_of(kind), pixels())
@@ -112,8 +131,8 @@ def test_each_autoencoder_gives_scaled_latents_as_tokens(folders, kind, patch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_autoencoder_decodes_what_it_encoded(folders, kind):
-    codec = ImageCodec.load(folders[kind], SIZE, 2)
-    decoded = codec.decode(codec.encode(pixels()))
+    codec = load(folders[kind], patch=2)
+    decoded = codec.decode_pixels(codec.encode_pixels(pixels()))
     autoencoder = autoencoder_of(kind).eval()
     with torch.no_grad():
         expected = autoencoder.decode(latents_of(autoencoder, pixels())).sample.clamp(-1, 1)
@@ -122,35 +141,69 @@ def test_each_autoencoder_decodes_what_it_encoded(folders, kind):
 
 
 def test_decoded_pixels_stay_in_range(folders):
-    codec = ImageCodec.load(folders["AutoencoderDC"], SIZE, 1)
-    decoded = codec.decode(1e4 * torch.randn(1, codec.tokens, codec.channels))
+    codec = load(folders["AutoencoderDC"])
+    decoded = codec.decode_pixels(1e4 * torch.randn(1, codec.tokens, codec.channels))
     assert decoded.isfinite().all() and decoded.abs().max() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_codec_comes_back(folders, tmp_path, kind, dtype):
-    codec = ImageCodec.load(folders[kind], SIZE, 1)
+    codec = load(folders[kind])
     codec.save(tmp_path / "a" / "b", dtype)
     assert {w.dtype for w in load_file(tmp_path / "a" / "b" / "diffusion_pytorch_model.safetensors").values()} == {
         dtype
     }
-    again = ImageCodec.load(str(tmp_path / "a" / "b"), SIZE, 1)
-    tokens, expected = again.encode(pixels()), codec.encode(pixels())
+    again = load(str(tmp_path / "a" / "b"))
+    tokens, expected = again.encode_pixels(pixels()), codec.encode_pixels(pixels())
     assert (tokens - expected).norm() <= (0 if dtype == torch.float32 else 0.01) * expected.norm()
     assert not any(p.requires_grad for p in again.autoencoder.parameters())
 
 
 @pytest.mark.parametrize("size, patch", [(30, 1), (36, 2), (32, 16)])
 def test_sizes_that_leave_part_of_a_token_are_refused(folders, size, patch):
-    with pytest.raises(ConfigError, match=rf"image.size: {size} .*multiple of {4 * patch}"):
-        ImageCodec.load(folders["AutoencoderDC"], size, patch)
+    with pytest.raises(InputError, match=rf"^codecs.sketch.size: {size} .*multiple of {4 * patch}"):
+        load(folders["AutoencoderDC"], size, patch)
+    with pytest.raises(InputError, match=rf"^size: {size} .*multiple of {4 * patch}"):
+        ImageCodec(autoencoder_of("AutoencoderDC"), size, patch)
+
+
+@pytest.mark.parametrize(
+    "settings, argument",
+    [
+        ({"size": 7}, "codecs.sketch.size"),
+        ({"size": 10**12}, "codecs.sketch.size"),
+        ({"size": 32.0}, "codecs.sketch.size"),
+        ({"size": True}, "codecs.sketch.size"),
+        ({"size": "32"}, "codecs.sketch.size"),
+        ({"size": None}, "codecs.sketch.size"),
+        ({"patch": 0}, "codecs.sketch.patch"),
+        ({"patch": 33}, "codecs.sketch.patch"),
+        ({"patch": None}, "codecs.sketch.patch"),
+        ({"colour": 1}, "codecs.sketch"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used_are_named(folders, settings, argument):
+    with pytest.raises(InputError) as error:
+        load(folders["AutoencoderDC"], **settings)
+    assert error.value.argument == argument and "; use " in str(error.value)
+
+
+def test_tokens_and_channels_other_than_the_modalitys_are_refused(folders):
+    folder = folders["AutoencoderDC"]
+    for modality in (Modality("image", 16, 8, depth=0), Modality("image", 64, 4, depth=0)):
+        with pytest.raises(InputError) as error:
+            ImageCodec.load(folder, {"size": SIZE, "patch": 1}, modality)
+        expected = f"64 tokens of 8 channels from images of 32 pixels, the model takes {modality.tokens} of "
+        assert str(folder) in str(error.value) and expected in str(error.value)
 
 
 def refusal(folder):
-    with pytest.raises(ValueError) as error:
-        ImageCodec.load(folder, SIZE, 1)
-    assert "\n" not in str(error.value)
+    """Why a folder's codec is not loaded, or not built."""
+    with pytest.raises(InputError) as error:
+        load(folder).build()
+    assert error.value.argument == "checkpoint" and "\n" not in str(error.value)
     return str(error.value)
 
 
@@ -198,7 +251,7 @@ def test_a_config_that_builds_another_autoencoder_is_refused(folder, key):
 
 @pytest.mark.parametrize("key", ["scaling_factor", "shift_factor"])
 @pytest.mark.parametrize("value", ["x", float("nan"), float("inf"), 10**400, []], ids=lambda value: str(value)[:9])
-def test_scales_that_are_no_moderate_numbers_are_named(folder, key, value):
+def test_scales_that_are_not_moderate_numbers_are_named(folder, key, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     message = refusal(folder)
@@ -209,7 +262,7 @@ def test_scales_that_are_no_moderate_numbers_are_named(folder, key, value):
 def test_a_scale_that_leaves_nothing_of_the_latents_is_refused(folder, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": value}))
-    assert f"scaling_factor {value} does not work" in refusal(folder)
+    assert f"scaling_factor {value}, which cannot be used" in refusal(folder)
 
 
 def test_a_config_nested_deeper_than_python_reads_is_named(folder):
@@ -223,11 +276,227 @@ def test_weights_of_eight_bits_are_named(folder):
     assert str(path) in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("latent_channels", 0),
+        ("latent_channels", 10**12),
+        ("latent_channels", "8"),
+        ("latent_channels", None),
+        ("encoder_block_out_channels", []),
+        ("encoder_block_out_channels", 8),
+        ("encoder_block_out_channels", [8] * 1000),
+    ],
+    ids=lambda value: str(value)[:9],
+)
+def test_a_config_that_no_tokens_can_be_counted_from_is_named(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError) as error:
+        SavedAutoencoder.open(folder)
+    assert str(folder / "config.json") in str(error.value) and key in str(error.value)
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_what_a_config_leaves_out_is_as_diffusers_has_it(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    with torch.device("meta"):
+        autoencoder = autoencoder_class(kind)()
+    assert SavedAutoencoder.open(tmp_path).latents == LatentSpace.of(autoencoder.config, kind)
+
+
+def test_loading_neither_imports_diffusers_nor_reads_weights(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    code = f"""
+import sys
+from engine.codecs.image import ImageCodec
+from engine.config import Modality
+codec = ImageCodec.load({str(folder)!r}, {{"size": 32, "patch": 1}}, Modality("image", 64, 8, 0))
+codec.read(None, "image"), codec.null(), codec.tokens
+sys.exit("diffusers" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_threads_that_need_the_autoencoder_at_once_build_it_once(folders, monkeypatch):
+    codec, builds, barrier = load(folders["AutoencoderDC"]), [], threading.Barrier(4)
+    build = SavedAutoencoder.build
+
+    def counted(saved):
+        builds.append(saved)
+        return build(saved)
+
+    def autoencoder():
+        barrier.wait()
+        return codec.autoencoder
+
+    monkeypatch.setattr(SavedAutoencoder, "build", counted)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(autoencoder) for _ in range(4)]
+    assert len({id(future.result()) for future in futures}) == len(builds) == 1
+
+
+def test_an_autoencoder_that_is_built_in_inference_mode_can_be_saved_and_moved(folders, tmp_path):
+    codec = load(folders["AutoencoderDC"])
+    with torch.inference_mode():
+        codec.build()
+    codec.save(tmp_path / "again")
+    assert not any(p.is_inference() for p in codec.autoencoder.parameters())
+
+
+def test_a_failed_build_is_reported_every_time(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    codec = load(folder)
+    for _ in range(2):
+        with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors does not exist"):
+            codec.build()
+
+
+@pytest.fixture(scope="module")
+def codec(folders):
+    return load(folders["AutoencoderKL"], patch=2)
+
+
+def photo(seed, size=(SIZE, SIZE)):
+    levels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+def left(size=(SIZE, SIZE), columns=10):
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, columns, size[1]))
+    return mask
+
+
+def noise(codec, batch):
+    return torch.randn(batch, codec.tokens, codec.channels, generator=torch.Generator().manual_seed(7))
+
+
+def test_a_known_image_is_encoded_whole_and_comes_back_undecoded(codec, monkeypatch):
+    known = codec.read(photo(1), "image")
+    assert not known.generate.any()
+    pixels = fit_image(photo(1), SIZE)[None].float() / 127.5 - 1
+    torch.testing.assert_close(codec.encode([known]), codec.encode_pixels(pixels))
+    monkeypatch.setattr(codec, "decode_pixels", None)
+    decoded = codec.decode(noise(codec, 2), [known, known])
+    assert [np.array_equal(one.value, photo(1)) for one in decoded] == [True, True]
+    assert (decoded[0].confidence, decoded[0].part_confidence) == (1.0, ())
+
+
+def test_no_image_is_generated_whole(codec, monkeypatch):
+    none = codec.read(None, "image")
+    assert none.generate.shape == (codec.tokens, codec.channels) and none.generate.all()
+    tokens = noise(codec, 2)
+    for one, pixels in zip(codec.decode(tokens, [none, none]), codec.decode_pixels(tokens), strict=True):
+        assert np.array_equal(one.value, to_image(pixels))
+    monkeypatch.setattr(codec, "encode_pixels", None)
+    assert not codec.encode([none]).any()
+
+
+def test_a_masked_image_is_encoded_without_what_lies_under_the_mask(codec):
+    other = Image.composite(photo(2), photo(1), left())
+    one, two = (codec.read(image, "image", left()) for image in (photo(1), other))
+    assert torch.equal(codec.encode([one]), codec.encode([two]))
+    mask = np.array(left()) > 0
+    filled = fill_masked(fit_image(photo(1), SIZE).float() / 127.5 - 1, mask)
+    generate = image_elements(mask, codec.factor, codec.patch, codec.latent_channels)
+    assert torch.equal(one.generate, generate) and generate.any() and not generate.all()
+    torch.testing.assert_close(codec.encode([one])[0], codec.encode_pixels(filled[None])[0].masked_fill(generate, 0))
+
+
+def test_a_wholly_masked_image_is_generated_whole(codec):
+    given = codec.read(photo(1), "image", left(columns=SIZE), feather=2)
+    assert given.generate.all() and not codec.encode([given]).any()
+    tokens = noise(codec, 1)
+    assert np.array_equal(codec.decode(tokens, [given])[0].value, to_image(codec.decode_pixels(tokens)[0]))
+
+
+@pytest.mark.parametrize("feather", [0, 2])
+def test_decoded_pixels_are_composited_into_the_known_ones(codec, feather):
+    given, tokens = codec.read(photo(1), "image", left(), feather=feather), noise(codec, 2)
+    mask = np.array(left()) > 0
+    expected = composite(fit_image(photo(1), SIZE).float() / 127.5 - 1, codec.decode_pixels(tokens), mask, feather)
+    for one, pixels in zip(codec.decode(tokens, [given, given]), expected, strict=True):
+        assert np.array_equal(one.value, to_image(pixels))
+        assert np.array_equal(np.array(one.value)[~mask], np.array(photo(1))[~mask])
+
+
+def test_what_is_decoded_together_is_as_if_alone(codec):
+    given = [
+        codec.read(None, "image"),
+        codec.read(photo(1), "image", left(), feather=2),
+        codec.read(photo(2), "image"),
+        codec.read(photo(3), "image", left(columns=20)),
+    ]
+    given, tokens = [*given, given[1], given[0]], noise(codec, 6)
+    for i, one in enumerate(codec.decode(tokens, given)):
+        alone = codec.decode(tokens[i : i + 1], given[i : i + 1])[0].value
+        assert np.abs(np.array(one.value).astype(int) - alone).max() <= 1
+    together = codec.encode(given)
+    for i, one in enumerate(given):
+        torch.testing.assert_close(together[i : i + 1], codec.encode([one]))
+
+
+def test_nothing_is_encoded_of_nothing(codec):
+    assert codec.encode([]).shape == (0, codec.tokens, codec.channels)
+    assert codec.decode(noise(codec, 0), []) == []
+
+
+def test_null_is_a_mid_grey_image_that_is_known(codec):
+    null = codec.null()
+    assert not null.generate.any()
+    grey = codec.encode_pixels(torch.zeros(1, 3, SIZE, SIZE))
+    torch.testing.assert_close(codec.encode([null]), grey)
+
+
+def test_images_and_masks_of_other_sizes_are_cropped_alike(codec):
+    given = codec.read(photo(1, (90, 50)), "image", left((90, 50), 45))
+    assert given.content.mask.sum() == SIZE * SIZE / 2 and given.content.mask[:, : SIZE // 2].all()
+
+
+@pytest.mark.parametrize(
+    "value, mask, argument",
+    [
+        ("absent.png", None, "inputs.sketch"),
+        (7, None, "inputs.sketch"),
+        (photo(1), "absent.png", "masks.sketch"),
+        (photo(1), left((16, 16)), "masks.sketch"),
+        (None, left(), "masks.sketch"),
+    ],
+    ids=["no file", "no image", "no mask", "another size", "a mask alone"],
+)
+def test_errors_name_the_argument_they_are_about(codec, value, mask, argument):
+    with pytest.raises(InputError) as error:
+        codec.read(value, "inputs.sketch", mask, mask_argument="masks.sketch")
+    assert error.value.argument == argument
+
+
+def test_one_masked_pixel_regenerates_its_latent_and_no_other():
+    pixels = np.zeros((16, 8), bool)
+    pixels[9, 3] = True  # latent (4, 1) of 8 × 4, so patch (2, 0), row 0, column 1 in it
+    elements = image_elements(pixels, factor=2, patch=2, channels=3)
+    assert elements.shape == (8, 12)
+    expected = torch.zeros(4, 2, 2, 2, 3, dtype=torch.bool)  # patch row, patch column, row, column, channel
+    expected[2, 0, 0, 1] = True
+    assert torch.equal(elements, expected.reshape(8, 12))
+
+
+@given(arrays(bool, (16, 32)), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+def test_every_masked_pixel_lies_in_a_generated_latent_and_every_generated_latent_holds_one(pixels, factor, patch):
+    elements = image_elements(pixels, factor, patch, channels=2)
+    h, w = 16 // (factor * patch), 32 // (factor * patch)
+    cells = elements.reshape(h, w, patch, patch, 2)[..., 0].permute(0, 2, 1, 3).reshape(h * patch, w * patch).numpy()
+    covered = cells.repeat(factor, 0).repeat(factor, 1)
+    assert covered[pixels].all()
+    for y, x in np.argwhere(cells):
+        assert pixels[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor].any()
+
+
 def test_published_weights_rebuild_a_photo(shared):
-    codec = ImageCodec.load(shared / "weights" / "taesd", 256, 2)
+    codec = load(shared / "weights" / "taesd", 256, 2)
     assert (codec.tokens, codec.channels) == (256, 16)
     photo = load_image(sorted((shared / "data" / "coco" / "images").glob("*.jpg"))[0], 256).float()[None] / 127.5 - 1
-    tokens = codec.encode(photo)
+    tokens = codec.encode_pixels(photo)
     assert 0.5 < tokens.std() < 1.5
-    error = (codec.decode(tokens) - photo).square().mean() / 4  # of pixels in 0..1
+    error = (codec.decode_pixels(tokens) - photo).square().mean() / 4  # of pixels in 0..1
     assert -10 * error.log10() > 20

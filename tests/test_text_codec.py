@@ -3,22 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.codecs.text import (
-    END,
-    CodecFileError,
-    TextCodec,
-    UnknownWordError,
-    separate,
-    spread,
-    token_weights,
-    tokenize,
-)
+from engine.codecs.text import END, TextCodec, separate, spread, token_weights, tokenize
+from engine.config import Modality
+from engine.errors import InputError
 
 CAPTIONS = [
     f"{who} {what}: {colour} skin tone"
@@ -37,6 +31,27 @@ print(hashlib.sha256(repr(codec.vocabulary).encode() + codec.vectors.numpy().tob
 @pytest.fixture(scope="module")
 def codec():
     return TextCodec.train(CAPTIONS, channels=8, seed=3)
+
+
+def with_tokens(codec, tokens):
+    return replace(codec, tokens=tokens)
+
+
+def encoded(codec, text, tokens, **options):
+    """The read text, and its values [L, C]."""
+    codec = with_tokens(codec, tokens)
+    read = codec.read(text, "prompt", **options)
+    return read, codec.encode([read])[0]
+
+
+def decoded(codec, values, text=None):
+    """Values [B, L, C] of samples that were given one text."""
+    codec = with_tokens(codec, values.shape[1])
+    return codec.decode(values, [codec.read(text, "prompt")] * len(values))
+
+
+def load(folder, channels=8, tokens=6):
+    return TextCodec.load(folder, {}, Modality("text", tokens, channels, depth=0))
 
 
 @pytest.mark.parametrize(
@@ -103,61 +118,85 @@ def test_near_vectors_are_parted_and_far_ones_stay():
 
 
 def test_captions_without_words_cannot_be_trained_on():
-    with pytest.raises(ValueError, match="2 captions without a single word"):
+    with pytest.raises(InputError, match="^captions: 2 captions without a single word; give "):
         TextCodec.train(["?!", "_"], channels=8)
 
 
 @pytest.mark.parametrize("caption", [*CAPTIONS[:5], "", "tone"])
 def test_captions_survive_encoding_noise_and_decoding(codec, caption):
-    values, generate = codec.encode(caption, tokens=8)
-    assert (values.shape, values.dtype, generate.any()) == ((8, 8), torch.float32, False)
+    read, values = encoded(codec, caption, tokens=8)
+    assert (values.shape, values.dtype, read.generate.any()) == ((8, 8), torch.float32, False)
     noise = 0.15 * torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
-    for decoded in codec.decode(values + noise):
-        assert decoded.text == " ".join(tokenize(caption))
-        assert decoded.confidence > 0.9
-        assert len(decoded.word_confidence) == len(tokenize(caption))
+    for one in decoded(codec, values + noise, caption):
+        assert one.value == " ".join(tokenize(caption))
+        assert one.confidence > 0.9
+        assert len(one.part_confidence) == len(tokenize(caption))
 
 
 def test_text_ends_at_the_first_end_token(codec):
-    words = [codec.encode(word, 1)[0] for word in ("man", "", "woman")]
-    assert codec.decode(torch.cat(words)[None])[0].text == "man"
-    assert codec.decode(torch.cat(words[::2])[None])[0].text == "man woman"  # none at all: all tokens are words
+    words = [encoded(codec, word, 1)[1] for word in ("man", "", "woman")]
+    assert decoded(codec, torch.cat(words)[None])[0].value == "man"
+    assert decoded(codec, torch.cat(words[::2])[None])[0].value == "man woman"  # none at all: all tokens are words
+
+
+def test_an_end_token_is_not_read_in_a_hole(codec):
+    end = codec.vectors[0].expand(1, 3, 8).clone()
+    end[0, 1] = codec.vectors[codec.index["man"]]
+    one = decoded(codec, end, "_ man")[0]
+    assert one.value.split()[1] == "man" and len(one.value.split()) == 2
+    assert decoded(codec, end)[0].value == ""  # where the whole text was generated, its length was too
+
+
+def test_each_text_of_a_batch_has_its_own_holes(codec):
+    codec = with_tokens(codec, 2)
+    values = codec.vectors[0].expand(3, 2, 8)
+    texts = codec.decode(values, [codec.read(text, "prompt") for text in (None, "_ man", "man _")])
+    assert [len(one.value.split()) for one in texts] == [0, 1, 0]
 
 
 def test_confidence_is_the_posterior_under_noise(codec):
     x = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(2))
     weights = (-(x[0, 0] - codec.vectors).square().sum(1) / (2 * 0.5**2)).softmax(0)
-    decoded = codec.decode(x)[0]
+    one = decoded(codec, x)[0]
     best = codec.vocabulary[int(weights.argmax())]
-    assert decoded.text == ("" if best == END else best)
+    assert one.value == ("" if best == END else best)
     between = (codec.vectors[1] + codec.vectors[2]) / 2
-    decoded = codec.decode(torch.stack([between, codec.vectors[1], codec.vectors[0]])[None])[0]
+    one = decoded(codec, torch.stack([between, codec.vectors[1], codec.vectors[0]])[None])[0]
     weights = (-(between - codec.vectors).square().sum(1) / (2 * 0.5**2)).softmax(0)
-    assert decoded.word_confidence[0] == pytest.approx(weights.max().item(), abs=1e-5)
-    assert decoded.confidence == pytest.approx(sum(decoded.word_confidence) / 2)
-    assert decoded.word_confidence[1] > decoded.word_confidence[0]
+    assert one.part_confidence[0] == pytest.approx(weights.max().item(), abs=1e-5)
+    assert one.confidence == pytest.approx(sum(one.part_confidence) / 2)
+    assert one.part_confidence[1] > one.part_confidence[0]
 
 
 def test_nearest_is_by_distance_even_among_vectors_of_other_lengths():
     codec = TextCodec((END, "near", "long"), torch.tensor([[0.0, 0.0], [1.0, 0.0], [9.0, 0.0]]))
-    assert codec.decode(torch.tensor([[[1.2, 0.0]]]))[0].text == "near"
+    assert decoded(codec, torch.tensor([[[1.2, 0.0]]]))[0].value == "near"
 
 
 def test_empty_text_is_certain(codec):
-    assert codec.decode(codec.encode("", 4)[0][None])[0].confidence == 1.0
+    assert decoded(codec, encoded(codec, "", 4)[1][None])[0].confidence == 1.0
 
 
 def test_batches_decode_as_single_texts_do(codec):
     values = torch.randn(300, 5, 8, generator=torch.Generator().manual_seed(3))
-    together = codec.decode(values)
-    assert [d.text for d in together] == [codec.decode(v[None])[0].text for v in values]
-    assert codec.decode(values.bfloat16()[:2])[0].text
+    together = decoded(codec, values)
+    assert [one.value for one in together] == [decoded(codec, v[None])[0].value for v in values]
+    assert decoded(codec, values.bfloat16()[:2])[0].value
+
+
+def test_texts_encode_together_as_alone(codec):
+    codec = with_tokens(codec, 4)
+    given = [codec.read(text, "prompt") for text in ("man _", None, "", "woman running")]
+    values = codec.encode(given)
+    assert values.shape == (4, 4, 8)
+    assert all(torch.equal(codec.encode([one])[0], together) for one, together in zip(given, values, strict=True))
 
 
 def test_holes_are_generated_and_the_rest_is_known(codec):
-    values, generate = codec.encode("man _ : dark __ tone", tokens=8)
-    assert generate.tolist() == [False, True, False, True, False, False, False, False]
-    assert values[generate].eq(0).all()
+    read, values = encoded(codec, "man _ : dark __ tone", tokens=8)
+    assert read.generate[:, 0].tolist() == [False, True, False, True, False, False, False, False]
+    assert read.generate.shape == (8, 8) and torch.equal(read.generate.any(1), read.generate.all(1))
+    assert values[read.generate].eq(0).all()
     assert torch.equal(values[5], codec.vectors[0]) and torch.equal(values[0], codec.vectors[codec.index["man"]])
 
 
@@ -165,39 +204,68 @@ def test_indices_are_the_rows_that_captions_are_encoded_as(codec):
     indices = codec.indices(["man running", "", "tone " * 6], tokens=6)
     assert (indices.dtype, indices.shape) == (torch.int32, (3, 6))
     for row, caption in zip(indices, ["man running", "", "tone " * 6], strict=True):
-        assert torch.equal(codec.vectors[row], codec.encode(caption, 6)[0])
+        assert torch.equal(codec.vectors[row], encoded(codec, caption, 6)[1])
 
 
 def test_indices_of_unknown_words_and_holes_are_refused(codec):
     for word in ("xyzzy", "_"):
-        with pytest.raises(UnknownWordError, match=f"^captions: '{word}' is not in the vocabulary; give "):
+        with pytest.raises(InputError, match=f"^captions: '{word}' is not in the vocabulary; give "):
             codec.indices(["man", f"man {word}"], tokens=6)
+    with pytest.raises(InputError, match="^captions: 'man man man ' has 3 words; use at most 2"):
+        codec.indices(["man " * 3], tokens=2)
 
 
 def test_no_caption_is_generated_whole_and_an_empty_one_is_known(codec):
-    values, generate = codec.encode(None, tokens=4)
-    assert generate.all() and values.shape == (4, 8)
-    values, generate = codec.encode("", tokens=4)
-    assert not generate.any() and torch.equal(values, codec.vectors[0].expand(4, 8))
+    read, values = encoded(codec, None, tokens=4)
+    assert read.generate.all() and values.shape == read.generate.shape == (4, 8) and values.eq(0).all()
+    read, values = encoded(codec, "", tokens=4)
+    assert not read.generate.any() and torch.equal(values, codec.vectors[0].expand(4, 8))
+
+
+def test_null_is_the_empty_text_that_is_known(codec):
+    codec = with_tokens(codec, 4)
+    assert not codec.null().generate.any()
+    assert torch.equal(codec.encode([codec.null()])[0], codec.vectors[0].expand(4, 8))
 
 
 def test_words_fill_the_tokens_and_no_more(codec):
-    assert not codec.encode("man " * 4, tokens=4)[1].any()
-    with pytest.raises(ValueError, match="has 5 words; use at most 4"):
-        codec.encode("man " * 5, tokens=4)
+    assert not encoded(codec, "man " * 4, tokens=4)[0].generate.any()
+    with pytest.raises(InputError, match="^prompt: 'man man man man man ' has 5 words; use at most 4"):
+        encoded(codec, "man " * 5, tokens=4)
+
+
+@pytest.mark.parametrize("value", [7, b"man", ["man"]], ids=str)
+def test_what_is_not_a_string_is_refused(codec, value):
+    with pytest.raises(InputError, match="^prompt: .* is not a string; give a string"):
+        codec.read(value, "prompt")
+
+
+def test_a_text_takes_no_mask(codec):
+    with pytest.raises(InputError, match="^masks.text: .*; put _ in the text"):
+        codec.read("man", "prompt", mask="mask.png", mask_argument="masks.text")
 
 
 def test_unknown_words_are_named_with_their_nearest(codec):
-    with pytest.raises(UnknownWordError) as error:
-        codec.encode("womann runing xyzzy womann", tokens=8)
-    message = str(error.value)
-    assert "'womann' (near: woman" in message and "'runing' (near: running" in message and "'xyzzy';" in message
-    assert message.count("womann") == 1
+    with pytest.raises(InputError) as error:
+        codec.read("womann runing man xyzzy womann", "inputs.text")
+    assert (error.value.argument, error.value.value) == ("inputs.text", "womann, runing, xyzzy")
+    assert "'womann' (near: woman" in error.value.remedy and "'runing' (near: running" in error.value.remedy
+    assert "xyzzy" not in error.value.remedy and "--unknown-words fill" in error.value.remedy
+    with pytest.raises(InputError, match="^prompt: 'xyzzy' is not in the vocabulary; use known words, or "):
+        codec.read("xyzzy", "prompt")
+
+
+def test_many_and_long_unknown_words_are_refused_in_a_short_message(codec, monkeypatch):
+    searched = []  # each search takes a pass over the vocabulary
+    monkeypatch.setattr("difflib.get_close_matches", lambda word, *_, **__: searched.append(word) or ["man"] * 3)
+    with pytest.raises(InputError) as error:
+        codec.read("x" * 100_000 + " " + " ".join(f"wrod{i}" for i in range(60)), "prompt")
+    assert len(str(error.value)) < 1000 and len(searched) == 5
 
 
 def test_unknown_words_become_holes_on_request(codec):
-    values, generate = codec.encode("man xyzzy light", tokens=4, unknown="fill")
-    assert generate.tolist() == [False, True, False, False] and values[1].eq(0).all()
+    read, values = encoded(codec, "man xyzzy light", tokens=4, unknown_words="fill")
+    assert read.generate[:, 0].tolist() == [False, True, False, False] and values[1].eq(0).all()
 
 
 def test_captions_count_alike_and_their_filling_as_one_token():
@@ -213,9 +281,24 @@ def test_captions_count_alike_and_their_filling_as_one_token():
 
 
 def test_saved_codec_is_the_same(codec, tmp_path):
-    codec.save(tmp_path / "text")
-    loaded = TextCodec.load(tmp_path / "text")
+    codec.save(tmp_path / "text", torch.float16)  # of the weights of networks, which vectors are not
+    loaded = load(tmp_path / "text", tokens=5)
     assert loaded.vocabulary == codec.vocabulary and torch.equal(loaded.vectors, codec.vectors)
+    assert (loaded.tokens, loaded.channels) == (5, 8)
+    loaded.build()
+
+
+def test_vectors_of_other_channels_than_the_models_are_refused(codec, tmp_path):
+    codec.save(tmp_path)
+    with pytest.raises(InputError, match="has word vectors of 8 channels, the model takes 9") as error:
+        load(tmp_path, channels=9)
+    assert error.value.value == tmp_path
+
+
+def test_settings_are_refused(codec, tmp_path):
+    codec.save(tmp_path)
+    with pytest.raises(InputError, match="^codecs.text: 'size' is not a setting of the text codec; leave it out"):
+        TextCodec.load(tmp_path, {"size": 3}, Modality("text", 6, 8, depth=0))
 
 
 def damage_nothing_there(folder):
@@ -265,15 +348,15 @@ DAMAGES = [value for name, value in list(globals().items()) if name.startswith("
 def test_damaged_files_are_named(codec, tmp_path, damage):
     codec.save(tmp_path)
     name = damage(tmp_path)
-    with pytest.raises(CodecFileError) as error:
-        TextCodec.load(tmp_path)
-    assert str(error.value).startswith(str(tmp_path / name))
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert (error.value.argument, error.value.value) == ("checkpoint", tmp_path / name)
 
 
 def test_vectors_that_are_not_finite_are_refused(codec, tmp_path):
     TextCodec(codec.vocabulary, codec.vectors * torch.inf).save(tmp_path)
-    with pytest.raises(CodecFileError, match=r"vectors\.safetensors: does not hold one finite"):
-        TextCodec.load(tmp_path)
+    with pytest.raises(InputError, match=r"vectors\.safetensors does not hold one finite"):
+        load(tmp_path)
 
 
 def test_the_codec_does_not_import_gensim():

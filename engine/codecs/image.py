@@ -1,47 +1,59 @@
-"""Pictures to tokens and back: a diffusers autoencoder's latents, cut into patch × patch squares.
+"""Image codec: a diffusers autoencoder's latents, cut into patch × patch squares, and back.
 
-Knows nothing of diffusion, masks or tasks. diffusers is imported when a codec is loaded, never before: its import
-costs more than the whole of a short sampling run, so that callers can load the codec while they compute.
+Knows nothing of diffusion or tasks. The autoencoder is built when it is first needed, see `engine.codecs.autoencoder`.
 """
 
-import inspect
-import json
-import logging
-import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.config import ConfigError, shown
-from engine.device import all_finite
+from engine.codecs.autoencoder import LatentSpace, SavedAutoencoder, save_autoencoder
+from engine.codecs.codec import Decoded, Given
+from engine.config import MAX_PIXELS, Modality
+from engine.errors import InputError
+from engine.images import composite, fill_masked, fit_image, open_image, open_mask, to_image
 
-AUTOENCODERS = ("AutoencoderTiny", "AutoencoderKL", "AutoencoderDC")
+
+@dataclass(frozen=True, eq=False)
+class GivenImage:
+    """An image of which all or a part is known."""
+
+    pixels: Tensor  # [3, S, S] float32 in −1..1; masked pixels are filled in
+    mask: np.ndarray  # [S, S] bool, True where the image is to be generated
+    feather: int  # pixels
 
 
 class ImageCodec:
-    """Encodes and decodes square pictures in −1..1 with a diffusers autoencoder.
+    """Encodes and decodes square images with a diffusers autoencoder; see `engine.codecs.codec.Codec`.
 
-    autoencoder  any of `AUTOENCODERS`
+    autoencoder  one of `AUTOENCODERS`, or a saved one that is built when it is needed
     size         pixels a side
     patch        latents a side of one token
+    device       where a saved one computes
     """
 
-    def __init__(self, autoencoder, size: int, patch: int):
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.size, self.patch = size, patch
-        config = autoencoder.config
-        self.scaling_factor = config.get("scaling_factor") or 1.0
-        self.shift_factor = config.get("shift_factor") or 0.0
-        self.latent_channels = config["latent_channels"]
-        self.factor = downscale_of(config)
+    def __init__(self, autoencoder: nn.Module | SavedAutoencoder, size: int, patch: int, device="cpu"):
+        self.size, self.patch, self.device = size, patch, device
+        self._lock = Lock()  # guards the building
+        self._saved = self._built = None
+        if isinstance(autoencoder, SavedAutoencoder):
+            self._saved, latents = autoencoder, autoencoder.latents
+        else:
+            self._built = autoencoder.eval().requires_grad_(False)
+            latents = LatentSpace.of(autoencoder.config, type(autoencoder).__name__)
+        self.latents, self.factor, self.latent_channels = latents, latents.factor, latents.channels
         if size % (self.factor * patch):
-            raise ConfigError(f"image.size: {size} does not work; use a multiple of {self.factor * patch} "
-                              f"({self.factor} pixels a latent, {patch} latents a token)")  # fmt: skip
+            remedy = f"use a multiple of {self.factor * patch} ({self.factor} pixels a latent, {patch} latents a token)"
+            raise InputError("size", size, remedy)
 
     @property
     def tokens(self) -> int:
-        """L, tokens of a picture."""
+        """L, tokens of an image."""
         return (self.size // (self.factor * self.patch)) ** 2
 
     @property
@@ -50,62 +62,152 @@ class ImageCodec:
         return self.latent_channels * self.patch**2
 
     @classmethod
-    def load(cls, source: str | Path, size: int, patch: int, device="cpu") -> "ImageCodec":
-        """Loads a diffusers autoencoder in float32 from a local folder or, where there is no such folder, a hub id.
+    def load(cls, folder: str | Path, settings: Mapping, modality: Modality, device="cpu") -> "ImageCodec":
+        """Reads config.json of a diffusers autoencoder's folder or, where there is no such folder, of a hub id.
 
-        Raises ValueError where the folder holds no autoencoder this codec can use, or damaged weights.
+        settings  size (pixels a side) and patch (latents a side of a token)
+        Raises InputError: about "checkpoint", naming the file, or about a setting such as "codecs.image.size".
         """
-        folder = Path(source)
-        if not os.path.isdir(source):  # not Path's, which raises where a name is too long
-            autoencoder = _from_hub(str(source))
-        else:
-            config = _read_config(folder / "config.json")
-            try:
-                kind = autoencoder_class(config["_class_name"])
-                # Only what it takes: some diffusers classes save more than that, and then warn about it.
-                taken = inspect.signature(kind.__init__).parameters
-                autoencoder = kind.from_config({key: value for key, value in config.items() if key in taken})
-            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(f"{folder / 'config.json'}: describes no {config['_class_name']} ({error}); "
-                                 "copy the autoencoder folder again") from None  # fmt: skip
-            weights = _read_weights(folder / "diffusion_pytorch_model.safetensors")
-            expected = {(name, w.shape) for name, w in autoencoder.state_dict().items()}
-            differing = expected ^ {(name, w.shape) for name, w in weights.items()}
-            if differing:
-                first, _ = min(differing)
-                raise ValueError(f"{folder}: the weights do not fit config.json (first difference: {first}); "
-                                 "copy the autoencoder folder again")  # fmt: skip
-            autoencoder.load_state_dict(weights)
-        return cls(autoencoder.float().to(device), size, patch)
+        size, patch = _size_and_patch(settings, f"codecs.{modality.name}")
+        saved = SavedAutoencoder.open(folder)
+        try:
+            codec = cls(saved, size, patch, device)
+        except InputError as error:
+            argument = f"codecs.{modality.name}.{error.argument}"
+            raise InputError(argument, error.value, error.remedy, error.problem) from None
+        if (codec.tokens, codec.channels) != (modality.tokens, modality.channels):
+            problem = (
+                f"makes {codec.tokens} tokens of {codec.channels} channels from images of {size} pixels, "
+                f"the model takes {modality.tokens} of {modality.channels}"
+            )
+            raise InputError("checkpoint", saved.source, "use an autoencoder that fits the model", problem)
+        return codec
 
-    def save(self, folder: str | Path, dtype=torch.float32) -> None:
-        """Writes a diffusers folder (`config.json`, `diffusion_pytorch_model.safetensors`), weights in `dtype`."""
-        from safetensors.torch import save_file
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes a diffusers folder, weights in `dtype`."""
+        save_autoencoder(self.autoencoder, folder, dtype)
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.autoencoder.save_config(folder)
-        weights = {name: w.to(dtype).contiguous() for name, w in self.autoencoder.state_dict().items()}
-        save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    def build(self) -> None:
+        """Loads the autoencoder, unless it is loaded; raises InputError naming a damaged file."""
+        with self._lock:
+            if self._built is None:
+                # A caller's inference mode must not reach the weights: loading copies into them in place.
+                with torch.inference_mode(False):
+                    self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """The diffusers module, in evaluation mode; builds it when first used."""
+        self.build()
+        return self._built
+
+    def read(
+        self,
+        value,
+        argument: str,
+        mask=None,
+        unknown_words: str = "error",
+        feather: int = 0,
+        mask_argument: str = "mask",
+    ) -> Given:
+        """A PIL image or a file, cropped and resized to the codec's size, and its mask; see `Codec.read`."""
+        if value is None:
+            if mask is not None:
+                raise InputError(mask_argument, mask, "give image too", "needs the image it belongs to")
+            return Given(torch.ones(self.tokens, self.channels, dtype=torch.bool), None)
+        image = open_image(value, argument)
+        masked = np.zeros((self.size, self.size), bool)
+        if mask is not None:
+            masked = open_mask(mask, image.size, self.size, mask_argument)
+        levels = fit_image(image, self.size).numpy()  # numpy all the way: it runs on this thread alone
+        pixels = torch.from_numpy(levels.astype(np.float32) / np.float32(127.5) - np.float32(1))  # [3, S, S]
+        return self._given(GivenImage(fill_masked(pixels, masked), masked, feather))
+
+    def null(self) -> Given:
+        """A mid-grey image, all of it known."""
+        pixels = torch.from_numpy(np.zeros((3, self.size, self.size), np.float32))
+        return self._given(GivenImage(pixels, np.zeros((self.size, self.size), bool), feather=0))
+
+    def _given(self, image: GivenImage) -> Given:
+        return Given(image_elements(image.mask, self.factor, self.patch, self.latent_channels), image)
+
+    def encode(self, given: Sequence[Given]) -> Tensor:
+        """Tokens [B, L, C] float32 on the CPU, zeros where they are to be generated."""
+        tokens = torch.zeros(len(given), self.tokens, self.channels)
+        rows = [i for i, one in enumerate(given) if not one.generate.all()]
+        if rows:
+            pixels = torch.stack([given[i].content.pixels for i in rows])  # [b, 3, S, S]
+            generate = torch.stack([given[i].generate for i in rows])  # [b, L, C]
+            tokens[rows] = self.encode_pixels(pixels).cpu().masked_fill(generate, 0)
+        return tokens
+
+    def decode(self, tokens: Tensor, given: Sequence[Given]) -> list[Decoded]:
+        """PIL images from tokens [B, L, C]: known pixels are those given, and what is wholly known is not decoded."""
+        images = {i: to_image(one.content.pixels) for i, one in enumerate(given) if not one.generate.any()}
+        rows = [i for i in range(len(given)) if i not in images]
+        if rows:
+            decoded = self.decode_pixels(tokens[rows]).cpu()  # [b, 3, S, S]
+            rows_of: dict[Given, list[int]] = {}  # samples of one request are composited together
+            for place, i in enumerate(rows):
+                rows_of.setdefault(given[i], []).append(place)
+            for one, places in rows_of.items():
+                pixels, image = decoded[places], one.content
+                if image is not None:
+                    pixels = composite(image.pixels, pixels, image.mask, image.feather)
+                images |= {rows[place]: to_image(p) for place, p in zip(places, pixels, strict=True)}
+        return [Decoded(images[i]) for i in range(len(given))]
+
+    def project(self, tokens: Tensor, given: Given) -> Tensor:
+        """The tokens as they are: any stands for an image."""
+        return tokens
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] in −1..1 → tokens [B, L, C] float32, about unit variance."""
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] in −1..1 → tokens [B, L, C] float32, about unit variance, on the autoencoder's device."""
         parameter = next(self.autoencoder.parameters())
         out = self.autoencoder.encode(pixels.to(parameter))
         if hasattr(out, "latent_dist"):  # AutoencoderKL
             latents = out.latent_dist.mode()
         else:  # AutoencoderDC, AutoencoderTiny
             latents = out.latent if hasattr(out, "latent") else out.latents
-        latents = (latents.float() - self.shift_factor) * self.scaling_factor  # [B, c, h, w]
+        latents = (latents.float() - self.latents.shift) * self.latents.scale  # [B, c, h, w]
         return patchify(latents, self.patch)  # [B, L, C]
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """tokens [B, L, C] → pixels [B, 3, S, S] float32, clamped to −1..1."""
+    def decode_pixels(self, tokens: Tensor) -> Tensor:
+        """tokens [B, L, C] → pixels [B, 3, S, S] float32, clamped to −1..1, on the autoencoder's device."""
         parameter = next(self.autoencoder.parameters())
-        latents = unpatchify(tokens.float(), self.patch) / self.scaling_factor + self.shift_factor
+        latents = unpatchify(tokens.float(), self.patch) / self.latents.scale + self.latents.shift
         return self.autoencoder.decode(latents.to(parameter)).sample.float().clamp(-1, 1)
+
+
+def _size_and_patch(settings: Mapping, where: str) -> tuple[int, int]:
+    """The two settings, checked; raises InputError about `where` or one of them."""
+    unknown = sorted(set(settings) - {"size", "patch"})
+    if unknown:
+        raise InputError(where, ", ".join(unknown), "use size and patch", "is not a known setting")
+    values = []
+    for key, lowest, highest in (("size", 8, MAX_PIXELS), ("patch", 1, settings.get("size"))):
+        value = settings.get(key)
+        if not (isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest):
+            raise InputError(f"{where}.{key}", value, f"use a whole number from {lowest} to {highest}")
+        values.append(value)
+    return tuple(values)
+
+
+def image_elements(mask: np.ndarray, factor: int, patch: int, channels: int) -> Tensor:
+    """Pixel mask [H, W] bool to elements of patchified latents, [tokens, patch·patch·channels] bool.
+
+    A latent covers factor × factor pixels and is generated if any of them is: no masked pixel may keep its old
+    content. (Known pixels it covers are put back in the image, see `engine.images.composite`.) Tokens are row-major
+    over patches; within a token: row in patch, column in patch, channel.
+    """
+    height, width = mask.shape
+    assert height % (factor * patch) == 0 and width % (factor * patch) == 0, (mask.shape, factor, patch)
+    rows, columns = height // (factor * patch), width // (factor * patch)
+    cells = np.asarray(mask, bool).reshape(rows * patch, factor, columns * patch, factor).any(axis=(1, 3))
+    tokens = cells.reshape(rows, patch, columns, patch).transpose(0, 2, 1, 3).reshape(rows * columns, patch * patch)
+    return torch.from_numpy(np.repeat(tokens, channels, axis=1))  # [L, patch·patch·channels]
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
@@ -119,75 +221,6 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     """The inverse of `patchify` for square grids."""
     b, n, channels = tokens.shape
     side, c = int(n**0.5), channels // patch**2
-    assert side * side == n and c * patch**2 == channels, f"{tuple(tokens.shape)} is no square grid of patch {patch}"
+    assert side * side == n and c * patch**2 == channels, f"{tuple(tokens.shape)} is not a square grid of patch {patch}"
     x = tokens.reshape(b, side, side, patch, patch, c)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, side * patch, side * patch)
-
-
-def autoencoder_class(name: str):
-    """A class of diffusers. Importing it imports xformers, whose warning that it is of no use here is held back."""
-    log = logging.getLogger("xformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        import diffusers
-
-        return getattr(diffusers, name)
-    finally:
-        log.setLevel(level)
-
-
-def downscale_of(config) -> int:
-    """Pixels a side of one latent, from a diffusers autoencoder's config."""
-    # AutoencoderDC and AutoencoderTiny name the encoder's widths, AutoencoderKL has one list for both sides.
-    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(widths) - 1)  # every level but one halves the resolution
-
-
-def _from_hub(name: str):
-    try:
-        config = autoencoder_class("AutoencoderKL").load_config(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"autoencoder: {name!r} is neither a folder nor a model that can be downloaded; "
-                         "give the folder of a diffusers autoencoder") from error  # fmt: skip
-    return autoencoder_class(_check(config, name)).from_pretrained(name, use_safetensors=True)
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give the folder of a diffusers autoencoder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no readable JSON ({error}); copy the autoencoder folder again") from None
-    _check(config, path)
-    return config
-
-
-def _check(config: dict, source) -> str:
-    """The name of the config's class; raises ValueError for another, or for scales that undo all latents."""
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in AUTOENCODERS:
-        raise ValueError(f"{source}: holds a {shown(name)}; use one of {', '.join(AUTOENCODERS)}")
-    for key, lowest in (("scaling_factor", 1e-6), ("shift_factor", -1e6)):
-        value = config.get(key)
-        if value is not None and not (isinstance(value, int | float) and lowest <= value <= 1e6):  # also NaN
-            raise ValueError(f"{source}: {key} {shown(value)} does not work; use a number from {lowest:g} to {1e6:g}")
-    return name
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give the folder of a diffusers autoencoder") from None
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged or truncated ({error}); copy the autoencoder folder again") from None
-    if not all_finite(weights):
-        raise ValueError(
-            f"{path}: holds values that are no finite floats of 16 bits or more; copy the autoencoder folder again"
-        )
-    return weights

@@ -1,8 +1,8 @@
 """Text codec: words to Word2Vec vectors [L, C] and back by nearest vector, as in arXiv 2311.16488.
 
 A text is its words, then the end token "</s>" up to the last of the L tokens, so its length is part of what is
-diffused. Knows nothing of pictures, masks of tasks or diffusion. gensim is imported when vectors are trained, never to
-encode or decode.
+diffused. Knows nothing of images, tasks or diffusion. gensim is imported when vectors are trained, never to encode or
+decode.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import re
 import unicodedata
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +20,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.codecs.codec import Decoded, Given
+from engine.config import Modality
+from engine.errors import InputError, shown
 
 END = "</s>"  # index 0 of every vocabulary; `tokenize` never yields it
 HOLE = "_"  # a word to be filled in
+HOLE_INDEX = -1  # of a word to be filled in
 NOISE = 0.5  # standard deviation per channel that confidences assume of a decoded vector
+SUGGESTED_FOR = 5  # unknown words whose nearest known ones an error names: each takes a pass over the vocabulary
 
 # Letters and digits with inner hyphens and apostrophes, or underscores that touch no word.
 TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|(?<!\w)_+(?!\w)")
-
-
-class UnknownWordError(ValueError):
-    """Words outside the vocabulary; the message names them and the nearest known words."""
-
-
-class CodecFileError(ValueError):
-    """A codec file that is missing, corrupt or does not fit the others; the message names it."""
 
 
 def tokenize(caption: str) -> list[str]:
@@ -43,35 +42,33 @@ def tokenize(caption: str) -> list[str]:
     return [HOLE if token[0] == HOLE else token for token in TOKEN.findall(text)]
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A decoded text: its words joined by blanks, and how sure the decoding is."""
-
-    text: str
-    confidence: float  # mean of word_confidence; 1.0 for the empty text, which has no word to be wrong about
-    word_confidence: tuple[float, ...]
-
-
 @dataclass(frozen=True, eq=False)
 class TextCodec:
-    """A vocabulary and its word vectors."""
+    """A vocabulary and its word vectors; see `engine.codecs.codec.Codec`."""
 
     vocabulary: tuple[str, ...]  # V distinct words; the first is "</s>"
-    vectors: torch.Tensor  # [V, C] float32, on the CPU
+    vectors: Tensor  # [V, C] float32, on the CPU
+    tokens: int = 64  # L; longer texts are refused
+
+    @property
+    def channels(self) -> int:
+        """C, channels of a token."""
+        return self.vectors.shape[1]
 
     @classmethod
     def train(cls, captions: Iterable[str], channels: int, seed: int = 0) -> "TextCodec":
         """Word vectors of `channels` from captions: skip-gram (Mikolov et al., arXiv 1301.3781), then `spread`.
 
         One worker and a hash of our own (Python's differs between processes) make it the same bit for bit wherever the
-        same versions of gensim, numpy and torch run. Raises ValueError if the captions hold no word.
+        same versions of gensim, numpy and torch run. Raises InputError if the captions hold no word.
         """
         from gensim.models import Word2Vec
 
         sentences = [[word for word in tokenize(caption) if word != HOLE] + [END] for caption in captions]
         words = sum(len(sentence) for sentence in sentences)
         if words == len(sentences):
-            raise ValueError(f"captions: {len(sentences)} captions without a single word; give captions with words")
+            problem = "captions without a single word"
+            raise InputError("captions", len(sentences), "give captions with words", problem)
         model = Word2Vec(
             sentences,
             vector_size=channels,
@@ -86,57 +83,23 @@ class TextCodec:
         vectors = torch.from_numpy(model.wv[vocabulary])  # [V, C]
         return cls(vocabulary, spread(vectors))
 
-    def encode(self, caption: str | None, tokens: int, unknown: str = "error") -> tuple[torch.Tensor, torch.Tensor]:
-        """Diffusion state of a caption, and which of it is to be generated.
+    @classmethod
+    def load(cls, folder: str | Path, settings: Mapping, modality: Modality, device="cpu") -> "TextCodec":
+        """The inverse of `save`; takes no settings, and stays on the CPU whatever the device.
 
-        caption   words and holes ("red _ car"); "" is known to be empty; None is wholly unknown
-        tokens    L, length of the state
-        unknown   "error": words outside the vocabulary raise UnknownWordError; "fill": they become holes
-        Returns values [L, C] float32 (zero in holes) and generate [L] bool. Raises ValueError beyond L words.
+        Raises InputError about "checkpoint", naming the file that is missing, corrupt or does not fit.
         """
-        assert unknown in ("error", "fill"), unknown
-        if caption is None:
-            return torch.zeros(tokens, self.vectors.shape[1]), torch.ones(tokens, dtype=torch.bool)
-        words = _words(caption, tokens)
-        strange = [word for word in dict.fromkeys(words) if word != HOLE and word not in self.index]
-        if strange and unknown == "error":
-            raise UnknownWordError(self._describe(strange))
+        if settings:
+            names = ", ".join(sorted(settings))
+            raise InputError(f"codecs.{modality.name}", names, "leave it out", "is not a setting of the text codec")
+        vocabulary, vectors = _read_vocabulary(Path(folder))
+        if vectors.shape[1] != modality.channels:
+            problem = f"has word vectors of {vectors.shape[1]} channels, the model takes {modality.channels}"
+            raise InputError("checkpoint", Path(folder), "copy the folder again", problem)
+        return cls(vocabulary, vectors, modality.tokens)
 
-        generate = torch.tensor([word not in self.index for word in words])  # [L]
-        indices = torch.tensor([self.index.get(word, 0) for word in words])  # [L]
-        values = self.vectors[indices]  # [L, C]
-        return values.masked_fill(generate[:, None], 0), generate
-
-    def indices(self, captions: Iterable[str], tokens: int) -> torch.Tensor:
-        """Rows of `vectors`, int32 [n, L], that captions (at least one) without holes are encoded as.
-
-        Raises UnknownWordError for a word outside the vocabulary, ValueError beyond L words.
-        """
-        rows = array("i")
-        for caption in captions:
-            try:
-                rows.fromlist([self.index[word] for word in _words(caption, tokens)])
-            except KeyError as error:
-                raise UnknownWordError(
-                    f"captions: {error} is not in the vocabulary; give captions of its words"
-                ) from None
-        return torch.frombuffer(rows, dtype=torch.int32).reshape(-1, tokens)  # [n, L]
-
-    def decode(self, values: torch.Tensor, holes: torch.Tensor | None = None) -> list[Decoded]:
-        """Texts nearest to diffusion states [B, L, C] of any dtype and device; each ends at its first "</s>".
-
-        holes     [L] bool, where a word was asked for: "</s>" is not read there, else the known words behind a hole
-                  could be lost; None: nowhere
-        A word's confidence is its posterior, were every word equally likely beforehand and the state a word vector plus
-        N(0, 0.5²) noise: softmax over words of −‖x − v‖² / (2·0.5²).
-        """
-        if holes is None:
-            holes = torch.zeros(values.shape[1], dtype=torch.bool)
-        confidence, index = self._nearest(values.detach().float().cpu(), holes)  # [B, L], [B, L]
-        return [self._read(*row) for row in zip(index.tolist(), confidence.tolist(), strict=True)]
-
-    def save(self, folder: str | Path) -> None:
-        """Write `vocabulary.json` and `vectors.safetensors` into `folder`."""
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes `vocabulary.json` and `vectors.safetensors` into `folder`; vectors are float32 whatever the dtype."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "vocabulary.json").write_text(
@@ -144,70 +107,143 @@ class TextCodec:
         )
         save_file({"vectors": self.vectors.contiguous()}, folder / "vectors.safetensors")
 
-    @classmethod
-    def load(cls, folder: str | Path) -> "TextCodec":
-        """The inverse of `save`; raises CodecFileError naming the file that is missing, corrupt or does not fit."""
-        words_file, vectors_file = Path(folder) / "vocabulary.json", Path(folder) / "vectors.safetensors"
-        try:
-            vocabulary = json.loads(words_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CodecFileError(f"{words_file}: cannot be read ({error}); restore the checkpoint") from None
-        is_list = isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)
-        if not is_list or vocabulary[:1] != [END] or len(set(vocabulary)) != len(vocabulary):
-            raise CodecFileError(
-                f"{words_file}: is not a list of distinct words that starts with {END!r}; restore the checkpoint"
-            )
-        try:
-            vectors = load_file(vectors_file).get("vectors")
-        except (OSError, SafetensorError) as error:
-            raise CodecFileError(f"{vectors_file}: cannot be read ({error}); restore the checkpoint") from None
-        fits = vectors is not None and vectors.dtype == torch.float32 and vectors.ndim == 2
-        if not fits or len(vectors) != len(vocabulary) or not vectors.isfinite().all():
-            raise CodecFileError(
-                f"{vectors_file}: does not hold one finite float32 vector for each of the {len(vocabulary)} words of "
-                f"{words_file.name}; restore the checkpoint"
-            )
-        return cls(tuple(vocabulary), vectors)
+    def build(self) -> None:
+        """Does nothing: `load` has read everything."""
+
+    def read(
+        self,
+        value: str | None,
+        argument: str,
+        mask=None,
+        unknown_words: str = "error",
+        feather: int = 0,
+        mask_argument: str = "mask",
+    ) -> Given:
+        """The words of a text and its holes ("red _ car"); "" is known to be empty; see `Codec.read`."""
+        assert unknown_words in ("error", "fill"), unknown_words
+        if mask is not None:
+            remedy = "put _ in the text where a word is to be filled in"
+            raise InputError(mask_argument, mask, remedy, "cannot be the mask of a text")
+        if value is None:
+            return Given(torch.ones(self.tokens, self.channels, dtype=torch.bool), None)
+        if not isinstance(value, str):
+            raise InputError(argument, value, "give a string", "is not a string")
+        words = _words(value, self.tokens, argument)
+        unknown = [word for word in dict.fromkeys(words) if word != HOLE and word not in self.index]
+        if unknown and unknown_words == "error":
+            problem = f"{'is' if len(unknown) == 1 else 'are'} not in the vocabulary"
+            raise InputError(argument, ", ".join(unknown), self._nearest_known(unknown), problem)
+        indices = torch.tensor([self.index.get(word, HOLE_INDEX) for word in words])  # [L]
+        return Given((indices == HOLE_INDEX)[:, None].repeat(1, self.channels), indices)
+
+    def null(self) -> Given:
+        """The empty text, all of it known."""
+        return self.read("", "text")
+
+    def encode(self, given: Sequence[Given]) -> Tensor:
+        """Word vectors [B, L, C] float32, zeros in holes and where the whole text is to be generated."""
+        whole = torch.full((self.tokens,), HOLE_INDEX)
+        indices = torch.stack([whole if one.content is None else one.content for one in given])  # [B, L]
+        return self.vectors[indices.clamp_min(0)].masked_fill((indices == HOLE_INDEX)[..., None], 0)  # [B, L, C]
+
+    def decode(self, tokens: Tensor, given: Sequence[Given]) -> list[Decoded]:
+        """Texts nearest to tokens [B, L, C] of any dtype and device; each ends at its first "</s>".
+
+        "</s>" is not read in a hole, else the known words behind it could be lost. A word's confidence is its
+        posterior, were every word equally likely beforehand and the token a word vector plus N(0, 0.5²) noise: softmax
+        over words of −‖x − v‖² / (2·0.5²). A text's is the mean over its words, 1 without any.
+        """
+        none = torch.zeros(self.tokens, dtype=torch.bool)
+        holes = torch.stack([none if one.content is None else one.content == HOLE_INDEX for one in given])  # [B, L]
+        confidence, index = self._nearest(tokens.detach().float().cpu(), holes)  # [B, L], [B, L]
+        return [self._text(*row) for row in zip(index.tolist(), confidence.tolist(), strict=True)]
+
+    def project(self, tokens: Tensor, given: Given) -> Tensor:
+        """The vectors of the words that tokens [n, L, C] are decoded as, and "</s>" behind a text's end; same shape."""
+        holes = torch.zeros(self.tokens, dtype=torch.bool) if given.content is None else given.content == HOLE_INDEX
+        _, index = self._nearest(tokens.float().cpu(), holes.expand(len(tokens), -1))  # [n, L]
+        if given.content is None:
+            index = index.masked_fill((index == 0).cumsum(1) > 0, 0)
+        return self.vectors[index].to(tokens)
+
+    def indices(self, captions: Iterable[str], tokens: int) -> Tensor:
+        """Rows of `vectors`, int32 [n, L], that captions (at least one) without holes are encoded as.
+
+        Raises InputError about "captions" for a word outside the vocabulary and beyond L words.
+        """
+        rows = array("i")
+        for caption in captions:
+            try:
+                rows.fromlist([self.index[word] for word in _words(caption, tokens, "captions")])
+            except KeyError as error:
+                word, remedy = error.args[0], "give captions of its words"
+                raise InputError("captions", word, remedy, "is not in the vocabulary") from None
+        return torch.frombuffer(rows, dtype=torch.int32).reshape(-1, tokens)  # [n, L]
 
     @cached_property
     def index(self) -> dict[str, int]:
         """The row of each word's vector."""
         return {word: i for i, word in enumerate(self.vocabulary)}
 
-    def _nearest(self, values: torch.Tensor, holes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Confidence and index [B, L] of each token's nearest word, which in holes [L] is not "</s>"."""
+    def _nearest(self, tokens: Tensor, holes: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence and index [B, L] of each token's nearest word, which in holes [B, L] is not "</s>"."""
         nearest = []
-        parts = zip(values.flatten(0, 1).split(1024), holes.repeat(len(values)).split(1024), strict=True)
+        parts = zip(tokens.flatten(0, 1).split(1024), holes.flatten().split(1024), strict=True)
         for x, hole in parts:  # [n, C], [n]; bounds memory to n·V
             # ‖x‖² is the same for all words and drops out of the softmax.
             logits = (x @ self.vectors.T - self.vectors.square().sum(1) / 2) / NOISE**2  # [n, V]
             logits[hole, 0] = -torch.inf
             nearest.append(torch.stack(logits.softmax(1).max(1)))
-        confidence, index = torch.cat(nearest, dim=1).unflatten(1, values.shape[:2])
+        confidence, index = torch.cat(nearest, dim=1).unflatten(1, tokens.shape[:2])
         return confidence, index.long()
 
-    def _read(self, indices: list[int], confidence: list[float]) -> Decoded:
+    def _text(self, indices: list[int], confidence: list[float]) -> Decoded:
         length = indices.index(0) if 0 in indices else len(indices)
         words = [self.vocabulary[i] for i in indices[:length]]
         mean = sum(confidence[:length]) / length if length else 1.0
         return Decoded(" ".join(words), mean, tuple(confidence[:length]))
 
-    def _describe(self, strange: list[str]) -> str:
-        known = self.vocabulary[1:]
-        near = {word: difflib.get_close_matches(word, known, n=3) for word in strange}
-        named = [f"{word!r}" + (f" (near: {', '.join(near[word])})" if near[word] else "") for word in strange]
-        return f"prompt: unknown words {', '.join(named)}; use known ones, or let them be filled (--unknown-words fill)"
+    def _nearest_known(self, unknown: list[str]) -> str:
+        """What to do about words outside the vocabulary, with the nearest known ones."""
+        near = {word: difflib.get_close_matches(word, self.vocabulary[1:], n=3) for word in unknown[:SUGGESTED_FOR]}
+        named = "; ".join(f"{shown(word)} (near: {', '.join(words)})" for word, words in near.items() if words)
+        known = f"use known words in place of {named}" if named else "use known words"
+        return f"{known}, or have unknown ones filled in (--unknown-words fill)"
 
 
-def _words(caption: str, tokens: int) -> list[str]:
-    """Words and holes of a caption, then "</s>" up to L."""
-    words = tokenize(caption)
+def _words(text: str, tokens: int, argument: str) -> list[str]:
+    """Words and holes of a text, then "</s>" up to L."""
+    words = tokenize(text)
     if len(words) > tokens:
-        raise ValueError(f"prompt: {caption!r} has {len(words)} words; use at most {tokens}")
+        raise InputError(argument, text, f"use at most {tokens}", f"has {len(words)} words")
     return words + [END] * (tokens - len(words))
 
 
-def token_weights(indices: torch.Tensor) -> torch.Tensor:
+def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
+    """The two files of a codec, checked: words and their vectors [V, C]."""
+    words_file, vectors_file = folder / "vocabulary.json", folder / "vectors.safetensors"
+    remedy = "restore the checkpoint"
+    try:
+        vocabulary = json.loads(words_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError("checkpoint", words_file, remedy, f"cannot be read ({error})") from None
+    is_list = isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)
+    if not is_list or vocabulary[:1] != [END] or len(set(vocabulary)) != len(vocabulary):
+        problem = f"is not a list of distinct words that starts with {END!r}"
+        raise InputError("checkpoint", words_file, remedy, problem)
+    try:
+        vectors = load_file(vectors_file).get("vectors")
+    except (OSError, SafetensorError) as error:
+        raise InputError("checkpoint", vectors_file, remedy, f"cannot be read ({error})") from None
+    fits = vectors is not None and vectors.dtype == torch.float32 and vectors.ndim == 2
+    if not fits or len(vectors) != len(vocabulary) or not vectors.isfinite().all():
+        words = f"each of the {len(vocabulary)} words of {words_file.name}"
+        problem = f"does not hold one finite float32 vector for {words}"
+        raise InputError("checkpoint", vectors_file, remedy, problem)
+    return tuple(vocabulary), vectors
+
+
+def token_weights(indices: Tensor) -> Tensor:
     """How much each token of captions [n, L] (rows of `vectors`) counts in training so that all captions count alike.
 
     A plain mean over the tokens is one over the "</s>" that fill a short caption up: of the 16 tokens of "ghost" only
@@ -221,7 +257,7 @@ def token_weights(indices: torch.Tensor) -> torch.Tensor:
     return weights * (tokens / weights.sum(1, keepdim=True))
 
 
-def spread(vectors: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
+def spread(vectors: Tensor, ridge: float = 1e-3) -> Tensor:
     """Word vectors [V, C] made fit for diffusion: near unit variance per channel, and no two words too close.
 
     Word2Vec's vectors share a large common part and few strong directions, which carry frequency, not meaning. Their
@@ -236,7 +272,7 @@ def spread(vectors: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
     return separate(x)
 
 
-def separate(x: torch.Tensor, least: float = 0.5, steps: int = 100) -> torch.Tensor:
+def separate(x: Tensor, least: float = 0.5, steps: int = 100) -> Tensor:
     """Scale vectors [V, C] to norm √C, that of unit Gaussian noise, and push them to least·√C from their nearest.
 
     Stops after `steps` rounds where so many vectors do not fit into so few channels. Returns float32 [V, C].

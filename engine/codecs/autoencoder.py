@@ -1,0 +1,194 @@
+"""Folders of diffusers autoencoders: described by their config.json alone, built when they are needed.
+
+diffusers is imported when an autoencoder is built, never before: its import takes longer than a short sampling run.
+"""
+
+import inspect
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import MAX_CHANNELS
+from engine.device import all_finite
+from engine.errors import InputError, shown
+
+# The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
+AUTOENCODERS: dict[str, dict] = {
+    "AutoencoderTiny": {
+        "latent_channels": 4, "encoder_block_out_channels": (64,) * 4, "scaling_factor": 1.0, "shift_factor": 0.0,
+    },
+    "AutoencoderKL": {
+        "latent_channels": 4, "block_out_channels": (64,), "scaling_factor": 0.18215, "shift_factor": None,
+    },
+    "AutoencoderDC": {
+        "latent_channels": 32, "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024), "scaling_factor": 1.0,
+    },
+}  # fmt: skip
+MAX_LEVELS = 16  # of an autoencoder's resolutions, far above all that exist
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+REMEDY = "copy the autoencoder folder again"
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What must be known of an autoencoder to count tokens and to scale latents to about unit variance."""
+
+    channels: int
+    factor: int  # pixels a side of one latent
+    scale: float
+    shift: float
+
+    @classmethod
+    def of(cls, config: Mapping, kind: str) -> "LatentSpace":
+        """From the config of a diffusers class; raises InputError about the key that cannot be used."""
+        config = {**AUTOENCODERS[kind], **config}
+        for key, lowest in (("scaling_factor", 1e-6), ("shift_factor", -1e6)):
+            value = config.get(key)
+            # None is diffusers' for neither; a scale of 0 would undo all latents. NaN is refused too.
+            if value is not None and not (_is_number(value) and lowest <= value <= 1e6):
+                raise InputError(key, value, f"use a number from {lowest:g} to {1e6:g}")
+        # AutoencoderDC and AutoencoderTiny name the encoder's widths, AutoencoderKL has one list for both sides.
+        key = "encoder_block_out_channels" if "encoder_block_out_channels" in config else "block_out_channels"
+        widths, channels = config[key], config["latent_channels"]
+        if not (isinstance(widths, list | tuple) and 1 <= len(widths) <= MAX_LEVELS):
+            raise InputError(key, widths, f"give a list of 1 to {MAX_LEVELS} widths")
+        if not (isinstance(channels, int) and _is_number(channels) and 1 <= channels <= MAX_CHANNELS):
+            raise InputError("latent_channels", channels, f"use a whole number from 1 to {MAX_CHANNELS}")
+        factor = 2 ** (len(widths) - 1)  # every level but one halves the resolution
+        return cls(channels, factor, config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0)
+
+
+@dataclass(frozen=True)
+class SavedAutoencoder:
+    """An autoencoder in a folder, or on the Hugging Face hub, that is not built yet."""
+
+    source: Path | str  # a folder, or a hub id
+    config: Mapping  # its config.json
+    latents: LatentSpace
+
+    @classmethod
+    def open(cls, source: str | Path) -> "SavedAutoencoder":
+        """Reads config.json of a local folder or, where there is no such folder, of a hub id.
+
+        Raises InputError about "checkpoint", naming the file.
+        """
+        if os.path.isdir(source):  # not Path's, which raises where a name is too long
+            source = Path(source)
+            file, config = source / "config.json", _read_config(source / "config.json")
+        else:
+            file, config = source, _hub_config(str(source))
+        kind = config.get("_class_name") if isinstance(config, dict) else None
+        if not isinstance(kind, str) or kind not in AUTOENCODERS:
+            remedy = f"use one of {', '.join(AUTOENCODERS)}"
+            raise InputError("checkpoint", file, remedy, f"describes a {shown(kind)}")
+        try:
+            latents = LatentSpace.of(config, kind)
+        except InputError as error:
+            problem = f"has {error.argument} {shown(error.value)}, which cannot be used"
+            raise InputError("checkpoint", file, error.remedy, problem) from None
+        return cls(source, config, latents)
+
+    def build(self) -> nn.Module:
+        """The autoencoder in float32 on the CPU; raises InputError about "checkpoint" naming a damaged file."""
+        name = self.config["_class_name"]
+        kind = autoencoder_class(name)
+        if isinstance(self.source, str):
+            try:
+                return kind.from_pretrained(self.source, use_safetensors=True).float()
+            except (OSError, ValueError) as error:
+                remedy = "give the folder of a diffusers autoencoder"
+                raise InputError("checkpoint", self.source, remedy, f"cannot be downloaded ({error})") from None
+        try:
+            # Only known parameters: some diffusers classes save more than these, and then warn about it.
+            known = inspect.signature(kind.__init__).parameters
+            autoencoder = kind.from_config({key: value for key, value in self.config.items() if key in known})
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            problem = f"does not describe a working {name} ({error})"
+            raise InputError("checkpoint", self.source / "config.json", REMEDY, problem) from None
+        weights = _read_weights(self.source / WEIGHTS)
+        expected = {(name, w.shape) for name, w in autoencoder.state_dict().items()}
+        differing = expected ^ {(name, w.shape) for name, w in weights.items()}
+        if differing:
+            problem = f"has weights that do not fit its config.json (first difference: {min(differing)[0]})"
+            raise InputError("checkpoint", self.source, REMEDY, problem)
+        autoencoder.load_state_dict(weights)
+        return autoencoder.float()
+
+
+def autoencoder_class(name: str):
+    """A class of diffusers.
+
+    diffusers imports xformers where it finds it. Without a CUDA device xformers is of no use, and a broken installation
+    of it would be an error here, so it is not found then; with one, its warnings are held back.
+    """
+    hidden = not torch.cuda.is_available() and "xformers" not in sys.modules
+    log = logging.getLogger("xformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    if hidden:
+        sys.modules["xformers"] = None
+    try:
+        import diffusers
+
+        return getattr(diffusers, name)
+    finally:
+        log.setLevel(level)
+        if hidden:
+            del sys.modules["xformers"]
+
+
+def save_autoencoder(autoencoder: nn.Module, folder: str | Path, dtype) -> None:
+    """Writes a diffusers folder (`config.json`, `diffusion_pytorch_model.safetensors`), weights in `dtype`."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    autoencoder.save_config(folder)
+    weights = {name: w.to(dtype).contiguous() for name, w in autoencoder.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _hub_config(name: str) -> dict:
+    try:
+        return autoencoder_class("AutoencoderKL").load_config(name)
+    except (OSError, ValueError) as error:
+        problem = "is neither a folder nor a model that can be downloaded"
+        raise InputError("checkpoint", name, "give the folder of a diffusers autoencoder", problem) from error
+
+
+def _read_config(path: Path):
+    """What the JSON holds, whatever that is."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        remedy = "give the folder of a diffusers autoencoder"
+        raise InputError("checkpoint", path, remedy, "does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError("checkpoint", path, REMEDY, f"is not readable JSON ({error})") from None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        remedy = "give the folder of a diffusers autoencoder"
+        raise InputError("checkpoint", path, remedy, "does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError("checkpoint", path, REMEDY, f"is damaged or truncated ({error})") from None
+    if not all_finite(weights):
+        raise InputError("checkpoint", path, REMEDY, "holds values that are not finite floats of 16 bits or more")
+    return weights
