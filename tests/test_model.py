@@ -1,10 +1,12 @@
-"""PS-U-Net: who sees whom, where the skips go, what times do, and what is left out when it is not wanted."""
+"""PS-U-Net: which tokens depend on which, where skips go, what times do, what need not run."""
 
 import pytest
 import torch
 
-from engine.config import PRESETS, Modality, ModelConfig
-from engine.model import InnerCache, PSUNet
+from engine.config import Modality, ModelConfig
+from engine.model.blocks import InnerCache
+from engine.model.psunet import PSUNet
+from engine.presets import PRESETS
 
 SIZES = {"image": (6, 4), "text": (5, 3), "sound": (2, 7)}  # tokens, channels
 
@@ -12,7 +14,7 @@ SIZES = {"image": (6, 4), "text": (5, 3), "sound": (2, 7)}  # tokens, channels
 def config(depths=(2, 1), shared_depth=3, time="adaln"):
     """A narrow model whose modalities, in this order, are image, text and sound."""
     modalities = tuple(Modality(n, *SIZES[n], depth=d) for n, d in zip(SIZES, depths, strict=False))
-    return ModelConfig(modalities, shared_depth, dim=16, head_dim=8, mlp_ratio=2, time=time)
+    return ModelConfig(modalities, shared_depth, dim=16, head_dim=8, mlp_ratio=2, time_conditioning=time)
 
 
 def model_of(config, seed=0):
@@ -30,10 +32,10 @@ def inputs_of(config, rows=3):
 
 
 def predict(model, inputs, times=None, outputs=None, inner=None):
-    """The prediction at times [R, L], by default one of each token's own; the table has a row for each time."""
+    """The prediction at times [R, L], by default a different one for each token; the table has a row for each time."""
     if times is None:
         times = torch.arange(model.config.tokens).mul(7).remainder(10).repeat(len(inputs), 1)
-        if model.config.time == "token":  # one time per modality
+        if model.config.time_conditioning == "token":  # one time per modality
             times = torch.cat([times[:, s][:, :1].expand(-1, s.stop - s.start) for s in slices(model)], dim=1)
     table = model.time_table(torch.arange(1001))
     return model(inputs, table, times.int(), outputs, inner=inner)
@@ -113,7 +115,7 @@ def test_every_skip_joins_mirrored_blocks_of_its_own_stack():
 
 
 def calls_of(model):
-    """The names of the modules that a forward calls, filled in as it does."""
+    """The names of the modules that forwards call from now on, added as they are called."""
     called = set()
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, n=name: called.add(n))
@@ -239,42 +241,22 @@ def test_the_weights_dtype_computes_and_the_inputs_dtype_returns(dtype, toleranc
 
 
 @pytest.mark.parametrize("time", ["adaln", "token"])
-def test_branches_need_nothing_of_each_other(time):
-    """So that they may run side by side: in another order, and each on tensors that no other has touched."""
-    c = config((2, 1, 1), time=time)
-    model, inputs = model_of(c), inputs_of(c)
-    expected, groups = predict(model, inputs), []
-
-    def backwards(calls):
-        groups.append(len(calls))
-        return [call() for call in reversed(calls)][::-1]
-
-    model.side_by_side = backwards
-    assert torch.equal(predict(model, inputs), expected)
-    assert groups == [3, 3]
-
-
-def kept_by(model, rows):
-    """Memory for the inner blocks' results that shows whoever reads it too early."""
-    return model.keep(rows).fill_(torch.nan)
-
-
-@pytest.mark.parametrize("time", ["adaln", "token"])
 @torch.no_grad()
-def test_inner_blocks_results_are_kept_and_used_again_row_by_row(time):
+def test_inner_blocks_results_are_cached_and_used_again_row_by_row(time):
     c = config(shared_depth=5, time=time)
     model, inputs = model_of(c), inputs_of(c)
-    rows, kept = len(inputs), kept_by(model, len(inputs))
+    rows = len(inputs)
+    cache = model.new_cache(rows).fill_(torch.nan)  # shows in whatever reads it before it is written
     expected = predict(model, inputs)
-    everywhere = InnerCache(kept, torch.ones(rows, dtype=torch.bool))
+    everywhere = InnerCache(cache, torch.ones(rows, dtype=torch.bool))
     torch.testing.assert_close(predict(model, inputs, inner=everywhere), expected)
     called = calls_of(model)
-    torch.testing.assert_close(predict(model, inputs, inner=InnerCache(kept, None)), expected)
+    torch.testing.assert_close(predict(model, inputs, inner=InnerCache(cache, None)), expected)
     assert {n for n in called if n.startswith("shared") and n.count(".") == 1} == {"shared_in.0", "shared_out.1"}
 
     others = inputs + 1
-    stale = predict(model, others, inner=InnerCache(kept, None))
-    some = predict(model, others, inner=InnerCache(kept, torch.arange(rows) == 1))
+    stale = predict(model, others, inner=InnerCache(cache, None))
+    some = predict(model, others, inner=InnerCache(cache, torch.arange(rows) == 1))
     torch.testing.assert_close(some[1], predict(model, others)[1])
     torch.testing.assert_close(some[[0, 2]], stale[[0, 2]])
     assert not torch.allclose(stale, predict(model, others), atol=1e-3)
