@@ -1,4 +1,4 @@
-"""The denoising loss: what enters the model, at which times, and what its predictions are compared with."""
+"""The denoising loss: the model's inputs and times, and the targets of its predictions."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.config import Config, DiffusionConfig, Modality, ModelConfig
-from engine.loss import DROPPED, JOINT, WHOLE_MODALITY, DenoisingLoss, distinct_times
-from engine.schedule import NoiseSchedule
+from engine.diffusion.loss import DROPPED, JOINT, WHOLE_MODALITY, DenoisingLoss, distinct_times
+from engine.diffusion.schedule import NoiseSchedule
 
 MODEL = ModelConfig((Modality("image", 6, 4, depth=0), Modality("text", 5, 3, depth=0)), shared_depth=1, dim=64)
 N = 1000
@@ -33,9 +33,9 @@ def per_element(x):
 
 
 class Oracle:
-    """A denoiser that knows x0: it solves its inputs for the noise and answers with the exact target, plus `error`.
+    """A denoiser that knows x0: it solves its inputs for the noise and returns the exact target, plus `error`.
 
-    `inputs` and `times` are what it was last asked.
+    `inputs` and `times` are the arguments of its last call.
     """
 
     def __init__(self, x0, diffusion, error=0.0):
@@ -58,7 +58,7 @@ def loss_and_oracle(diffusion, error=0.0, seed=0, model=MODEL, x0=None, token_we
     return DenoisingLoss(Config(model, diffusion), **options)(oracle, x0, generator(seed), token_weights), oracle
 
 
-@pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.times}")
+@pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.time_sampling}")
 def test_a_perfect_denoiser_has_no_loss(diffusion):
     losses, _ = loss_and_oracle(diffusion)
     assert list(losses) == ["image", "text"]
@@ -66,7 +66,7 @@ def test_a_perfect_denoiser_has_no_loss(diffusion):
     assert all(0 <= loss < 1e-8 for loss in losses.values())
 
 
-@pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.times}")
+@pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.time_sampling}")
 def test_the_loss_is_the_mean_squared_error_over_what_is_generated(diffusion):
     error = torch.zeros(MODEL.size)
     error[MODEL.state_slices["image"]], error[MODEL.state_slices["text"]] = 0.5, 2.0
@@ -81,13 +81,13 @@ def test_the_loss_is_the_mean_squared_error_over_what_is_generated(diffusion):
 
 
 def test_shared_times_are_one_per_sample_and_cover_all_noise():
-    _, oracle = loss_and_oracle(DiffusionConfig("cosine", 10, times="shared"))
+    _, oracle = loss_and_oracle(DiffusionConfig("cosine", 10, time_sampling="shared"))
     assert (oracle.times == oracle.times[:, :1]).all()
     assert set(oracle.times.unique().tolist()) == set(range(1, 11))
 
 
 def test_independent_times_are_one_per_modality():
-    _, oracle = loss_and_oracle(DiffusionConfig("cosine", 10, times="independent"))
+    _, oracle = loss_and_oracle(DiffusionConfig("cosine", 10, time_sampling="independent"))
     image, text = oracle.times[:, :6], oracle.times[:, 6:]
     assert (image == image[:, :1]).all() and (text == text[:, :1]).all()
     pairs = {tuple(pair) for pair in torch.stack([image[:, 0], text[:, 0]], 1).tolist()}
@@ -97,7 +97,7 @@ def test_independent_times_are_one_per_modality():
 MASKED = DiffusionConfig("cosine", N, "v_prediction", "clean", "masked")
 
 
-def test_known_tokens_enter_clean_at_time_0_and_dropped_ones_as_noise_at_time_n():
+def test_known_tokens_are_clean_at_time_0_and_dropped_ones_are_noise_at_time_n():
     diffusion = replace(MASKED, schedule="scaled_linear")  # which leaves 7 % of x0 at time N
     x0 = 50 + data()
     times, generate, dropped = DenoisingLoss(Config(MODEL, diffusion)).draw(BATCH, generator())
@@ -111,11 +111,11 @@ def test_known_tokens_enter_clean_at_time_0_and_dropped_ones_as_noise_at_time_n(
     noise = oracle.inputs[per_element(dropped)]
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
     of_sample = torch.where(generate, times, 0).max(1, keepdim=True).values
-    assert torch.equal(times[generate], of_sample.expand_as(times)[generate])  # one time for all that is generated
-    assert (dropped == ~generate)[dropped.any(1)].all()  # a sample drops all it knows
+    assert torch.equal(times[generate], of_sample.expand_as(times)[generate])  # one time for all generated tokens
+    assert (dropped == ~generate)[dropped.any(1)].all()  # a sample drops all of its known tokens
 
 
-def test_predictions_of_known_tokens_count_for_nothing():
+def test_predictions_of_known_tokens_do_not_affect_the_loss():
     times, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(BATCH, generator())
     exact, _ = loss_and_oracle(MASKED)
     wrong, _ = loss_and_oracle(MASKED, error=1e6 * ~per_element(generate))
@@ -125,10 +125,10 @@ def test_predictions_of_known_tokens_count_for_nothing():
 
 
 @pytest.mark.parametrize("diffusion", [EVERY_KIND[0], MASKED], ids=["shared", "masked"])
-def test_a_token_counts_by_its_weight(diffusion):
+def test_each_token_is_weighted(diffusion):
     _, generate, _ = DenoisingLoss(Config(MODEL, diffusion)).draw(BATCH, generator())
     weights = torch.rand(BATCH, MODEL.tokens, generator=generator(5)) * 3
-    error = torch.rand(BATCH, MODEL.tokens, generator=generator(6)) + 0.5  # one a token
+    error = torch.rand(BATCH, MODEL.tokens, generator=generator(6)) + 0.5  # one per token
     plain, _ = loss_and_oracle(diffusion, per_element(error))
     losses, _ = loss_and_oracle(diffusion, per_element(error), token_weights=weights)
     for name, tokens in (("image", slice(6)), ("text", slice(6, None))):
@@ -139,12 +139,12 @@ def test_a_token_counts_by_its_weight(diffusion):
     assert all(scaled[name].item() == pytest.approx(losses[name].item()) for name in losses)
 
 
-def test_tokens_that_count_for_nothing_make_no_loss():
+def test_tokens_of_weight_zero_have_no_loss():
     losses, _ = loss_and_oracle(MASKED, error=1.0, token_weights=torch.zeros(BATCH, MODEL.tokens))
     assert all(loss == 0 for loss in losses.values())
 
 
-def test_masks_have_the_proportions_that_the_model_is_to_learn():
+def test_masks_have_the_documented_proportions():
     batch = 20_000
     _, generate, dropped = DenoisingLoss(Config(MODEL, MASKED)).draw(batch, generator())
     image, text = generate[:, :6], generate[:, 6:]
@@ -154,7 +154,7 @@ def test_masks_have_the_proportions_that_the_model_is_to_learn():
 
     assert generate.any(1).all()
     random = 1 - JOINT - WHOLE_MODALITY
-    # Random masks are sometimes all or nothing of a modality, so each share may exceed its due by a part of theirs.
+    # Random masks may cover all or nothing of a modality, so the fractions below may be exceeded by a part of theirs.
     assert JOINT - 0.01 < share(generate.all(1)) < JOINT + random / 4
     for known, other in ((image, text), (text, image)):
         whole = ~known.any(1) & other.all(1)
@@ -166,13 +166,13 @@ def test_masks_have_the_proportions_that_the_model_is_to_learn():
     assert abs(share(image[mixed]) - 0.5) < 0.1 and abs(share(text[mixed]) - 0.5) < 0.1
 
 
-def test_random_masks_hold_single_words_and_runs_of_tokens():
+def test_random_masks_have_single_words_and_runs_of_tokens():
     _, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(20_000, generator())
     seen = {tuple(row) for row in generate[:, 6:].long().tolist()}
-    assert len(seen) == 2**5  # whichever words a prompt leaves open
+    assert len(seen) == 2**5  # any words of a prompt may be holes
 
 
-def test_a_single_modality_always_has_something_to_learn():
+def test_with_a_single_modality_some_token_is_always_generated():
     model = ModelConfig((Modality("image", 6, 4, depth=0),), shared_depth=1, dim=64)
     _, generate, _ = DenoisingLoss(Config(model, MASKED)).draw(5000, generator())
     assert generate.any(1).all() and not generate.all()
@@ -200,7 +200,7 @@ def test_the_generator_decides_everything():
         assert not torch.equal(a.inputs, c.inputs)
 
 
-def test_gradients_reach_the_prediction_only_where_it_counts():
+def test_gradients_reach_the_prediction_of_generated_tokens_only():
     x0, predictions = data(), []
 
     def denoise(inputs, times):

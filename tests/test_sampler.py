@@ -1,23 +1,20 @@
+"""What the sampler makes of its samples' seeds, tables and masks, whatever shares their batch."""
+
 import pytest
 import torch
+from denoisers import FunctionDenoiser, N, sample, table
 
-from engine.batch import batch_rows, new_progress
 from engine.config import Modality, ModelConfig
-from engine.kernels.cfg_step import begin, cfg_step, initial_noise
-from engine.sampler import Row, sample
-from engine.schedule import NoiseSchedule, solver_table, timesteps
+from engine.diffusion.solver_table import GuidanceOptions
+from engine.errors import InputError
+from engine.kernels.cfg_step import cfg_step, init_state, initial_noise
+from engine.sampling.batch import SampleSpec, batch_constants, new_state
 
-N = 1000
 SMALL = ModelConfig((Modality("image", 6, 4, depth=0), Modality("text", 5, 2, depth=0)), shared_depth=1, dim=64)
+BOTH = (0, 1)
 
 
-def table(times, conditioning="clean", **options):
-    return solver_table(
-        NoiseSchedule("cosine", N), times, prediction="v_prediction", conditioning=conditioning, **options
-    )
-
-
-def mixing_denoiser(inputs, times, outputs):
+def mix(inputs, times, outputs):
     """Mixes all of a row's elements and times; elements of modalities not asked for are poison."""
     t = torch.cat([times[:, :6].repeat_interleave(4, 1), times[:, 6:].repeat_interleave(2, 1)], dim=1)
     mixed = torch.tanh(inputs + 0.7 * inputs.roll(5, 1) - 0.4 * inputs.roll(11, 1))
@@ -28,9 +25,12 @@ def mixing_denoiser(inputs, times, outputs):
     return mixed
 
 
-def small_row(seed, generate, steps, conditioning="clean", null=None, **options):
+MIXING = FunctionDenoiser(mix)
+
+
+def small_spec(seed, generate, steps, null=None, on_arrival=None, **options):
     known = torch.randn(SMALL.size, generator=torch.Generator().manual_seed(seed % 100))
-    return Row(seed, table(timesteps(N, steps), conditioning, **options), generate, known, null)
+    return SampleSpec(seed, table(steps, **options), generate, known, null, on_arrival or {})
 
 
 def small_mask(image, text):
@@ -41,115 +41,184 @@ def small_mask(image, text):
 
 
 ON, OFF = [True] * 6, [False] * 6
+JOINT, TO_IMAGE, TO_TEXT = small_mask(ON, ON[:5]), small_mask(ON, OFF[:5]), small_mask(OFF, ON[:5])
+INFILL = small_mask([True, False] * 3, [False, True, True, False, False])
 ELEMENTS = torch.arange(SMALL.size) % 3 == 0
 
 
-def mixed_rows():
-    to_image, to_text = small_mask(ON, OFF[:5]), small_mask(OFF, ON[:5])
-    joint, infill = small_mask(ON, ON[:5]), small_mask([True, False] * 3, [False, True, True, False, False])
+def masked(scale, interval=None, first_stage=0):
+    return GuidanceOptions("masked", scale, interval, first_stage=first_stage)
+
+
+def mixed_specs():
+    text_first, image_first = ((1,), (0,)), ((0,), (1,))
     return [
-        small_row(1, to_image, 4, solver="dpm++", guidance_scale=3.0),
-        small_row(2, to_text, 7, solver="ddim", eta=0.5, guidance_scale=2.0, conditioning="renoise"),
-        small_row(3, joint, 9, solver="ddpm", guidance="unidiffuser", guidance_scale=2.0, guided_modalities=(0, 1)),
-        small_row(2**64 - 1, infill, 5, solver="dpm++", resample=3, jump=2, guidance_scale=1.5),
-        small_row(5, joint, 6, solver="dpm++", guidance="alternate", guidance_scale=4.0, guided_modalities=(0, 1)),
-        small_row(6, to_image, 3, guidance="empty", guidance_scale=2.0, null=torch.zeros(SMALL.size)),
-        small_row(7, ELEMENTS, 6, conditioning="renoise", guidance_scale=2.0, guidance_interval=(200, 700)),
-        small_row(8, torch.zeros(SMALL.size, dtype=torch.bool), 2),
-        small_row(9, to_image, 1),
+        small_spec(1, TO_IMAGE, 4, guidance=masked(3.0)),
+        small_spec(2, TO_TEXT, 7, solver="ddim", eta=0.5, guidance=masked(2.0), conditioning="renoise"),
+        small_spec(3, JOINT, 9, solver="ddpm", guidance=GuidanceOptions("unidiffuser", 2.0, modalities=BOTH)),
+        small_spec(2**64 - 1, INFILL, 5, resample=3, jump=2, guidance=masked(1.5)),
+        small_spec(5, JOINT, 6, guidance=GuidanceOptions("alternate", 4.0, modalities=BOTH)),
+        small_spec(6, TO_IMAGE, 3, guidance=GuidanceOptions("empty", 2.0), null=torch.zeros(SMALL.size)),
+        small_spec(7, ELEMENTS, 6, conditioning="renoise", guidance=masked(2.0, (200, 700))),
+        small_spec(8, torch.zeros(SMALL.size, dtype=torch.bool), 2),
+        small_spec(9, TO_IMAGE, 1),
+        small_spec(10, JOINT, 4, order=text_first, guidance=masked(3.0, first_stage=1)),
+        small_spec(11, JOINT, 5, order=image_first, solver="ddpm", guidance=masked(2.0, (300, 800), 1)),
+        small_spec(12, INFILL, 4, order=text_first, solver="ddim", resample=2, jump=2, guidance=masked(2.0)),
     ]
 
 
-def test_mixed_tasks_solvers_steps_masks_and_guidance_in_one_batch_equal_separate_runs():
-    rows = mixed_rows()
-    together = sample(mixing_denoiser, rows, SMALL)
-    backwards = sample(mixing_denoiser, rows[::-1], SMALL)
+def test_mixed_tasks_solvers_steps_masks_orders_and_guidance_in_one_batch_equal_separate_runs():
+    specs = mixed_specs()
+    together = sample(MIXING, specs, SMALL)
+    backwards = sample(MIXING, specs[::-1], SMALL)
     assert together.isfinite().all()
-    for i, row in enumerate(rows):
-        alone = sample(mixing_denoiser, [row], SMALL)[0]
+    for i, spec in enumerate(specs):
+        alone = sample(MIXING, [spec], SMALL)[0]
         assert torch.equal(together[i], alone), i
-        assert torch.equal(backwards[len(rows) - 1 - i], alone), i
+        assert torch.equal(backwards[len(specs) - 1 - i], alone), i
 
 
 def test_known_values_come_back_bit_for_bit():
-    rows = mixed_rows()
-    for row, result in zip(rows, sample(mixing_denoiser, rows, SMALL), strict=True):
-        assert torch.equal(result[~row.generate], row.known[~row.generate])
-        assert not (result[row.generate] == row.known[row.generate]).any()
+    specs = mixed_specs()
+    for spec, result in zip(specs, sample(MIXING, specs, SMALL), strict=True):
+        assert torch.equal(result[~spec.generate], spec.known[~spec.generate])
+        assert not (result[spec.generate] == spec.known[spec.generate]).any()
 
 
-def test_values_hidden_behind_the_mask_do_not_matter():
-    row = mixed_rows()[3]
-    hidden = torch.where(row.generate, float("nan"), row.known)
-    other = Row(row.seed, row.table, row.generate, hidden)
-    assert torch.equal(sample(mixing_denoiser, [other], SMALL), sample(mixing_denoiser, [row], SMALL))
+@pytest.mark.parametrize("number", [3, 11])
+def test_values_hidden_behind_the_mask_do_not_matter(number):
+    spec = mixed_specs()[number]
+    hidden = torch.where(spec.generate, float("nan"), spec.known)
+    other = SampleSpec(spec.seed, spec.table, spec.generate, hidden)
+    assert torch.equal(sample(MIXING, [other], SMALL), sample(MIXING, [spec], SMALL))
 
 
-def test_guidance_changes_no_random_number():
-    """The unguided row, and the same row with an extra pass of weight w → 1, are the same sample."""
-    generate = small_mask(ON, OFF[:5])
-    plain = sample(mixing_denoiser, [small_row(4, generate, 6, solver="ddpm")], SMALL)
-    barely = sample(mixing_denoiser, [small_row(4, generate, 6, solver="ddpm", guidance_scale=1 + 1e-6)], SMALL)
+@pytest.mark.parametrize("options", [{}, {"order": ((1,), (0,))}])
+def test_guidance_changes_no_random_number(options):
+    """The unguided sample, and the same one with an extra pass of weight w → 1, are the same."""
+    generate = JOINT if options else TO_IMAGE
+    plain = sample(MIXING, [small_spec(4, generate, 6, solver="ddpm", **options)], SMALL)
+    barely = sample(MIXING, [small_spec(4, generate, 6, solver="ddpm", guidance=masked(1 + 1e-6), **options)], SMALL)
     torch.testing.assert_close(plain, barely, atol=1e-4, rtol=0)
 
 
-def test_different_seeds_give_different_samples_and_the_same_seed_the_same():
-    generate = small_mask(ON, ON[:5])
-    first, second, third = sample(mixing_denoiser, [small_row(seed, generate, 5) for seed in (1, 2, 1)], SMALL)
+@pytest.mark.parametrize("options", [{}, {"order": ((1,), (0,))}, {"order": ((0,), (1,)), "solver": "ddpm"}])
+def test_different_seeds_give_different_samples_and_the_same_seed_the_same(options):
+    specs = [small_spec(seed, JOINT, 5, **options) for seed in (1, 2, 1)]
+    first, second, third = sample(MIXING, specs, SMALL)
     assert torch.equal(first, third) and not torch.isclose(first, second).any()
 
 
-def recorded_calls(rows):
+def recorded(specs):
+    """Every call of the denoiser: inputs, times and outputs."""
     calls = []
 
-    def denoiser(inputs, times, outputs):
-        calls.append((len(inputs), times.clone(), outputs))
-        return mixing_denoiser(inputs, times, outputs)
+    def record(inputs, times, outputs):
+        calls.append((inputs.clone(), times.clone(), outputs))
+        return mix(inputs, times, outputs)
 
-    sample(denoiser, rows, SMALL)
+    sample(FunctionDenoiser(record), specs, SMALL)
     return calls
 
 
 def test_only_the_passes_and_outputs_that_are_needed_are_computed():
-    to_image, joint = small_mask(ON, OFF[:5]), small_mask(ON, ON[:5])
-    interval = small_row(1, to_image, 4, guidance_scale=2.0, guidance_interval=(300, 600))  # times 1000, 750, 500, 250
-    assert [(n, outputs) for n, _, outputs in recorded_calls([interval])] == [(n, ("image",)) for n in (1, 1, 2, 1)]
-    both = recorded_calls([interval, small_row(2, joint, 2)])
-    assert [(n, outputs) for n, _, outputs in both] == [
+    interval = small_spec(1, TO_IMAGE, 4, guidance=masked(2.0, (300, 600)))  # times 1000, 750, 500, 250
+    assert [(len(x), outputs) for x, _, outputs in recorded([interval])] == [(n, ("image",)) for n in (1, 1, 2, 1)]
+    both = recorded([interval, small_spec(2, JOINT, 2)])
+    assert [(len(x), outputs) for x, _, outputs in both] == [
         (2, ("image", "text")), (2, ("image", "text")), (2, ("image",)), (1, ("image",)),
     ]  # fmt: skip
-    assert recorded_calls([small_row(3, ~joint, 4)]) == []
+    ordered = recorded([small_spec(3, JOINT, 2, order=((1,), (0,)), guidance=masked(2.0, first_stage=1))])
+    assert [(len(x), outputs) for x, _, outputs in ordered] == [(1, ("text",))] * 2 + [(2, ("image",))] * 2
+    assert recorded([small_spec(3, ~JOINT, 4)]) == []
+
+
+def inputs_of(calls, modality):
+    elements, tokens = SMALL.state_slices[modality], SMALL.token_slices[modality]
+    return [(x[:, elements], t[:, tokens]) for x, t, _ in calls]
 
 
 def test_a_fully_known_modality_has_the_same_inputs_at_every_step_under_clean_conditioning():
-    inputs = []
-
-    def denoiser(x, times, outputs):
-        inputs.append((x[:, SMALL.state_slices["text"]].clone(), times[:, SMALL.token_slices["text"]].clone()))
-        return mixing_denoiser(x, times, outputs)
-
-    sample(denoiser, [small_row(1, small_mask(ON, OFF[:5]), 5, guidance_scale=2.0)], SMALL)
-    for values, times in inputs[1:]:
-        assert torch.equal(values, inputs[0][0]) and torch.equal(times, inputs[0][1])
-    assert inputs[0][1].unique().tolist() == [0, N]
+    first, *others = inputs_of(recorded([small_spec(1, TO_IMAGE, 5, guidance=masked(2.0))]), "text")
+    for values, times in others:
+        assert torch.equal(values, first[0]) and torch.equal(times, first[1])
+    assert first[1].unique().tolist() == [0, N]
 
 
 def test_noise_of_renoised_known_values_and_of_dropped_ones_is_fresh_at_every_step():
-    inputs = []
-
-    def denoiser(x, times, outputs):
-        inputs.append(x[:, SMALL.state_slices["text"]].clone())
-        return mixing_denoiser(x, times, outputs)
-
-    sample(denoiser, [small_row(1, small_mask(ON, OFF[:5]), 5, "renoise", guidance_scale=2.0)], SMALL)
-    for before, after in zip(inputs, inputs[1:], strict=False):
+    calls = recorded([small_spec(1, TO_IMAGE, 5, conditioning="renoise", guidance=masked(2.0))])
+    inputs = inputs_of(calls, "text")
+    for (before, _), (after, _) in zip(inputs, inputs[1:], strict=False):
         assert not torch.isclose(before, after).any()
 
 
-def test_callback_counts_the_steps_of_all_rows_and_may_cancel_by_raising():
+def test_a_modality_waits_as_its_initial_noise_and_rests_as_what_it_became():
+    spec = small_spec(6, JOINT, 3, order=((1,), (0,)))
+    calls, result = recorded([spec]), sample(MIXING, [spec], SMALL)
+    noise = initial_noise(torch.tensor([6]), SMALL.size)
+    for values, times in inputs_of(calls, "image")[:4]:
+        assert torch.equal(values, noise[:, SMALL.state_slices["image"]]) and (times == N).all()
+    for values, times in inputs_of(calls, "text")[3:]:
+        assert torch.equal(values, result[:, SMALL.state_slices["text"]]) and (times == 0).all()
+
+
+def test_the_unconditional_pass_of_a_later_stage_sees_noise_in_place_of_the_earlier_modality():
+    spec = small_spec(6, JOINT, 3, order=((1,), (0,)), guidance=masked(2.0, first_stage=1))
+    calls = recorded([spec])
+    dropped = inputs_of(calls, "text")[3:]
+    for values, times in dropped:
+        assert (times[0] == 0).all() and (times[1] == N).all()
+        assert not torch.isclose(values[0], values[1]).any() and torch.equal(values[1], dropped[0][0][1])
+    for values, _ in inputs_of(calls, "image")[3:]:
+        assert torch.equal(values[0], values[1])
+
+
+class Rounded:
+    """Rounds tokens, and remembers their shapes."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, tokens):
+        self.shapes.append(tuple(tokens.shape))
+        return tokens.round()
+
+
+def test_later_modalities_are_given_what_a_sample_makes_of_those_that_have_arrived():
+    text, rounded, order = SMALL.state_slices["text"], Rounded(), ((1,), (0,))
+    specs = [small_spec(seed, JOINT, 3, order=order, on_arrival={"text": rounded}) for seed in (1, 2)]
+    plain = small_spec(1, JOINT, 3, order=order)
+    calls, results = recorded([*specs, plain]), sample(MIXING, [*specs, plain], SMALL)
+    expected = sample(MIXING, [plain], SMALL)
+    assert torch.equal(results[2], expected[0]), "the neighbour has no such function"
+    assert torch.equal(results[0, text], expected[0, text].round()) and not torch.equal(results[0], expected[0])
+    for values, times in inputs_of(calls, "text")[3:]:
+        assert torch.equal(values[:2], results[:2, text]) and (times == 0).all()
+    assert rounded.shapes == [(2, 5, 2)] * 2, "[n, L, C], once a run for both samples"
+    assert torch.equal(sample(MIXING, specs[:1], SMALL)[0], results[0])
+
+
+def test_what_is_known_of_a_modality_that_arrives_stays_as_it_is():
+    zeros = {"text": torch.zeros_like}
+    spec = small_spec(1, INFILL, 3, order=((1,), (0,)), on_arrival=zeros)
+    (result,), text = sample(MIXING, [spec], SMALL), SMALL.state_slices["text"]
+    assert torch.equal(result[text], torch.where(INFILL, 0.0, spec.known)[text])
+
+
+@pytest.mark.parametrize("order", [(), ((0,), (1,))], ids=["together", "last"])
+def test_a_modality_that_no_other_waits_for_is_left_as_it_came_out(order):
+    def never(tokens):
+        raise AssertionError("nothing is given to others")
+
+    spec, plain = (small_spec(1, JOINT, 3, order=order, on_arrival=f) for f in ({"text": never}, None))
+    assert torch.equal(sample(MIXING, [spec], SMALL), sample(MIXING, [plain], SMALL))
+
+
+def test_progress_counts_the_steps_of_all_samples_and_cancels_by_raising():
     seen = []
-    rows = [small_row(1, small_mask(ON, ON[:5]), steps) for steps in (3, 5)]
-    sample(mixing_denoiser, rows, SMALL, callback=lambda *progress: seen.append(progress))
+    specs = [small_spec(1, JOINT, steps) for steps in (3, 5)]
+    sample(MIXING, specs, SMALL, lambda *progress: seen.append(progress))
     assert seen == [(2, 8), (4, 8), (6, 8), (7, 8), (8, 8)]
 
     def cancel(done, total):
@@ -157,26 +226,30 @@ def test_callback_counts_the_steps_of_all_rows_and_may_cancel_by_raising():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(mixing_denoiser, rows, SMALL, callback=cancel)
+        sample(MIXING, specs, SMALL, cancel)
 
 
-def test_sampling_starts_from_the_rows_own_initial_noise():
+def test_sampling_starts_from_the_samples_own_initial_noise():
     first = []
-    rows = [small_row(seed, small_mask(ON, ON[:5]), 2) for seed in (5, 6)]
-    sample(lambda x, *_: first.append(x.clone()) or x, rows, SMALL)
+    specs = [small_spec(seed, JOINT, 2) for seed in (5, 6)]
+    sample(FunctionDenoiser(lambda x, *_: first.append(x.clone()) or x), specs, SMALL)
     assert torch.equal(first[0], initial_noise(torch.tensor([5, 6]), SMALL.size))
 
 
 def test_steps_past_the_longest_table_of_the_batch_change_nothing():
-    constants = batch_rows([small_row(seed, small_mask(ON, ON[:5]), 2) for seed in (1, 2)], SMALL, "cpu")
-    progress = new_progress(constants)
-    begin(constants, progress)
+    constants = batch_constants([small_spec(seed, JOINT, 2) for seed in (1, 2)], SMALL, "cpu")
+    state = new_state(constants)
+    init_state(constants, state)
     states = []
     for _ in range(4):
-        cfg_step(torch.ones_like(progress.inputs), constants, progress)
-        states.append(progress.state.clone())
+        cfg_step(torch.ones_like(state.inputs), constants, state)
+        states.append(state.state.clone())
     assert not torch.equal(states[0], states[1])
     assert torch.equal(states[1], states[2]) and torch.equal(states[2], states[3])
+
+
+def test_no_samples_are_an_empty_result():
+    assert sample(MIXING, [], SMALL, buckets=(1,)).shape == (0, SMALL.size)
 
 
 NOTHING_KNOWN, ZEROS = torch.ones(SMALL.size, dtype=torch.bool), torch.zeros(SMALL.size)
@@ -188,15 +261,21 @@ NOTHING_KNOWN, ZEROS = torch.ones(SMALL.size, dtype=torch.bool), torch.zeros(SMA
         ({"seed": -1}, "seed: -1"),
         ({"seed": 2**64}, "seed: 18446744073709551616"),
         ({"known": ZEROS + float("nan"), "generate": ~NOTHING_KNOWN}, "known: .*NaN"),
-        ({"generate": NOTHING_KNOWN[1:]}, "generate: .*does not fit"),
-        ({"generate": ZEROS}, "generate: torch.float32 .*does not fit"),
-        ({"known": ZEROS[1:], "generate": NOTHING_KNOWN[1:]}, "generate: shape .*does not fit"),
-        ({"table": table([500], guidance="empty", guidance_scale=2.0)}, "null: None"),
-        ({"table": table([500], guidance="alternate", guidance_scale=2.0, guided_modalities=(2,))}, "has only 2"),
-        ({"generate": ELEMENTS}, "partly known"),
+        ({"generate": NOTHING_KNOWN[1:]}, "generate: .*the shape of known"),
+        ({"generate": ZEROS}, "generate: .*torch.float32"),
+        ({"known": ZEROS[1:], "generate": NOTHING_KNOWN[1:]}, "generate: .*wrong shape"),
+        ({"table": table([500], guidance=GuidanceOptions("empty", 2.0))}, "null: None is missing"),
+        ({"table": table([500], 3)}, "table: 3 is the wrong number of modalities"),
+        ({"table": table([500], 1)}, "table: 1 is the wrong number of modalities"),
+        ({"generate": ELEMENTS}, "generate: .*partly known"),
+        ({"table": table([500], step_cache=2)}, None),
+        ({"table": table([500, 5], step_cache=2)}, "step_cache: .*use 1"),
     ],
 )
-def test_rows_that_cannot_be_sampled_are_refused_by_name(change, message):
+def test_samples_that_cannot_be_made_are_refused_by_their_argument(change, message):
     values = {"seed": 1, "table": table([500]), "generate": NOTHING_KNOWN, "known": ZEROS, **change}
-    with pytest.raises(ValueError, match=message):
-        sample(mixing_denoiser, [Row(**values)], SMALL)
+    if message is None:
+        sample(MIXING, [SampleSpec(**values)], SMALL)
+        return
+    with pytest.raises(InputError, match=f"^{message}"):
+        sample(MIXING, [SampleSpec(**values)], SMALL)

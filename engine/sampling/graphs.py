@@ -76,7 +76,7 @@ class StepGraphs:
             raise
         self._graphs[key] = graph
 
-    def side_by_side(self, calls: Sequence[Callable[[], torch.Tensor]]) -> list:
+    def run_branches(self, calls: Sequence[Callable[[], torch.Tensor]]) -> list:
         """Results of calls, within a step, that need nothing of each other; all but the first on streams of their own.
 
         In the graph they become branches, which small kernels share the device in. What the calls take and give is safe

@@ -1,13 +1,13 @@
-"""The denoising loss: noise a batch at training times, predict, and compare what had to be predicted.
+"""The denoising loss: noise a batch at random times, predict, compare with the target.
 
     x_t = α_t·x0 + σ_t·ε      target ε ("epsilon") or α_t·ε − σ_t·x0 ("v_prediction")
 
-Training times (`DiffusionConfig.times`)
+Training times (`DiffusionConfig.time_sampling`)
     shared       one t for all modalities of a sample (arXiv 2311.16488, section 3.2)
     independent  one t per modality (UniDiffuser, arXiv 2303.06555)
-    masked       one t for what is to be generated; each sample's known tokens enter clean, labelled time 0, and for
-                 some samples as pure noise labelled time N; only generated tokens count
-    conditional  as masked, with the modalities that the model does not predict as what is known (U-ViT's text)
+    masked       one t for the tokens to generate; a sample's known tokens enter clean at time 0, or, in some samples,
+                 as pure noise at time N; the loss is over the generated tokens only
+    conditional  like masked; the known tokens are those of modalities that the model does not predict (U-ViT's text)
 """
 
 from collections.abc import Callable
@@ -16,23 +16,25 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
-from engine.schedule import NoiseSchedule
+from engine.diffusion.schedule import NoiseSchedule
 
-# Shares of the samples that generate all tokens, and that know one whole modality; the others know random tokens.
+# Masked times: the fraction of samples in which every token is generated, and in which one whole modality is known. In
+# the rest random tokens are known.
 JOINT, WHOLE_MODALITY = 0.1, 0.75
-DROPPED = 0.1  # share of the samples whose known tokens are pure noise, for the unconditional pass
+DROPPED = 0.1  # fraction of samples whose known tokens are pure noise: trains the unconditional pass
 
 
 class DenoisingLoss:
-    """Named losses of a denoiser `(inputs [B, N], times [B, L] int64) -> prediction [B, N]` on data x0.
+    """The losses of a denoiser `(inputs [B, N], times [B, L] int64) -> prediction [B, N]`, one per modality.
 
     config   the checkpoint's `Config`
-    gamma    min-SNR clipping of the weight of x̂0 (Hang et al. 2023, arXiv 2303.09556); None weighs the prediction
-             itself, as the paper does. With v the natural weight SNR + 1 is clipped at γ + 1, which unlike
-             min(SNR, γ) keeps the noisiest times, where the content is decided
+    gamma    min-SNR weighting (Hang et al. 2023, arXiv 2303.09556): the loss weight of x̂0 is at most γ. None: the
+             prediction's error is not weighted, as in the paper. With v_prediction the weight SNR + 1 is clipped at
+             γ + 1 instead of min(SNR, γ), which would nearly ignore the noisiest times, where content is decided
     weights  of the modalities' losses, default 1
-    skew     t = N·(1 − u^skew) with u uniform: 1 draws all times alike; 2 draws t > 0.7·N, where one modality's content
-             is decided from the other's, for 55 % of the samples
+    skew     t = N·(1 − u^skew) with u uniform: 1 draws all times equally; with 2, t > 0.7·N for 55 % of the samples.
+             At these times a modality's content is decided from the other's
+    device   of the data and of the predictions
     """
 
     def __init__(
@@ -61,9 +63,9 @@ class DenoisingLoss:
         generator: torch.Generator,
         token_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """{modality: scalar loss} on x0 [B, N] float32; random numbers come from the CPU `generator`.
+        """{modality: scalar loss} for clean data x0 [B, N] float32; random numbers come from the CPU `generator`.
 
-        token_weights  [B, L] float32, how much each token counts; default: all alike
+        token_weights  [B, L] float32, each token's weight in the mean; default 1
         """
         model, device, draws = self.config.model, x0.device, self.draw(len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)  # [B, N]
@@ -72,7 +74,7 @@ class DenoisingLoss:
 
         alpha, sigma = self.alpha[times], self.sigma[times]  # [B, N]
         noisy = alpha * x0 + sigma * noise
-        # Dropped tokens are pure noise, whatever little of x0 the schedule leaves at time N.
+        # Dropped tokens are pure noise: at time N the scaled-linear schedule still has 7 % of x0 in x_t.
         inputs = torch.where(dropped, noise, noisy)
         prediction = denoise(inputs, draws[0].to(device))  # [B, N]
         v = self.config.diffusion.prediction == "v_prediction"
@@ -87,18 +89,18 @@ class DenoisingLoss:
         }
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Times int64, the generate mask and the dropped mask, each [B, L] on the CPU."""
+        """Times [B, L] int64 and two masks [B, L] bool on the CPU: generated tokens, and known ones that are noise."""
         config, model, N = self.config, self.config.model, self.config.diffusion.timesteps
         shape = (batch, model.tokens)
         everything, nothing = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        if config.diffusion.times == "independent":
+        if config.diffusion.time_sampling == "independent":
             times = self._draw_times(generator, batch, len(model.modalities))  # [B, M]
             lengths = torch.tensor([m.tokens for m in model.modalities])
             return times.repeat_interleave(lengths, dim=1), everything, nothing
         times = self._draw_times(generator, batch, 1).expand(shape)  # [B, L]
-        if config.diffusion.times == "shared":
+        if config.diffusion.time_sampling == "shared":
             return times, everything, nothing
-        if config.diffusion.times == "conditional":
+        if config.diffusion.time_sampling == "conditional":
             generate = nothing.clone()
             for name in model.predicted:
                 generate[:, model.token_slices[name]] = True
@@ -115,13 +117,13 @@ class DenoisingLoss:
         return N - (N * u**self.skew).long()
 
     def _draw_masks(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Generate masks [B, L]: everything, all modalities but one, or random tokens, single ones or runs of them."""
+        """Generate masks [B, L] bool: all tokens, all modalities but one, or random tokens (single ones or runs)."""
 
         def uniform(*shape):
             return torch.rand(*shape, generator=generator)
 
         model, kind = self.config.model, uniform(batch, 1)
-        known = torch.randint(len(model.modalities), (batch, 1), generator=generator)  # the modality that is known
+        known = torch.randint(len(model.modalities), (batch, 1), generator=generator)  # index of the known modality
         whole, scattered = [], []
         for i, m in enumerate(model.modalities):
             whole.append((known != i).expand(batch, m.tokens))
@@ -131,7 +133,7 @@ class DenoisingLoss:
             run = (position >= start.floor()) & (position < start + length)
             scattered.append(torch.where(uniform(batch, 1) < 0.5, single, run))
         generate = torch.where(kind < JOINT + WHOLE_MODALITY, torch.cat(whole, 1), torch.cat(scattered, 1))
-        # A sample that knows all of its tokens would teach nothing.
+        # A sample in which every token is known has no loss, so it generates all of them instead.
         return generate | (kind < JOINT) | ~generate.any(1, keepdim=True)
 
     def _per_element(self, x: Tensor) -> Tensor:
@@ -142,9 +144,9 @@ class DenoisingLoss:
 
 
 def distinct_times(times: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(sorted distinct times, index [B, L] int32 of each token's): what a training step needs of the time table.
+    """(distinct times [rows] sorted, index [B, L] int32 of each token's time): the rows of the time table in a batch.
 
-    The times are padded to `rows` with the largest, so that compiled blocks see one shape at every step.
+    The times are padded to `rows` with the largest one, so that compiled blocks see the same shape at every step.
     """
     distinct, index = times.unique(return_inverse=True)
     return torch.cat([distinct, distinct[-1:].expand(rows - len(distinct))]), index.int()

@@ -1,0 +1,87 @@
+"""Functions that the worker runs between two steps, each on the items of all callers that wait for it."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from engine.sampling.worker import settle
+
+
+@dataclass(eq=False)
+class Call:
+    """A function that maps a list to one of equal length, item by item, and what it is to be applied to."""
+
+    function: Callable[[Sequence], Sequence]
+    items: list
+    future: Future
+
+
+class Calls:
+    """Calls that wait."""
+
+    def __init__(self):
+        self._waiting: deque[Call] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, call: Call) -> None:
+        self._waiting.append(call)
+
+    def run(self, most: int) -> None:
+        """Applies the first call's function to its items and those of all calls of this function, `most` at a time."""
+        function = self._waiting[0].function
+        calls = [call for call in self._waiting if call.function == function]
+        self._waiting = deque(call for call in self._waiting if call.function != function)
+        for call in calls:
+            if call.future.cancelled():
+                settle(call.future)
+        calls = [call for call in calls if not call.future.cancelled()]
+        items = [item for call in calls for item in call.items]
+        try:
+            results = iter(_applied(function, items, most))
+        except Exception as error:
+            if len(calls) == 1:
+                settle(calls[0].future, error=error)
+            else:  # whose items are at fault shows when each is done by itself
+                alone = [Call(_Alone(function, i), call.items, call.future) for i, call in enumerate(calls)]
+                self._waiting.extendleft(reversed(alone))
+            return
+        for call in calls:
+            settle(call.future, [next(results) for _ in call.items])
+
+    def abort(self, error: BaseException) -> None:
+        """Ends all calls with this error."""
+        while self._waiting:
+            settle(self._waiting.popleft().future, error=error)
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A function that equals no other call's, so that it is not shared."""
+
+    function: Callable[[Sequence], Sequence]
+    number: int
+
+    def __call__(self, items: Sequence) -> Sequence:
+        return self.function(items)
+
+
+def _applied(function: Callable[[Sequence], Sequence], items: list, most: int) -> list:
+    """function(items), at most so many at a time, fewer where memory runs out."""
+    results = []
+    while len(results) < len(items):
+        part = items[len(results) : len(results) + most]
+        try:
+            made = function(part)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            most = len(part) // 2
+        else:
+            assert len(made) == len(part), f"{function} made {len(made)} of {len(part)} items"
+            results.extend(made)
+    return results

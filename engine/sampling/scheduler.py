@@ -1,0 +1,255 @@
+"""Which samples are computed together: admission to slots, retirement, and what the next step has to compute.
+
+Host only: no threads and no device memory. Samples of any tasks, steps, solvers and guidance share a step; they enter
+and leave between steps.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.config import ModelConfig
+from engine.diffusion.masks import token_mask, whole_tokens
+from engine.diffusion.solver_table import constant_since
+from engine.errors import InputError
+from engine.kernels.step_table import StepColumn
+from engine.sampling.batch import SampleSpec
+
+LINES = 64  # of the step tables in a batch's memory, at least; longer ones double it
+PATIENCE = 64  # steps without running out of memory before a reduced number of slots is doubled again
+
+
+class CacheMode(Enum):
+    """What a step does with the inner blocks' last result (step caching)."""
+
+    OFF = "off"  # computes everything, keeps nothing
+    REFRESH = "refresh"  # computes everything, keeps it for the samples whose tables say so, reuses it for the others
+    REUSE = "reuse"  # reuses the last result for all samples: the inner blocks do not run
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step computes; steps with equal plans differ in values only, so a plan is the key of its CUDA graph."""
+
+    slots: int  # B
+    passes: int  # P′ of the P that there is memory for
+    outputs: tuple[str, ...]  # modalities whose prediction is used
+    cached: tuple[str, ...]  # modalities whose branch features are read instead of running their in-blocks
+    cache_mode: CacheMode
+
+
+@dataclass(eq=False)
+class Job:
+    """A sample on its way through the steps."""
+
+    spec: SampleSpec
+    passes: list[int]  # that each step needs
+    refresh: list[bool]  # whether the inner blocks have to run at each step
+    outputs: list[frozenset[str]]  # modalities whose prediction each step uses
+    constant: dict[str, tuple[int, ...]]  # of modalities with in-blocks, `constant_since`
+    arrivals: dict[int, list[str]]  # by steps done: modalities that have arrived then, while others are to come
+    step: int = 0  # done so far
+    features: dict[str, int] = field(default_factory=dict)  # the step from which on the slot's features are valid
+    alone: bool = False  # shares no step: one with it in the batch has failed
+    cancelled: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.spec.table.steps
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.steps
+
+    def restart(self, alone: bool) -> None:
+        self.step, self.features, self.alone = 0, {}, self.alone or alone
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the slots change before a step."""
+
+    slots: int  # of the batch that follows; 0: there is nothing to compute
+    lines: int  # of its tables
+    passes: int  # P that it has memory for
+    stay: list[tuple[int, int]]  # (slot before, slot after) of samples that have to be copied
+    enter: list[tuple[int, Job]]  # (slot, sample)
+
+
+class Scheduler:
+    """Waiting samples and those in slots.
+
+    model    the modalities of the state
+    buckets  numbers of slots that a batch may have, ascending; the smallest that holds the samples is used
+    keep     batches stay in memory (CUDA graphs use it), so tables' memory only ever grows
+    """
+
+    def __init__(self, model: ModelConfig, buckets: Sequence[int], keep: bool = False):
+        self.model, self.buckets, self.keep = model, list(buckets), keep
+        self.waiting: deque[Job] = deque()
+        self.slots: list[Job | None] = []
+        self.lines, self.passes = LINES, 2
+        self.capacity = self.buckets[-1]  # slots in use at most; fewer than the largest bucket once memory ran out
+        self._patience, self._calm = PATIENCE, 0
+
+    def job(self, spec: SampleSpec) -> Job:
+        """A sample as a job; raises InputError if it does not fit the model."""
+        _check(spec, self.model)
+        table, model = spec.table, self.model
+        generated, constant = {}, {}
+        for i, m in enumerate(model.modalities):
+            part = spec.generate[model.state_slices[m.name]]
+            generated[m.name] = bool(part.any())
+            if m.depth > 0:
+                constant[m.name] = constant_since(table, i, generated[m.name], not bool(part.all()))
+        moving = [
+            frozenset(m.name for m, moves in zip(model.modalities, line, strict=True) if moves and generated[m.name])
+            for line in table.moving.tolist()
+        ]
+        arrivals: dict[int, list[str]] = {}
+        for name in spec.on_arrival:
+            last = max((step for step, names in enumerate(moving) if name in names), default=table.steps)
+            if last + 1 < table.steps:
+                arrivals.setdefault(last + 1, []).append(name)
+        return Job(spec, table.passes.tolist(), table.refresh.tolist(), moving, constant, arrivals)
+
+    def add(self, jobs: Iterable[Job]) -> None:
+        """The longest first: short ones fill the slots that are free at the end."""
+        self.waiting.extend(sorted(jobs, key=lambda job: -job.steps))
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not any(self.slots)
+
+    @property
+    def live(self) -> list[Job]:
+        return [job for job in self.slots if job is not None]
+
+    def arrange(self) -> Arrangement:
+        """Empties the slots of cancelled samples and fills free ones with waiting samples."""
+        staying = [i for i, job in enumerate(self.slots) if job is not None and not job.cancelled]
+        entering = self._admit([self.slots[i] for i in staying])
+        number = len(staying) + len(entering)
+        size = next(size for size in self.buckets if size >= number) if number else 0
+        lines, passes = self._memory(entering, shrink=not staying and not self.keep)
+
+        before = self.slots
+        if (size, lines, passes) == (len(before), self.lines, self.passes):
+            stay = []
+            self.slots = [job if i in set(staying) else None for i, job in enumerate(before)]
+        else:
+            stay = [(slot, i) for i, slot in enumerate(staying)]
+            self.slots = [before[slot] for slot in staying] + [None] * (size - len(staying))
+        self.lines, self.passes = lines, passes
+        free = [i for i, job in enumerate(self.slots) if job is None]
+        enter = list(zip(free, entering, strict=False))
+        for i, job in enter:
+            self.slots[i] = job
+        return Arrangement(size, lines, passes, stay, enter)
+
+    def plan(self) -> StepPlan:
+        """What the next step of the samples in slots computes."""
+        live = self.live
+        used = frozenset().union(*(job.outputs[job.step] for job in live))
+        names = [m.name for m in self.model.modalities]
+        cached = tuple(
+            name for name in names if all(name in job.constant and job.constant[name][job.step] >= 0 for job in live)
+        )
+        mode = CacheMode.OFF
+        if not all(all(job.refresh) for job in live):
+            mode = CacheMode.REFRESH if any(job.refresh[job.step] for job in live) else CacheMode.REUSE
+        passes = max(job.passes[job.step] for job in live)
+        return StepPlan(len(self.slots), passes, tuple(n for n in names if n in used), cached, mode)
+
+    def missing_features(self, plan: StepPlan) -> dict[str, list[int]]:
+        """Slots whose branch features have to be computed before a step of this plan; they count as computed then."""
+        missing: dict[str, list[int]] = {}
+        for name in plan.cached:
+            for i, job in enumerate(self.slots):
+                if job is not None and job.features.get(name) != job.constant[name][job.step]:
+                    job.features[name] = job.constant[name][job.step]
+                    missing.setdefault(name, []).append(i)
+        return missing
+
+    def finishing(self) -> list[tuple[int, Job]]:
+        """The (slot, sample) that the next step finishes."""
+        return [(i, job) for i, job in enumerate(self.slots) if job is not None and job.step + 1 == job.steps]
+
+    def advance(self) -> list[tuple[int, Job]]:
+        """Counts a step that was done; returns the (slot, sample) that have finished and leaves their slots empty."""
+        finished = []
+        for i, job in enumerate(self.slots):
+            if job is not None:
+                job.step += 1
+                if job.done:
+                    finished.append((i, job))
+                    self.slots[i] = None
+        self._calm += 1
+        if self.capacity < self.buckets[-1] and self._calm >= self._patience:
+            self.capacity = next(size for size in self.buckets if size >= min(2 * self.capacity, self.buckets[-1]))
+            self._calm = 0
+        return finished
+
+    def arriving(self) -> dict[tuple[str, Callable], list[int]]:
+        """Slots in which a modality arrives with the present step, by its name and its sample's `on_arrival`."""
+        slots: dict[tuple[str, Callable], list[int]] = {}
+        for i, job in enumerate(self.slots):
+            for name in job.arrivals.get(job.step + 1, ()) if job is not None else ():
+                slots.setdefault((name, job.spec.on_arrival[name]), []).append(i)
+        return slots
+
+    def restart(self, alone: bool = False) -> None:
+        """Sends all samples in slots back to wait for their first step, from now on each alone if `alone`."""
+        live = self.live
+        for job in live:
+            job.restart(alone)
+        self.waiting.extendleft(reversed(live))
+        self.slots = []
+
+    def shrink(self, slots: int) -> bool:
+        """Halves the slots after that many ran out of memory; False if no bucket is that small."""
+        smaller = [size for size in self.buckets if 2 * size <= slots]
+        if smaller:
+            self.capacity, self._calm = smaller[-1], 0
+            self._patience *= 2  # so that trying again costs less and less
+        return bool(smaller)
+
+    def _admit(self, staying: list[Job]) -> list[Job]:
+        """Takes samples that enter from the front of the queue; one that has to be alone enters empty slots only."""
+        entering: list[Job] = []
+        if any(job.alone for job in staying):
+            return entering
+        while self.waiting and len(staying) + len(entering) < self.capacity:
+            if self.waiting[0].cancelled:
+                self.waiting.popleft()
+            elif not self.waiting[0].alone:
+                entering.append(self.waiting.popleft())
+            elif staying or entering:
+                break
+            else:
+                return [self.waiting.popleft()]
+        return entering
+
+    def _memory(self, entering: list[Job], shrink: bool) -> tuple[int, int]:
+        """(lines, passes) of the tables' memory; `shrink`: it may become smaller, nothing that is there is needed."""
+        lines, passes = (LINES, 2) if shrink else (self.lines, self.passes)
+        for job in entering:
+            while lines <= job.steps:  # one more line than steps: the last changes nothing
+                lines *= 2
+            passes = max(passes, 1 + job.spec.table.kinds.shape[2])
+        return lines, passes
+
+
+def _check(spec: SampleSpec, model: ModelConfig) -> None:
+    values = {"generate": spec.generate, "known": spec.known} | ({} if spec.null is None else {"null": spec.null})
+    for name, tensor in values.items():
+        if tensor.shape != (model.size,):
+            raise InputError(name, tuple(tensor.shape), f"the model's state is [{model.size}]", "is the wrong shape")
+    found, wanted = spec.table.indices.shape[1], len(model.modalities)
+    if found != wanted:
+        raise InputError("table", found, f"make it for the model's {wanted}", "is the wrong number of modalities")
+    clean = (spec.table.indices[..., StepColumn.KNOWN_TIME] != spec.table.indices[..., StepColumn.TIME]).any()
+    tokens = token_mask(spec.generate, model) if clean else None
+    if tokens is not None and not bool((whole_tokens(spec.generate, model) == spec.generate).all()):
+        raise InputError("generate", "a token", "use whole_tokens for clean conditioning", "is partly known")

@@ -1,0 +1,23 @@
+"""One sampling step of a batch: what is captured in a CUDA graph."""
+
+from engine.kernels.cfg_step import at_step, cfg_step
+from engine.kernels.step_table import StepColumn
+from engine.model.denoiser import Denoiser
+from engine.sampling.batch import Batch
+from engine.sampling.scheduler import CacheMode, StepPlan
+
+
+def denoise_step(denoiser: Denoiser, batch: Batch, plan: StepPlan) -> None:
+    """All passes' forward, then guidance, the solver's update and the next inputs, in place.
+
+    Reads and writes the batch's memory only, and never waits for the device.
+    """
+    state, rows = batch.state, plan.passes * plan.slots  # rows of the passes that are on
+    features = {name: batch.features[name][:, :rows] for name in plan.cached}  # [depth, R, L, D] each
+    cache = None if plan.cache_mode is CacheMode.OFF else batch.cache[:rows]  # [R, L, D]
+    refresh = None
+    if plan.cache_mode is CacheMode.REFRESH:
+        _, indices = at_step(batch.constants, state)
+        refresh = (indices[:, 0, StepColumn.REFRESH] != 0).repeat(plan.passes)  # [R]
+    prediction = denoiser(state.inputs[:rows], state.times[:rows], plan.outputs, features, cache, refresh)  # [R, N]
+    cfg_step(prediction, batch.constants, state)

@@ -1,0 +1,168 @@
+"""A thread that owns the device: it takes turns of work as long as there is any, and sleeps until more is posted."""
+
+import atexit
+import contextvars
+import os
+import threading
+import weakref
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import Protocol
+
+import torch
+
+CLOSED = "this engine is closed; make another with Engine.from_pretrained"
+FORKED = "this engine was made before the process forked; make one in the child process instead"
+
+
+class Owner(Protocol):
+    """What a worker works for."""
+
+    def turn(self) -> bool:
+        """Does some work; False if there is nothing left to do."""
+
+    def abort(self, error: BaseException) -> None:
+        """Ends everything that was posted with this error."""
+
+
+class Worker:
+    """The thread; it starts with the first post and ends with `close`, with its owner, or with the interpreter.
+
+    It computes with as many threads as whoever posted last (`torch.get_num_threads`), in inference mode and with the
+    context variables of where the worker was made.
+    """
+
+    def __init__(self, owner: Owner):
+        self._owner = weakref.ref(owner, lambda _: self._wake.set())
+        self._lock = threading.Lock()  # orders posts and closing
+        self._wake, self._pid, self._threads = threading.Event(), os.getpid(), torch.get_num_threads()
+        self._posted_by: Owner | None = None  # held until the thread holds it: its caller may drop it meanwhile
+        # Settings of torch.compile, such as its limits, are context variables.
+        self._context = contextvars.copy_context()
+        self._thread: threading.Thread | None = None
+        self.closed = False
+        _ALL.add(self)
+
+    def post(self, item, inbox: list) -> Future:
+        """Appends an item to an inbox that the owner reads in its turns; returns the item's future.
+
+        Raises as `check`.
+        """
+        self.check()
+        with self._lock:
+            self.check()
+            self._threads = torch.get_num_threads()
+            inbox.append(item)
+            self._posted_by = self._owner()
+            if self._thread is None:
+                run = self._context.run
+                self._thread = threading.Thread(target=run, args=(self._run,), name="psunet-engine", daemon=True)
+                self._thread.start()
+        # Cancelling is noticed between two turns; an idle worker has to be woken for it.
+        item.future.add_done_callback(lambda future: self._wake.set() if future.cancelled() else None)
+        self._wake.set()
+        return item.future
+
+    def check(self) -> None:
+        """Raises RuntimeError if the worker is closed, or if it was made before this process was forked.
+
+        Neither threads nor the state of OpenMP survive a fork.
+        """
+        if self._pid != os.getpid():
+            raise RuntimeError(FORKED)
+        if self.closed:
+            raise RuntimeError(CLOSED)
+
+    def close(self) -> None:
+        """Ends the thread after the turn that it is in; the owner's `abort` is called with RuntimeError."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self.closed = True
+            thread = self._thread
+        self._wake.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        _ALL.discard(self)
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                self._wake.wait()
+                self._wake.clear()
+                # Held only while there is work: an owner that nobody uses can be freed.
+                owner, self._posted_by = self._owner(), None
+                if owner is None:
+                    return
+                try:
+                    while not self.closed and self._turn(owner):
+                        pass
+                except BaseException as error:  # a fault of our own must not leave callers waiting for ever
+                    owner.abort(error)
+                if self.closed:
+                    owner.abort(RuntimeError(CLOSED))
+                    return
+                del owner
+
+    def _turn(self, owner: Owner) -> bool:
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        return owner.turn()
+
+
+def settle(future: Future, result=None, error: BaseException | None = None) -> None:
+    """Ends a future with a result or an error, unless it was cancelled."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def drive(flow: Generator) -> Future:
+    """A future of what a generator returns, which yields futures and is sent their results.
+
+    The generator starts here and goes on in the thread that ends the future it waits for. Cancelling the future that is
+    returned cancels the one that it waits for.
+    """
+    future: Future = Future()
+    current: list[Future] = []
+    future.add_done_callback(lambda done: [waited.cancel() for waited in current] if done.cancelled() else None)
+
+    def resume(step: Callable, argument) -> None:
+        try:
+            waited = step(argument)
+        except StopIteration as end:
+            settle(future, end.value)
+        except BaseException as error:
+            settle(future, error=error)
+        else:
+            current[:] = [waited]
+            if future.cancelled():
+                waited.cancel()
+            waited.add_done_callback(proceed)
+
+    def proceed(done: Future) -> None:
+        if done.cancelled():
+            flow.close()
+            if not future.cancelled():
+                future.cancel()
+            future.set_running_or_notify_cancel()
+        elif done.exception() is not None:
+            resume(flow.throw, done.exception())
+        else:
+            resume(flow.send, done.result())
+
+    resume(flow.send, None)
+    return future
+
+
+_ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """So that no thread computes while the interpreter is taken apart."""
+    for worker in list(_ALL):
+        worker.close()
