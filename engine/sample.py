@@ -1,7 +1,7 @@
 """Sampling from the command line: `python -m engine.sample`; see `--help`, and README.md for examples.
 
-Parse, generate, write: everything else is `engine.runtime`. Pictures are written under a temporary name and renamed,
-so that a run that fails leaves nothing half-written.
+Parse, generate, write: everything else is `engine.runtime`. Images are written under a temporary name and renamed, so
+that a run that fails leaves nothing half-written.
 """
 
 import argparse
@@ -14,63 +14,77 @@ import time
 from pathlib import Path
 
 from engine.command import Parser, check_writable, path, refuse
-from engine.request import ATTENTIONS, MAX_NUM, SOLVERS, TASKS, Request, Sample
+from engine.errors import InputError
+from engine.request import ATTENTIONS, GUIDANCE_KINDS, MAX_NUM, SOLVERS, TASKS, Request, Result, Sample
 
 COMMAND = "python -m engine.sample"
 JOINT_NUM = 16  # samples of a run that asks for nothing
 
 
 def _parser() -> Parser:
-    text = "Sample pictures and texts; without arguments, a joint grid."
-    parser = Parser(COMMAND, description=text)
-    add = parser.add_argument
-    add("--prompt", action="append", metavar="TEXT", help="words, _ for each one to be filled in; may be given again")
-    add("--image", type=path, metavar="FILE", help="a picture to describe, or to infill with --mask or _ in --prompt")
-    add("--mask", type=path, metavar="FILE", help="white where the picture is to be regenerated")
+    parser = Parser(COMMAND, description="Sample images and texts; without arguments, a joint grid.")
+    _add_request(parser.add_argument_group("what to sample").add_argument)
+    _add_solver(parser.add_argument_group("how to sample").add_argument)
+    _add_engine(parser.add_argument_group("model, device and output").add_argument)
+    return parser
+
+
+def _add_request(add) -> None:
+    add("--prompt", action="append", metavar="TEXT", help="words, _ for each one to be filled in; may be repeated")
+    add("--image", type=path, metavar="FILE", help="an image to describe, or to infill with --mask or _ in --prompt")
+    add("--mask", type=path, metavar="FILE", help="white where the image is to be regenerated")
+    text = "a value of any modality, an image's file or a text; may be repeated"
+    add("--input", action="append", type=_named, default=[], metavar="NAME=VALUE", help=text)
+    text = "the mask of an image given with --input; may be repeated"
+    add("--input-mask", action="append", type=_named, default=[], metavar="NAME=FILE", help=text)
     add("--task", choices=TASKS, default="auto", help="checks the task that the other options make (default: auto)")
-    add(
-        "--num",
-        type=int,
-        metavar="N",
-        help=f"samples of each prompt, at most {MAX_NUM} (default: 1; joint: {JOINT_NUM})",
-    )
-    add("--steps", type=int, default=25, help="steps of the solver (default: 25)")
-    add("--solver", choices=SOLVERS, default="dpm++")
-    add("--guidance", type=float, metavar="W", help="guidance scale, 1 is none (default: by task)")
-    add(
-        "--guidance-interval",
-        nargs=2,
-        type=float,
-        metavar=("START", "END"),
-        help="guide only this part of the way, 0 to 1; the rest takes one pass instead of two (default: all of it)",
-    )
-    add(
-        "--step-cache",
-        type=int,
-        default=1,
-        metavar="K",
-        help="an approximation: run the inner blocks at every K-th step only (default: 1, all steps)",
-    )
+    text = f"samples of each prompt, at most {MAX_NUM} (default: 1; joint: {JOINT_NUM})"
+    add("--num", type=int, metavar="N", help=text)
     add("--seed", type=int, default=0, help="of each prompt's first sample, the others count up (default: 0)")
+    add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
+
+
+def _add_solver(add) -> None:
+    add("--steps", type=int, default=25, help="steps of the solver, for each modality in an --order (default: 25)")
+    add("--solver", choices=SOLVERS, default="dpm++")
+    add("--eta", type=float, default=0.0, help="of solver ddim: 0 deterministic, 1 as noisy as ddpm (default: 0)")
+    text = "together, or modalities in the order in which they are generated, such as text,image (default: the model's)"
+    add("--order", type=_order, help=text)
+    add("--guidance", type=float, metavar="W", help="guidance scale, 1 is none (default: by task)")
+    text = "what the second pass drops (default: masked; alternate for --order together with nothing given)"
+    add("--guidance-kind", choices=GUIDANCE_KINDS, help=text)
+    text = "guide only this part of the way, 0 to 1; the rest takes one pass instead of two (default: all of it)"
+    add("--guidance-interval", nargs=2, type=float, metavar=("START", "END"), help=text)
+    text = "an approximation: run the inner blocks at every K-th step only (default: 1, all steps)"
+    add("--step-cache", type=int, default=1, metavar="K", help=text)
     add("--resample", type=int, default=1, metavar="R", help="RePaint: do each stretch of steps R times (default: 1)")
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
-    add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
-    add(
-        "--checkpoint",
-        type=path,
-        metavar="DIR",
-        help="a folder that engine.train has written (default: the built-in model)",
-    )
+
+
+def _add_engine(add) -> None:
+    text = "a folder that engine.train has written (default: the built-in model)"
+    add("--checkpoint", type=path, metavar="DIR", help=text)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
     add("--attention", choices=ATTENTIONS, default="auto")
-    add("--compile", action="store_true", help="compile the model; pays from some dozens of samples on")
+    add("--compile", action="store_true", help="compile the model; worthwhile from a few dozen samples on")
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
-    add("--out", type=path, default=Path("samples"), metavar="DIR", help="where the pictures go (default: samples)")
+    add("--out", type=path, default=Path("samples"), metavar="DIR", help="where the images go (default: samples)")
     add("--json", action="store_true", help="print samples.json and nothing else")
     add("--quiet", action="store_true", help="print nothing")
-    add("--verbose", action="store_true", help="say which implementation each operation runs on")
-    return parser
+    text = "say which implementation and dtype are used and why, and how near the run was to the machine's limits"
+    add("--verbose", action="store_true", help=text)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE; name a modality and its value")
+    return name, value
+
+
+def _order(text: str) -> str | tuple[str, ...]:
+    return text if text == "together" else tuple(text.split(","))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,38 +94,48 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         requests = _requests(options)
         check_writable(options.out, _files(sum(request.num for request in requests)))
-        report = _run(options, requests)
-    except ValueError as error:
+        report, listed = _run(options, requests)
+    except InputError as error:
+        return refuse(COMMAND, _about_options(error), vars(options))
+    except (ValueError, FloatingPointError) as error:
         return refuse(COMMAND, error, vars(options))
     if options.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     elif not options.quiet:
         timing = report[-1]["timing"]
-        print(f"{len(report) - 1} samples in {options.out} (grid.png, samples.json); "
+        print(f"{len(report) - 1} samples in {options.out} ({', '.join(listed)}); "
               f"{timing['seconds_per_image']:.2f} s per image, {timing['total']:.1f} s in all")  # fmt: skip
     return 0
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
-    joint = options.prompt is None and options.image is None
+    joint = options.prompt is None and options.image is None and not options.input
     num = options.num if options.num is not None else JOINT_NUM if joint else 1
+    same = {key: getattr(options, key) for key in (
+        "image", "mask", "task", "steps", "solver", "guidance", "seed", "resample", "jump", "unknown_words",
+        "step_cache", "order", "eta", "guidance_kind",
+    )}  # fmt: skip
+    interval = tuple(options.guidance_interval) if options.guidance_interval else None
+    given = {"inputs": dict(options.input), "masks": dict(options.input_mask)}
     return [
-        Request(
-            prompt, options.image, options.mask, options.task, num, options.steps, options.solver, options.guidance,
-            options.seed, options.resample, options.jump, options.unknown_words,
-            tuple(options.guidance_interval) if options.guidance_interval else None, options.step_cache,
-        )
-        for prompt in options.prompt or [None]
-    ]  # fmt: skip
+        Request(prompt, num=num, guidance_interval=interval, **given, **same) for prompt in options.prompt or [None]
+    ]
 
 
-def _run(options: argparse.Namespace, requests: list[Request]) -> list[dict]:
-    """Generates, writes all files and returns what samples.json says."""
+def _about_options(error: InputError) -> InputError:
+    """An error about inputs['sketch'] of a request as one about --input."""
+    options = {"inputs": "input", "masks": "input_mask"}
+    names = [options.get(name.partition("[")[0], name) for name in error.argument.split(", ")]
+    return InputError(", ".join(dict.fromkeys(names)), error.value, error.remedy, error.problem)
+
+
+def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dict], list[str]]:
+    """Generates, writes all files and returns what samples.json says, and the files that are about all samples."""
     started = time.perf_counter()
     # Late, so that --help and bad options answer at once.
     from tqdm import tqdm
 
-    from engine.data.coco import pictures_up_to_the_limit
+    from engine.images import images_up_to_the_limit
     from engine.runtime import Engine
 
     with Engine.from_pretrained(
@@ -126,24 +150,14 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> list[dict]:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            with pictures_up_to_the_limit():
+            with images_up_to_the_limit():
                 results = engine.generate(requests, show)
-    generated = time.perf_counter()
+        generated = time.perf_counter()
+        if options.verbose:
+            _log_speed(engine)
 
     samples = [(result, sample) for result in results for sample in result.samples]
-    report = [
-        {
-            "task": result.task,
-            "prompt": result.request.prompt,
-            "text": sample.text,
-            "image": f"{i:04d}.png",
-            "seed": sample.seed,
-            "steps": result.request.steps,
-            "solver": result.request.solver,
-            "guidance": result.guidance,
-        }
-        for i, (result, sample) in enumerate(samples)
-    ]
+    report = [_described(i, result, sample) for i, (result, sample) in enumerate(samples)]
     timing = {
         "load": round(loaded - started, 3),
         "generate": round(generated - loaded, 3),
@@ -151,30 +165,80 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> list[dict]:
         "seconds_per_image": round((generated - loaded) / len(samples), 4),
     }
     report.append({"timing": timing})
-    _write(options.out, [sample for _, sample in samples], report)
-    return report
+    return report, _write(options.out, [sample for _, sample in samples], report)
+
+
+def _described(i: int, result: Result, sample: Sample) -> dict:
+    """A sample's entry in samples.json: texts as they are, images as file names."""
+    outputs = {name: value if isinstance(value, str) else _file(i, name) for name, value in sample.outputs.items()}
+    return {
+        "task": result.task,
+        "prompt": result.request.prompt,
+        **outputs,
+        "seed": sample.seed,
+        "steps": result.request.steps,
+        "solver": result.request.solver,
+        "order": list(result.order) or "together",
+        "guidance": result.guidance,
+    }
+
+
+def _log_speed(engine) -> None:
+    """What the sampling achieved, and what part it is of what the machine was measured to reach."""
+    from engine.device import ceilings
+
+    stats, log = engine.stats(), logging.getLogger("engine.sample")
+    seconds, dtype = stats.sample_seconds, str(engine.dtype).removeprefix("torch.")
+    most = ceilings(engine.device, (engine.dtype,), tries=3)
+    log.info(
+        "%d forwards in %.2f s: %.1f GFLOP/s of matrix products in %s, %.0f %% of the %.1f measured here; "
+        "%.1f GB/s at least, %.0f %% of a copy's %.1f",
+        stats.forwards, seconds, stats.flops / seconds / 1e9, dtype, 100 * stats.flops / seconds / most[dtype],
+        most[dtype] / 1e9, stats.bytes / seconds / 1e9, 100 * stats.bytes / seconds / most["copy"],
+        most["copy"] / 1e9,
+    )  # fmt: skip
+
+
+def _file(i: int, modality: str) -> str:
+    return f"{i:04d}.png" if modality == "image" else f"{i:04d}-{modality}.png"
 
 
 def _files(samples: int) -> list[str]:
-    return [*(f"{i:04d}.png" for i in range(samples)), "grid.png", "samples.json"]
+    return [*(_file(i, "image") for i in range(samples)), "grid.png", "samples.json"]
 
 
-def _write(out: Path, samples: list[Sample], report: list[dict]) -> None:
-    """Pictures, grid and samples.json; each appears whole or not at all."""
-    from engine.pictures import grid
-
-    sheet = grid([sample.image for sample in samples], [sample.text for sample in samples])
+def _write(out: Path, samples: list[Sample], report: list[dict]) -> list[str]:
+    """Images, grid and samples.json, each whole or not at all; returns which of the last two were written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as folder:
             for i, sample in enumerate(samples):
-                sample.image.save(Path(folder, f"{i:04d}.png"))
-            sheet.save(Path(folder, "grid.png"))
+                for name, value in sample.outputs.items():
+                    if not isinstance(value, str):
+                        value.save(Path(folder, _file(i, name)))
+            _write_grid(samples, Path(folder, "grid.png"))
             Path(folder, "samples.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            for file in sorted(Path(folder).iterdir()):
+            files = sorted(Path(folder).iterdir())
+            for file in files:
                 os.replace(file, out / file.name)
     except OSError as error:
-        raise ValueError(f"out: {out} cannot be written ({error.strerror}); give another folder") from None
+        raise InputError("out", out, "give another folder", f"cannot be written ({error.strerror})") from None
+    return [file.name for file in files if file.name in ("grid.png", "samples.json")]
+
+
+def _write_grid(samples: list[Sample], file: Path) -> None:
+    """All images with their texts, those of one sample side by side; nothing for a model without images."""
+    from engine.images import grid
+
+    images, captions = [], []
+    for sample in samples:
+        texts = [value for value in sample.outputs.values() if isinstance(value, str)]
+        own = [value for value in sample.outputs.values() if not isinstance(value, str)]
+        images += own
+        captions += [" · ".join(texts), *[""] * len(own)][: len(own)]
+    if images:
+        each = len(images) // len(samples)
+        grid(images, captions, columns=each * max(1, round(len(images) ** 0.5 / each))).save(file)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,23 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from engine_cases import one_block_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import save
-from engine.config import PRESETS
-from engine.data.coco import fit_image
-from engine.model import PSUNet
+from engine import Engine, Request
+from engine.images import fit_image
 from engine.sample import main
 
-REMEDIES = ("use ", "give ", "put ", "leave ", "copy ", "restore ", "known are ", "see --help")
-KEYS = ["task", "prompt", "text", "image", "seed", "steps", "solver", "guidance"]
+REMEDIES = ("use ", "give ", "put ", "leave ", "copy ", "restore ", "name ", "see --help", "the modalities are ")
+KEYS = ["task", "prompt", "image", "text", "seed", "steps", "solver", "order", "guidance"]
 
 
 class Run(NamedTuple):
@@ -35,7 +32,7 @@ class Run(NamedTuple):
     def report(self) -> list[dict]:
         return json.loads((self.folder / "samples.json").read_text(encoding="utf-8"))
 
-    def pictures(self) -> list[np.ndarray]:
+    def images(self) -> list[np.ndarray]:
         return [np.asarray(Image.open(self.folder / sample["image"])) for sample in self.report[:-1]]
 
 
@@ -58,7 +55,7 @@ def run(tiny_checkpoint, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    """Pictures and masks, whole and broken."""
+    """Images and masks, whole and broken."""
     folder = tmp_path_factory.mktemp("inputs")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / "noise.png")
@@ -72,7 +69,7 @@ def inputs(tmp_path_factory) -> Path:
         whole = (folder / name).read_bytes()
         (folder / f"cut-{name}").write_bytes(whole[: len(whole) // 2])
     (folder / "zero.png").touch()
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("not an image")
     (folder / "two\nlines.png").touch()
     return folder
 
@@ -87,9 +84,9 @@ def inputs(tmp_path_factory) -> Path:
         (["--image", "noise.png", "--mask", "left.png"], "infill"),
         (["--image", "noise.png", "--mask", "left.png", "--prompt", "red _", "--seed", "9"], "infill"),
     ],
-    ids=["joint", "text-to-image", "image-to-text", "infill words", "infill picture", "infill both"],
+    ids=["joint", "text-to-image", "image-to-text", "infill words", "infill image", "infill both"],
 )
-def test_every_task_writes_its_pictures_a_grid_and_a_report(run, inputs, given, task):
+def test_every_task_writes_its_images_a_grid_and_a_report(run, inputs, given, task):
     done = run(*(inputs / a if a.endswith(".png") else a for a in given), "--task", task)
     assert (done.code, done.err) == (0, "")
     samples, timing = done.report[:-1], done.report[-1]
@@ -98,9 +95,9 @@ def test_every_task_writes_its_pictures_a_grid_and_a_report(run, inputs, given, 
     names = [f"{i:04d}.png" for i in range(len(samples))]
     assert [sample["image"] for sample in samples] == names, "relative to the folder"
     assert sorted(p.name for p in done.folder.iterdir()) == [*names, "grid.png", "samples.json"]
-    assert all(picture.shape == (32, 32, 3) for picture in done.pictures())
+    assert all(image.shape == (32, 32, 3) for image in done.images())
     with Image.open(done.folder / "grid.png") as grid:
-        assert grid.width > 96, "small pictures are enlarged, for their captions"
+        assert grid.width > 96, "small images are enlarged, for their captions"
     num = int(given[given.index("--num") + 1]) if "--num" in given else 1
     prompts = [given[i + 1] for i, a in enumerate(given) if a == "--prompt"] or [None]
     first = 9 if "--seed" in given else 0
@@ -111,37 +108,88 @@ def test_every_task_writes_its_pictures_a_grid_and_a_report(run, inputs, given, 
 def test_the_report_says_what_was_used(run):
     done = run("--prompt", "red", "--steps", "3", "--solver", "ddim", "--guidance", "2.5", "--seed", "4")
     sample = done.report[0]
-    assert [sample[key] for key in KEYS[3:]] == ["0000.png", 4, 3, "ddim", 2.5]
+    expected = {"image": "0000.png", "text": "red", "seed": 4, "steps": 3, "solver": "ddim", "guidance": 2.5}
+    assert {key: sample[key] for key in expected} == expected and sample["order"] == "together"
     assert set(done.report[-1]["timing"]) == {"load", "generate", "total", "seconds_per_image"}
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--order", "together"], {"order": "together"}),
+        (["--order", "image,text"], {"order": ("image", "text")}),
+        (["--solver", "ddim", "--eta", "0.5"], {"solver": "ddim", "eta": 0.5}),
+        (["--guidance-kind", "alternate", "--guidance", "2"], {"guidance_kind": "alternate", "guidance": 2}),
+        (["--guidance-kind", "unidiffuser", "--guidance", "2"], {"guidance_kind": "unidiffuser", "guidance": 2}),
+        (["--guidance-kind", "empty", "--prompt", "red"], {"guidance_kind": "empty", "prompt": "red"}),
+        (["--guidance-interval", "0", "0.5", "--prompt", "red"], {"guidance_interval": (0, 0.5), "prompt": "red"}),
+        (["--step-cache", "2", "--prompt", "red"], {"step_cache": 2, "prompt": "red"}),
+        (["--resample", "3", "--jump", "1", "--prompt", "red"], {"resample": 3, "jump": 1, "prompt": "red"}),
+        (["--image", "noise.png", "--mask", "left.png"], {"image": "noise.png", "mask": "left.png"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_are_those_of_a_request(run, inputs, monkeypatch, tiny_checkpoint, options, settings):
+    monkeypatch.chdir(inputs)
+    with Engine.from_pretrained(tiny_checkpoint, dtype="float32") as engine:
+        default, expected = (engine.generate(Request(steps=4, seed=1, **more)) for more in ({}, settings))
+    done = run("--steps", "4", "--seed", "1", "--num", "1", "--out", inputs.parent / "options", *options)
+    with Image.open(inputs.parent / "options" / "0000.png") as image:
+        assert np.array_equal(image, expected.image) and not np.array_equal(image, default.image)
+    report = json.loads((inputs.parent / "options" / "samples.json").read_text())
+    assert (done.code, report[0]["text"], report[0]["guidance"]) == (0, expected.text, expected.guidance)
+
+
+def test_a_checkpoint_of_version_0_1_is_sampled_as_one_of_today(run, tiny_checkpoint, tmp_path):
+    old = shutil.copytree(tiny_checkpoint, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    config["model"]["time"] = config["model"].pop("time_conditioning")
+    config["diffusion"]["times"] = config["diffusion"].pop("time_sampling")
+    config["image"] = {key: config["codecs"]["image"][key] for key in ("size", "patch")}
+    del config["codecs"], config["sampling"]
+    (old / "config.json").write_text(json.dumps(config))
+    done, expected = run("--num", "2", checkpoint=old, out="old"), run("--num", "2", out="new")
+    assert (done.code, done.err) == (0, "") and done.report[:-1] == expected.report[:-1]
+    assert all(np.array_equal(a, b) for a, b in zip(done.images(), expected.images(), strict=True))
+
+
+def test_a_result_that_is_not_finite_is_told_in_one_line(run, monkeypatch):
+    def fail(*_):
+        raise FloatingPointError("requests[0], seed 3: the result is NaN or infinite; use less guidance")
+
+    monkeypatch.setattr("engine.runtime.Engine.generate", fail)
+    assert_refused(run("--prompt", "red"), "requests[0], seed 3", "NaN")
 
 
 def test_without_arguments_a_grid_of_joint_samples_is_made(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("engine.runtime.BUILT_IN", tiny_checkpoint)
     assert main([]) == 0
     report = json.loads(Path("samples/samples.json").read_text())
-    assert [s["seed"] for s in report[:-1]] == list(range(16)) and report[0]["task"] == "joint"
+    assert [s["seed"] for s in report[:-1]] == list(range(16))
+    assert (report[0]["task"], report[0]["order"], report[0]["guidance"]) == ("joint", ["text", "image"], 3.0)
 
 
 def test_known_pixels_and_words_come_back(run, inputs):
     done = run("--image", inputs / "noise.png", "--mask", inputs / "left.png", "--prompt", "red _ cat", "--num", "2")
     before = np.asarray(Image.open(inputs / "noise.png"))
-    for sample, after in zip(done.report, done.pictures(), strict=False):
+    for sample, after in zip(done.report, done.images(), strict=False):
         assert np.array_equal(after[:, 16:], before[:, 16:]) and not np.array_equal(after[:, :16], before[:, :16])
         words = sample["text"].split()
         assert (len(words), words[0], words[2]) == (3, "red", "cat")
 
 
-def test_the_same_command_makes_the_same_pictures(run):
+def test_the_same_command_makes_the_same_images(run):
     first, second = (run("--prompt", "red _", "--num", "2", out=out) for out in ("a", "b"))
     assert first.report[:-1] == second.report[:-1]
-    assert all(np.array_equal(a, b) for a, b in zip(first.pictures(), second.pictures(), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(first.images(), second.images(), strict=True))
 
 
 def test_options_without_effect_here_are_accepted(run):
     plain = run("--prompt", "red", out="plain")
     other = run("--prompt", "red", "--no-graphs", "--attention", "sdpa", "--device", "cpu", "--resample", "1")
-    assert other.code == 0 and np.array_equal(plain.pictures()[0], other.pictures()[0])
+    assert other.code == 0 and np.array_equal(plain.images()[0], other.images()[0])
 
 
 def test_unknown_words_are_filled_in_on_demand(run):
@@ -165,7 +213,7 @@ def test_quiet_prints_nothing(run):
 def test_progress_is_shown_on_a_terminal_only(run, capsys, monkeypatch, options, shown):
     assert run(*options, "--num", "1").err == "", "capsys is no terminal"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert ("2/2" in run(*options, "--num", "1").err) is shown
+    assert ("4/4" in run(*options, "--num", "1").err) is shown, "two steps for the text, two for the image"
 
 
 def grey(image: Image.Image) -> Image.Image:
@@ -202,18 +250,18 @@ def odd(image: Image.Image) -> Image.Image:
     ("kind", "suffix"),
     [(grey, "png"), (palette, "gif"), (rgba, "png"), (cmyk, "jpg"), (grey16, "png"), (bilevel, "png"), (odd, "webp")],
 )
-def test_pictures_of_any_kind_are_taken(run, inputs, tmp_path, kind, suffix):
+def test_images_of_any_kind_are_taken(run, inputs, tmp_path, kind, suffix):
     given = tmp_path / f"given.{suffix}"
     with Image.open(inputs / "noise.png") as noise:
         kind(noise).save(given)
     done = run("--image", given)
     assert done.code == 0, done.err
     with Image.open(given) as image:
-        assert np.array_equal(done.pictures()[0], fit_image(image, 32).permute(1, 2, 0).numpy())
+        assert np.array_equal(done.images()[0], fit_image(image, 32).permute(1, 2, 0).numpy())
 
 
-def test_a_mask_belongs_to_the_picture_as_it_is_shown(run, inputs, tmp_path):
-    """A photo that its EXIF data turn by 90°, and a mask drawn on the upright picture."""
+def test_a_mask_belongs_to_the_image_as_it_is_shown(run, inputs, tmp_path):
+    """A photo that its EXIF data turn by 90°, and a mask drawn on the upright image."""
     with Image.open(inputs / "noise.png") as noise:
         upright = noise.resize((64, 32))
     exif = Image.Exif()
@@ -222,7 +270,7 @@ def test_a_mask_belongs_to_the_picture_as_it_is_shown(run, inputs, tmp_path):
     mask = Image.new("L", (64, 32))
     mask.paste(255, (0, 0, 32, 32))
     mask.save(tmp_path / "mask.png")
-    after = run("--image", tmp_path / "turned.png", "--mask", tmp_path / "mask.png").pictures()[0]
+    after = run("--image", tmp_path / "turned.png", "--mask", tmp_path / "mask.png").images()[0]
     seen = fit_image(upright, 32).permute(1, 2, 0).numpy()
     assert np.array_equal(after[:, 16:], seen[:, 16:]) and not np.array_equal(after[:, :16], seen[:, :16])
 
@@ -240,6 +288,8 @@ NUMBERS = [
     bad("--guidance-interval", "0.7", said="expected 2"),
     bad("--guidance-interval", "0.7", "0.2", said="0 <= start < end <= 1"),
     bad("--guidance=-inf", said="-inf"),
+    *(bad("--eta", value, "--solver", "ddim") for value in ("1.5", "nan", "x", "")),
+    bad("--eta", "0.5", said="use solver ddim"),
     *(bad("--seed", value) for value in ("-1", "1e3", "x", "nan", str(2**64))),
     bad("--seed", str(2**64 - 1), "--num", "2"),
     bad("--seed", str(2**64 - 15), said=str(2**64 - 16)),  # a joint grid has 16
@@ -256,6 +306,9 @@ CHOICES = [
     *(bad("--attention", value) for value in ("flash", "xformers")),
     *(bad("--device", value) for value in ("x", "", "cuda:99", "meta")),
     *(bad("--dtype", value) for value in ("float64", "")),
+    *(bad("--guidance-kind", value) for value in ("x", "")),
+    bad("--guidance-kind", "empty", "--order", "text,image"),
+    bad("--order", "text,sound", said="'sound'"),
     bad("--bogus", said=""),
     bad("--sol", "ddim"),  # no abbreviations: they would break with every new option
     bad("--compile=yes", said="yes"),
@@ -265,20 +318,20 @@ CHOICES = [
 PROMPTS = [
     *(bad("--prompt", value) for value in ("", " ", "...", "red " * 7)),
     bad("--prompt", "red\npurple", said="'purple'"),
-    bad("--prompt", "red", "--prompt", "catt", said="'catt' (near: cat)"),
+    bad("--prompt", "red", "--prompt", "catt", said="'catt' (near: cat"),
     bad("--prompt", "red", "--prompt", "", said="''"),
 ]
-PICTURES = [
+IMAGES = [
     *(bad("--image", name) for name in ("none.png", "zero.png", "text.png", "cut-noise.png", "cut-noise.jpg")),
     *(bad("--image", name) for name in ("", ".", "text.png/x")),
     bad("--image", "two\nlines.png", said="two lines.png"),
     *(bad("--mask", name, "--image", "noise.png") for name in ("none.png", "zero.png", "text.png", "cut-left.png")),
     *(bad("--mask", name, "--image", "noise.png") for name in ("", ".")),
     bad("--mask", "wide.png", "--image", "noise.png", said="32x16"),
-    bad("--mask", "left.png", said="needs the image"),
-    bad("--mask", "left.png", "--prompt", "red", said="needs the image"),
-    bad("--image", "noise.png", "--prompt", "red", said="everything is given"),
-    bad("--image", "noise.png", "--prompt", "red", "--mask", "black.png", said="everything is given"),
+    bad("--mask", "left.png", said="needs the image that it belongs to"),
+    bad("--mask", "left.png", "--prompt", "red", said="needs the image that it belongs to"),
+    bad("--image", "noise.png", "--prompt", "red", said="nothing is left to generate"),
+    bad("--image", "noise.png", "--prompt", "red", "--mask", "black.png", said="nothing is left to generate"),
 ]
 TASKS = [
     bad("--task", "joint", "--prompt", "red"),
@@ -303,7 +356,7 @@ def assert_refused(done: Run, option: str, value: str):
     assert not done.folder.exists()
 
 
-@pytest.mark.parametrize(("option", "others", "said"), NUMBERS + CHOICES + PROMPTS + PICTURES + TASKS)
+@pytest.mark.parametrize(("option", "others", "said"), NUMBERS + CHOICES + PROMPTS + IMAGES + TASKS)
 def test_bad_options_are_refused_in_one_line(run, inputs, monkeypatch, option, others, said):
     monkeypatch.chdir(inputs)
     assert_refused(run(option, *others), option.split("=")[0], said)
@@ -341,8 +394,8 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(run, tmp_pat
     assert [path.name for path in done.folder.iterdir()] == [name]
 
 
-def test_large_pictures_are_taken_without_a_warning(run, inputs, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns above it; the picture has 1024
+def test_large_images_are_taken_without_a_warning(run, inputs, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns above it; the image has 1024
     done = run("--image", inputs / "noise.png")
     assert (done.code, done.err) == (0, "")
 
@@ -464,10 +517,18 @@ def settings(*keys: str | int, value):
         (settings("model", "shared_depth", value=2), "shared_depth"),
         (settings("diffusion", "schedule", value="linear"), "linear"),
         (settings("diffusion", "timesteps", value=0), "timesteps"),
-        (settings("image", value=None), "image"),
-        (settings("image", "size", value=64), "tokens"),
+        (settings("codecs", value={}), "names no codecs"),
+        (settings("codecs", value={"image": {"kind": "image", "size": 32, "patch": 1}}), "codecs"),
+        (settings("codecs", "image", "kind", value="sound"), "'sound'"),
+        (settings("codecs", "image", "folder", value="../image"), "'../image'"),
+        (settings("codecs", "image", "size", value=64), "tokens"),
+        (settings("codecs", "image", "colours", value=3), "colours"),
+        (settings("codecs", "text", "size", value=3), "size"),
         (settings("diffusion", "timesteps", value=10**13), "10000000000000"),
-        (settings("image", "patch", value=2), "image"),
+        (settings("codecs", "image", "patch", value=2), "image"),
+        (settings("sampling", "order", value=["text", "sound"]), "sound"),
+        (settings("sampling", "guidance", value={"joint": "much"}), "'much'"),
+        (settings("sampling", "feather", value=-1), "feather"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
@@ -501,42 +562,14 @@ def test_a_checkpoint_of_fewer_times_than_steps_is_told_apart(run, tiny_checkpoi
     assert run("--steps", "10", checkpoint=short).code == 0
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(
-        [sys.executable, "-m", "engine.sample", *map(str, arguments)], cwd=root, capture_output=True, text=True
-    )
-
-
-def test_as_a_process_it_answers_bad_input_without_a_traceback(tiny_checkpoint, tmp_path):
-    out = tmp_path / "out"
-    done = command("--checkpoint", tiny_checkpoint, "--prompt", "purple", "--out", out)
-    assert_refused(Run(done.returncode, done.stdout, done.stderr, out), "--prompt", "'purple'")
-
-
-def test_as_a_process_json_is_all_that_it_prints(tiny_checkpoint, tmp_path):
-    out = tmp_path / "out"
-    done = command("--checkpoint", tiny_checkpoint, "--prompt", "red", "--steps", "1", "--out", out, "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == json.loads((out / "samples.json").read_text())
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside Inductor
-def test_compiled_it_makes_the_same_pictures(run, tiny_checkpoint, tmp_path):
-    """On a model of one block, since every kind of block takes a C++ compiler several seconds."""
-    folder, tiny = shutil.copytree(tiny_checkpoint, tmp_path / "one-block"), PRESETS["tiny"]
-    modalities = tuple(replace(m, depth=0) for m in tiny.model.modalities)
-    config = replace(tiny, model=replace(tiny.model, modalities=modalities, shared_depth=1))
-    blueprint = PSUNet(config.model).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: 0.1 * torch.randn(w.shape, generator=generator) for name, w in blueprint.items()}
-    save(folder, config, weights, torch.float32)
-
+def test_compiled_it_makes_the_same_images(run, tiny_checkpoint, tmp_path):
+    folder = one_block_checkpoint(tiny_checkpoint, tmp_path / "one-block")
     given = ("--prompt", "red _", "--guidance", "1")
     plain = run(*given, checkpoint=folder, out="plain")
     compiled = run(*given, "--compile", checkpoint=folder, out="compiled")
     assert compiled.code == 0, compiled.err
     assert compiled.report[0] == plain.report[0]
-    difference = plain.pictures()[0].astype(int) - compiled.pictures()[0]
+    difference = plain.images()[0].astype(int) - compiled.images()[0]
     assert abs(difference).max() <= 2

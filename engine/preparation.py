@@ -1,0 +1,145 @@
+"""From a request to what the sampler takes: reads what is given and settles what the request leaves open. Host only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.codecs.codec import Codec, Given
+from engine.config import Config
+from engine.diffusion import masks
+from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, spaced_table
+from engine.errors import InputError
+from engine.request import SHORTHANDS, Request, Result, Sample
+
+GUIDANCE = 3.0  # the scale of tasks for which a checkpoint's config names none
+
+Stages = tuple[tuple[int, ...], ...]  # modalities, by position, that move together, one stage after the other
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request in the model's terms; its samples differ in their seeds only."""
+
+    request: Request
+    task: str
+    guidance: float
+    order: tuple[str, ...]
+    given: dict[str, Given]  # by modality
+    generate: Tensor  # [N] bool
+    table: StepTable
+
+    def result(self, samples: tuple[Sample, ...]) -> Result:
+        return Result(self.request, self.task, self.guidance, self.order, samples)
+
+
+def prepare(request: Request, config: Config, codecs: Mapping[str, Codec], can_cache: bool) -> PreparedRequest:
+    """Reads and checks a request; raises InputError if it cannot be served.
+
+    can_cache  whether the model has inner blocks that step caching can leave out
+    """
+    _check_names(request, config)
+    if request.step_cache > 1 and not can_cache:
+        raise InputError("step_cache", request.step_cache, "use 1", "needs a model of 3 or more shared blocks")
+    given = {
+        m.name: codecs[m.name].read(
+            request.given.get(m.name),
+            argument_of(request, m.name),
+            mask=request.given_masks.get(m.name),
+            unknown_words=request.unknown_words,
+            feather=config.sampling.feather,
+            mask_argument=mask_argument_of(request, m.name),
+        )
+        for m in config.model.modalities
+    }
+    return settle(request, given, config)
+
+
+def settle(request: Request, given: dict[str, Given], config: Config) -> PreparedRequest:
+    """Task, guidance, order and step table of a request whose given values are read, by modality."""
+    model = config.model
+    generate = masks.pack({name: g.generate for name, g in given.items()}, model)  # [N]
+    if config.diffusion.conditioning == "clean":
+        generate = masks.whole_tokens(generate, model)
+    _check_generated(request, generate, config)
+    task = masks.task_of(generate, model)
+    if request.task not in ("auto", task):
+        raise InputError("task", request.task, "use auto", f"does not fit what is given, which is {task}")
+
+    stages = _stages(request, generate, config)
+    guidance = request.guidance
+    if guidance is None:  # all together with nothing known: a second pass would have nothing to drop
+        guidance = 1.0 if task == "joint" and not stages else float(config.sampling.guidance.get(task, GUIDANCE))
+    table = _table(request, guidance, stages, generate, config)
+    order = tuple(model.modalities[i].name for stage in stages for i in stage)
+    return PreparedRequest(request, task, guidance, order, given, generate, table)
+
+
+def argument_of(request: Request, modality: str) -> str:
+    """The argument that gives this modality, or could."""
+    shorthands = {name: argument for argument, name in SHORTHANDS.items() if argument != "mask"}
+    inputs = f"inputs[{modality!r}]"
+    return inputs if request.inputs.get(modality) is not None else shorthands.get(modality, inputs)
+
+
+def mask_argument_of(request: Request, modality: str) -> str:
+    """The argument that gives this modality's mask, or could."""
+    masks_of = f"masks[{modality!r}]"
+    return masks_of if request.masks.get(modality) is not None or modality != SHORTHANDS["mask"] else "mask"
+
+
+def _check_names(request: Request, config: Config) -> None:
+    names = [m.name for m in config.model.modalities]
+    remedy = f"use one of {', '.join(names)}"
+    for name in (*request.given, *request.given_masks):
+        if name not in names:
+            raise InputError(argument_of(request, name), name, remedy, "is not a modality of the model")
+    unknown = [name for name in request.order or () if name not in names] if request.order != "together" else []
+    if unknown:
+        raise InputError("order", unknown[0], remedy, "is not a modality of the model")
+
+
+def _check_generated(request: Request, generate: Tensor, config: Config) -> None:
+    if not generate.any():
+        arguments = ", ".join(argument_of(request, name) for name in request.given)
+        remedy = "put _ in the prompt or give a mask with white in it"
+        raise InputError(arguments, "all of it", remedy, "is given, nothing is left to generate")
+    model = config.model
+    for m in model.modalities:
+        if generate[model.state_slices[m.name]].any() and m.name not in model.predicted:
+            remedy = f"give all of {m.name}: this model generates {', '.join(model.predicted)} only"
+            argument = argument_of(request, m.name)
+            raise InputError(argument, request.given.get(m.name), remedy, "leaves something to generate")
+
+
+def _stages(request: Request, generate: Tensor, config: Config) -> Stages:
+    """The order in which modalities are generated; () where all that are generated move at once."""
+    model, order = config.model, request.order
+    if order is None:
+        order = config.sampling.order if request.guidance_kind in (None, "masked") else "together"
+    elif order != "together" and config.diffusion.conditioning != "clean":
+        remedy = "use together: this model was trained with renoise conditioning"
+        raise InputError("order", order, remedy, "needs a model with clean conditioning")
+    if order in ("together", ()):
+        return ()
+    names = [m.name for m in model.modalities]
+    made = [name for name in names if generate[model.state_slices[name]].any()]
+    stages = [(names.index(name),) for name in order if name in made]
+    last = tuple(names.index(name) for name in made if name not in order)
+    stages = (*stages, last) if last else tuple(stages)
+    return stages if len(stages) > 1 else ()
+
+
+def _table(request: Request, guidance: float, stages: Stages, generate: Tensor, config: Config) -> StepTable:
+    N, model, anything_known = config.diffusion.timesteps, config.model, not generate.all()
+    jump = request.jump if request.resample > 1 else 1
+    solver = SolverOptions(request.solver, request.eta, request.resample, jump, request.step_cache, stages)
+    # With nothing known there is nothing to drop: modalities that move together guide each other in turn.
+    kind = request.guidance_kind or ("masked" if anything_known or stages else "alternate")
+    made = tuple(i for i, part in enumerate(model.state_slices.values()) if generate[part].any())
+    guided = made if kind in ("alternate", "unidiffuser") else ()
+    # From fractions of the way to times, which run from N down.
+    start, end = (round(N * (1 - x)) for x in request.guidance_interval or (0, 1))
+    first_stage = 1 if stages and not anything_known else 0
+    options = GuidanceOptions(kind, guidance, (end, start), guided, first_stage)
+    return spaced_table(config.diffusion, request.steps, len(model.modalities), solver, options)
