@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.coco import CocoCaptions, ImageError, fit_image, load_image
+from engine.data.coco import CocoCaptions
+from engine.errors import InputError
+from engine.images import fit_image, load_image
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set of seven listed pictures, of which two are whole, there and captioned."""
+    """A data set that lists seven images, of which two are intact, present and captioned."""
     images = tmp_path / "images"
     images.mkdir()
     names = ["good.jpg", "missing.jpg", "silent.png", "cut.jpg", "no_image.jpg", "empty.png", "grey.png"]
@@ -32,11 +34,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_unusable_pictures_are_named_and_the_epoch_goes_on(folder):
+def test_unusable_images_are_recorded_and_skipped(folder):
     dataset = CocoCaptions.open(folder)
     for _ in range(2):  # a second epoch counts nothing twice
-        pictures = [(item.path.name, item.captions, picture.shape) for item, picture in dataset.read(32)]
-        assert pictures == [
+        images = [(item.path.name, item.captions, image.shape) for item, image in dataset.read(32)]
+        assert images == [
             ("good.jpg", ("a good.jpg", "second"), (3, 32, 32)),
             ("grey.png", ("a grey.png",), (3, 32, 32)),
         ]
@@ -49,7 +51,7 @@ def test_unusable_pictures_are_named_and_the_epoch_goes_on(folder):
         "empty.png": "damaged",
     }
     assert dataset.summary() == (
-        "2 usable pictures; skipped 1 no such file (missing.jpg first), 1 no captions (silent.png first), "
+        "2 usable images; skipped 1 no such file (missing.jpg first), 1 no captions (silent.png first), "
         "3 damaged (cut.jpg first)"
     )
 
@@ -59,14 +61,14 @@ def test_a_split_has_its_own_captions_and_folder(folder):
     assert CocoCaptions.open(folder, "val").items[0].path.parent == folder / "images"
     (folder / "images").rename(folder / "val")
     assert CocoCaptions.open(folder, "val").items[0].path.parent == folder / "val"
-    with pytest.raises(ValueError, match=r"has no captions_train\.json or captions\.json"):
+    with pytest.raises(InputError, match=r"has no captions_train\.json or captions\.json"):
         CocoCaptions.open(folder)
 
 
-def test_set_without_a_usable_picture_is_an_error(folder):
+def test_a_data_set_without_a_usable_image_is_refused(folder):
     for path in (folder / "images").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="0 usable pictures; skipped 6 no such file .*1 no captions"):
+    with pytest.raises(InputError, match="0 usable images; skipped 6 no such file .*1 no captions"):
         CocoCaptions.open(folder)
 
 
@@ -82,11 +84,11 @@ def test_set_without_a_usable_picture_is_an_error(folder):
         ('{"images": [], "annotations": [{"image_id": 1, "caption": 5}]}', "layout"),
     ],
 )
-def test_broken_captions_file_is_named(folder, content, says):
+def test_a_broken_captions_file_is_named(folder, content, says):
     (folder / "captions.json").write_text(content)
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(InputError, match=says) as error:
         CocoCaptions.open(folder)
-    assert "captions.json" in str(error.value)
+    assert error.value.argument == "folder" and error.value.value == folder / "captions.json"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
@@ -99,10 +101,10 @@ def test_every_mode_keeps_its_brightness(mode):
                 image.putpixel((x, y), grey.getpixel((x, y)) * 257)
     else:
         image = grey.convert("P").convert(mode) if mode == "PA" else grey.convert(mode)
-    picture = fit_image(image, 16)
-    assert (picture.dtype, picture.shape) == (torch.uint8, (3, 16, 16))
+    pixels = fit_image(image, 16)
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 16, 16))
     expected = fit_image(grey.convert("RGB"), 16).float()
-    assert (picture.float().mean((1, 2)) - expected.mean((1, 2))).abs().max() < 4
+    assert (pixels.float().mean((1, 2)) - expected.mean((1, 2))).abs().max() < 4
 
 
 def test_transparency_becomes_white():
@@ -124,61 +126,61 @@ def test_odd_sizes_fit(size):
 def test_longer_side_is_cropped_about_the_centre():
     image = Image.new("RGB", (90, 30), "red")
     image.paste("lime", (30, 0, 60, 30))
-    picture = fit_image(image, 30)
-    assert picture[1].eq(255).all() and picture[0].eq(0).all()
+    pixels = fit_image(image, 30)
+    assert pixels[1].eq(255).all() and pixels[0].eq(0).all()
 
 
-def test_pictures_are_turned_as_their_exif_says(tmp_path):
+def test_images_are_turned_as_their_exif_says(tmp_path):
     image = Image.new("RGB", (16, 16), "white")
     image.paste("black", (0, 0, 16, 8))  # dark above
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise to view
     image.save(tmp_path / "turned.png", exif=exif)
-    picture = load_image(tmp_path / "turned.png", 16)
-    assert picture[0, 8, 12] < 20 and picture[0, 8, 3] > 235  # dark on the right
+    pixels = load_image(tmp_path / "turned.png", 16)
+    assert pixels[0, 8, 12] < 20 and pixels[0, 8, 3] > 235  # dark on the right
 
 
 @pytest.mark.parametrize("raised", [SyntaxError("broken PNG file"), ValueError("buffer is not large enough")])
-def test_what_pillow_raises_on_rare_damage_is_an_image_error(tmp_path, monkeypatch, raised):
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+def test_what_pillow_raises_on_rare_damage_is_an_input_error(tmp_path, monkeypatch, raised):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
 
     def fail(image):
         raise raised
 
-    monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
-    with pytest.raises(ImageError, match=r"picture\.png: not a readable picture"):
-        load_image(tmp_path / "picture.png", 8)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(InputError, match=r"image\.png is not a readable image"):
+        load_image(tmp_path / "image.png", 8)
 
 
-def test_large_pictures_are_read_without_a_warning(tmp_path, monkeypatch):
+def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):
     Image.new("RGB", (12, 10)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow warns above it, and refuses above its double
     assert load_image(tmp_path / "large.png", 8).shape == (3, 8, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(ImageError, match="large.png"):
+    with pytest.raises(InputError, match="large.png"):
         load_image(tmp_path / "large.png", 8)
 
 
-def test_names_too_long_for_the_file_system_are_no_files(folder):
+def test_names_too_long_for_the_file_system_are_missing_files(folder):
     content = json.loads((folder / "captions.json").read_text())
     content["images"][1]["file_name"] = "x" * 5000
     (folder / "captions.json").write_text(json.dumps(content))
     assert CocoCaptions.open(folder).skipped[folder / "images" / ("x" * 5000)] == "no such file"
-    with pytest.raises(ValueError, match="; give a data set's folder"):
+    with pytest.raises(InputError, match="; give the folder of a data set"):
         CocoCaptions.open("x" * 5000)
 
 
-def test_unreadable_picture_is_named(tmp_path):
-    with pytest.raises(ImageError, match=r"absent\.png: not a readable picture"):
+def test_an_unreadable_image_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.png does not exist"):
         load_image(tmp_path / "absent.png", 16)
-    with pytest.raises(ImageError, match="not a readable picture"):
+    with pytest.raises(InputError, match="is not a readable image"):
         load_image(tmp_path, 16)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of what it can read in spite of damage
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about files that it can read in spite of damage
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
-def test_damage_of_any_kind_is_an_image_error(tmp_path, kind):
-    path = tmp_path / "picture"
+def test_damage_of_any_kind_is_an_input_error(tmp_path, kind):
+    path = tmp_path / "image"
     Image.effect_noise((24, 20), 80).convert("RGB").save(path, kind)
     whole = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +192,7 @@ def test_damage_of_any_kind_is_an_image_error(tmp_path, kind):
         path.write_bytes(damaged[: int(torch.randint(len(whole), (1,), generator=generator)) + 1])
         try:
             assert load_image(path, 16).shape == (3, 16, 16)
-        except ImageError:
+        except InputError:
             failures += 1
     assert failures > 20
 
@@ -198,6 +200,6 @@ def test_damage_of_any_kind_is_an_image_error(tmp_path, kind):
 @pytest.mark.parametrize(("name", "split"), [("flickr8k", "train"), ("flickr8k", "val"), ("coco", "train")])
 def test_real_photos_are_read(shared, name, split):
     dataset = CocoCaptions.open(shared / "data" / name, split)
-    pictures = [picture for _, picture in dataset.read(64, 0, 20)]
-    assert len(dataset.items) > 200 and len(pictures) == 20
-    assert 20 < torch.stack(pictures).float().mean() < 230
+    images = [image for _, image in dataset.read(64, 0, 20)]
+    assert len(dataset.items) > 200 and len(images) == 20
+    assert 20 < torch.stack(images).float().mean() < 230

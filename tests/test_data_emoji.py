@@ -1,4 +1,4 @@
-"""Rendering emoji, and choosing the compositional test set."""
+"""Rendering emoji, and the compositional test set."""
 
 import json
 
@@ -9,6 +9,7 @@ from engine.codecs.text import tokenize
 from engine.data.__main__ import main
 from engine.data.coco import CocoCaptions
 from engine.data.emoji import FONT, NAMES, Renderer, base_name, held_out_names, read_emoji, render_emoji
+from engine.errors import InputError
 
 needs_font = pytest.mark.skipif(not FONT.is_file(), reason="Debian's fonts-noto-color-emoji is not installed")
 needs_names = pytest.mark.skipif(not NAMES.is_dir(), reason="Debian's unicode-cldr-core is not installed")
@@ -28,7 +29,7 @@ DERIVED = """<ldml><annotations>
 
 @pytest.fixture
 def few_names(tmp_path):
-    """A CLDR folder with five names, of which the font draws four."""
+    """A CLDR folder with five names; the font has four of these emoji."""
     for folder, content in (("annotations", ANNOTATIONS), ("annotationsDerived", DERIVED)):
         path = tmp_path / "common" / folder / "en.xml"
         path.parent.mkdir(parents=True)
@@ -59,17 +60,17 @@ def test_sequences_draw_as_one_glyph(renderer, text):
 
 
 @pytest.mark.parametrize("text", ["{", "—", "𝄞", "\u200d", "\U0010ffff", "😀😀", "👩👩", "🇫😀"])
-def test_text_the_font_lacks_and_broken_sequences_are_not_drawn(renderer, text):
+def test_text_that_the_font_lacks_and_broken_sequences_are_not_drawn(renderer, text):
     assert not renderer.can_draw(text)
 
 
-def test_pictures_are_centred_on_white_in_one_scale(renderer):
-    picture = renderer.draw("⚪", 64)
-    assert (picture.size, picture.mode) == ((64, 64), "RGB")
-    assert picture.getpixel((0, 0)) == picture.getpixel((63, 63)) == (255, 255, 255)
-    left, top, right, bottom = picture.convert("L").point(lambda grey: 255 * (grey < 250)).getbbox()
+def test_emoji_are_centred_on_white_in_one_scale(renderer):
+    image = renderer.draw("⚪", 64)
+    assert (image.size, image.mode) == ((64, 64), "RGB")
+    assert image.getpixel((0, 0)) == image.getpixel((63, 63)) == (255, 255, 255)
+    left, top, right, bottom = image.convert("L").point(lambda grey: 255 * (grey < 250)).getbbox()
     assert abs(left - (64 - right)) <= 1 and abs(top - (64 - bottom)) <= 2 and right - left > 48
-    assert picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) != (255, 255, 255)
+    assert image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) != (255, 255, 255)
 
 
 def test_base_name_is_the_part_before_the_colon():
@@ -77,7 +78,7 @@ def test_base_name_is_the_part_before_the_colon():
     assert base_name("red heart") == "red heart"
 
 
-def test_held_out_names_have_several_parts_made_of_known_words():
+def test_held_out_names_have_several_parts_and_only_known_words():
     colours, things = ("red", "green", "blue", "dark", "light"), [f"thing{i}" for i in range(200)]
     names = {f"{thing}: {colour}" for thing in things for colour in colours} | {f"alone {i}" for i in range(500)}
     once = {f"flag: land{i}" for i in range(300)}
@@ -88,7 +89,7 @@ def test_held_out_names_have_several_parts_made_of_known_words():
     assert all(words.issuperset(tokenize(name)) for name in held_out)
 
 
-def test_held_out_choice_does_not_depend_on_order_or_process():
+def test_the_held_out_names_do_not_depend_on_order_or_process():
     tones = ("light", "medium", "dark")
     names = [f"{who}: {tone} skin tone" for who in ("leg", "woman", "judge", "guard", "ear", "man") for tone in tones]
     expected = {"leg: medium skin tone", "woman: dark skin tone", "judge: light skin tone", "guard: dark skin tone"}
@@ -96,30 +97,30 @@ def test_held_out_choice_does_not_depend_on_order_or_process():
 
 
 @needs_font
-def test_data_set_is_in_coco_layout_and_can_be_made_again(tmp_path, few_names, capsys):
+def test_the_data_set_is_in_coco_layout_and_can_be_rendered_again(tmp_path, few_names, capsys):
     out = tmp_path / "made" / "emoji"
     arguments = ["emoji", "--out", str(out), "--size", "32", "--names", str(few_names)]
     for _ in range(2):
         assert main(arguments) == 0
-        assert "4 training pictures, 0 held out" in capsys.readouterr().out
+        assert "4 training images, 0 held out" in capsys.readouterr().out
         items = CocoCaptions.open(out).items
         assert [item.path.name for item in items] == [f"0000{i}.png" for i in range(4)]
         assert items[3].captions == ("flag: France", "flag")
-        with Image.open(items[0].path) as picture:
-            assert picture.size == (32, 32)
-        assert [path.name for path in out.parent.iterdir()] == ["emoji"]  # nothing half-written stays
+        with Image.open(items[0].path) as image:
+            assert image.size == (32, 32)
+        assert [path.name for path in out.parent.iterdir()] == ["emoji"]  # no temporary folder is left
 
 
 @needs_font
-def test_folders_made_by_others_are_left_alone(tmp_path, few_names, capsys):
+def test_folders_of_other_content_are_not_overwritten(tmp_path, few_names, capsys):
     (tmp_path / "captions.json").write_text(json.dumps({"info": {"description": "mine"}}))
     assert main(["emoji", "--out", str(tmp_path), "--names", str(few_names)]) == 2
-    assert "did not make; name a new or empty folder" in capsys.readouterr().err
+    assert "did not make; give a new or empty folder" in capsys.readouterr().err
     assert (tmp_path / "captions.json").exists() and not (tmp_path / "images").exists()
 
 
 @needs_font
-def test_interrupted_rendering_leaves_the_earlier_set(tmp_path, few_names, monkeypatch):
+def test_interrupted_rendering_leaves_the_earlier_data_set(tmp_path, few_names, monkeypatch):
     out = tmp_path / "emoji"
     render_emoji(out, 16, names=few_names)
     before = (out / "captions.json").read_text()
@@ -132,7 +133,7 @@ def test_interrupted_rendering_leaves_the_earlier_set(tmp_path, few_names, monke
 
 @needs_font
 @needs_names
-def test_whole_set_has_every_glyph_once():
+def test_the_whole_data_set_has_every_glyph_once():
     renderer = Renderer()
     drawn = [e for e in read_emoji() if renderer.can_draw(e.text)]
     assert len(drawn) > 3000
@@ -156,15 +157,15 @@ def test_whole_set_has_every_glyph_once():
         ("--size", "big", "see --help"),
         ("--out", "", "give one"),
         ("--out", "a\0b", "give one"),
-        ("--out", "x" * 5000, "name another folder"),
-        ("--out", f"{__file__}/below", "name another folder"),
+        ("--out", "x" * 5000, "give another folder"),
+        ("--out", f"{__file__}/below", "give another folder"),
         ("--colour", "1", "see --help"),
         ("--out", __file__, "is a file"),
     ],
     ids=lambda text: text[:20],
 )
 @needs_font
-def test_bad_options_are_one_line_that_names_the_remedy(tmp_path, few_names, capsys, option, value, says):
+def test_bad_options_are_refused_in_one_line_with_the_remedy(tmp_path, few_names, capsys, option, value, says):
     out = tmp_path / "out"
     try:
         status = main(["emoji", "--out", str(out), "--names", str(few_names), option, value])
@@ -176,21 +177,21 @@ def test_bad_options_are_one_line_that_names_the_remedy(tmp_path, few_names, cap
     assert not out.exists()
 
 
-def test_cut_off_names_are_said_so(tmp_path, few_names):
+def test_a_truncated_names_file_is_named(tmp_path, few_names):
     path = few_names / "annotations" / "en.xml"
     path.write_text(ANNOTATIONS[:200], encoding="utf-8")
-    with pytest.raises(ValueError, match=r"en\.xml is not XML"):
+    with pytest.raises(InputError, match=r"en\.xml is not XML"):
         read_emoji(few_names)
 
 
-def test_missing_text_layout_is_said_so(monkeypatch):
+def test_a_missing_text_layout_is_named(monkeypatch):
     monkeypatch.setattr(features, "check", lambda feature: False)
-    with pytest.raises(ValueError, match="RAQM.*libfribidi0"):
+    with pytest.raises(InputError, match="RAQM.*libfribidi0"):
         Renderer()
 
 
-def test_font_without_emoji_is_said_so(tmp_path, few_names, monkeypatch):
+def test_a_font_without_emoji_is_refused(tmp_path, few_names, monkeypatch):
     monkeypatch.setattr(Renderer, "__init__", lambda self, font: None)
     monkeypatch.setattr(Renderer, "can_draw", lambda self, text: False)
-    with pytest.raises(ValueError, match="draws none of the emoji"):
+    with pytest.raises(InputError, match="has none of the emoji"):
         render_emoji(tmp_path / "out", names=few_names)

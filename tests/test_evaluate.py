@@ -1,8 +1,9 @@
-"""Scores of a checkpoint: what perfect and spoilt answers get, and the command line around it."""
+"""Scores of a checkpoint: those of perfect and of spoilt answers, and the command line."""
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +12,27 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import PRESETS
+from engine.config import UViTConfig
 from engine.data.coco import CaptionedImage
-from engine.evaluate import Gallery, Scores, evaluate, main, word_f1
+from engine.errors import InputError
+from engine.evaluate import (
+    Gallery,
+    JointScores,
+    Pairs,
+    Scores,
+    evaluate,
+    evaluate_joint,
+    image_and_text,
+    main,
+    skipped_tasks,
+    word_f1,
+)
+from engine.presets import PRESETS
 from engine.request import Request
 
 NAMES = ["cat: red", "cat: blue", "big dog", "sun and moon", "flag", "red heart"]
-SIZE = PRESETS["tiny"].image.size
-
-Pairs = list[tuple[CaptionedImage, torch.Tensor]]
+TINY = PRESETS["tiny"]
+SIZE = TINY.codecs["image"].settings["size"]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +42,7 @@ Pairs = list[tuple[CaptionedImage, torch.Tensor]]
         ("cat red", "Cat: red!", 1.0),  # order, case and punctuation do not count
         ("red", "red cat", 2 / 3),
         ("red cat sun moon", "red cat", 2 / 3),
-        ("red red", "red cat", 0.5),  # a word said twice is right once
+        ("red red", "red cat", 0.5),  # a repeated word counts once
         ("sun", "red cat", 0.0),
         ("", "red cat", 0.0),
         ("", "", 0.0),
@@ -41,40 +54,52 @@ def test_word_f1(text, reference, score):
 
 @pytest.fixture(scope="module")
 def pairs() -> Pairs:
-    """Pictures of noise: each is far from all others."""
-    pictures = np.random.default_rng(0).integers(0, 256, (len(NAMES), 3, SIZE, SIZE), np.uint8)
+    """Images of noise: each is far from all others."""
+    images = np.random.default_rng(0).integers(0, 256, (len(NAMES), 3, SIZE, SIZE), np.uint8)
     items = [CaptionedImage(i, Path(f"{i}.png"), (name, "another caption")) for i, name in enumerate(NAMES)]
-    return list(zip(items, map(torch.from_numpy, pictures), strict=True))
+    return list(zip(items, map(torch.from_numpy, images), strict=True))
 
 
-class KnowingEngine:
-    """Knows every picture and its name; `draw` and `tell` spoil its answers."""
+class OracleEngine:
+    """Knows every image and its name; `draw` and `describe` spoil its answers. Joint samples are the pairs in turn."""
 
-    config = PRESETS["tiny"]
+    config = TINY
     device = torch.device("cpu")
-    image = SimpleNamespace(encode=lambda pixels: pixels, decode=lambda tokens: tokens + 0.02)
+    codecs = {
+        "image": SimpleNamespace(
+            build=lambda: None, encode_pixels=lambda pixels: pixels, decode_pixels=lambda tokens: tokens + 0.02
+        )
+    }
 
-    def __init__(self, pairs: Pairs, draw: Callable = lambda image, words: image, tell: Callable = lambda words: words):
-        self.pictures = {
-            item.captions[0].replace(":", ""): Image.fromarray(picture.permute(1, 2, 0).numpy())
-            for item, picture in pairs
+    def __init__(
+        self, pairs: Pairs, draw: Callable = lambda image, words: image, describe: Callable = lambda words: words
+    ):
+        self.images = {
+            item.captions[0].replace(":", ""): Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            for item, pixels in pairs
         }
-        self.draw, self.tell, self.requests = draw, tell, []
+        self.draw, self.describe, self.requests = draw, describe, []
 
     def generate(self, requests: list[Request]) -> list[SimpleNamespace]:
         self.requests += requests
-        return [SimpleNamespace(samples=[self.answer(request)]) for request in requests]
+        order = ("text", "image")
+        return [SimpleNamespace(samples=[*map(self.answer, [r] * r.num, range(r.num))], order=order) for r in requests]
 
-    def answer(self, request: Request) -> SimpleNamespace:
-        if request.prompt is not None:
-            picture = self.draw(self.pictures[request.prompt], request.prompt)
-            return SimpleNamespace(image=picture, text=request.prompt)
-        words = next(words for words, picture in self.pictures.items() if picture == request.image)
-        return SimpleNamespace(image=request.image, text=self.tell(words))
+    def answer(self, request: Request, i: int) -> SimpleNamespace:
+        text, image = request.given.get("text"), request.given.get("image")
+        if not request.given:
+            words = list(self.images)[(request.seed + i) % len(self.images)]
+            outputs = {"image": self.draw(self.images[words], words), "text": self.describe(words)}
+        elif text is not None:
+            outputs = {"image": self.draw(self.images[text], text), "text": text}
+        else:
+            words = next(words for words, known in self.images.items() if known == image)
+            outputs = {"image": image, "text": self.describe(words)}
+        return SimpleNamespace(outputs=outputs)
 
 
-def test_perfect_answers_score_full_marks(pairs):
-    engine = KnowingEngine(pairs)
+def test_perfect_answers_have_perfect_scores(pairs):
+    engine = OracleEngine(pairs)
     scores = evaluate(engine, pairs, Gallery.of(pairs), steps=3, seed=5)
     assert (scores.count, scores.retrieval_base, scores.retrieval_exact) == (6, 1.0, 1.0)
     assert (scores.word_f1, scores.caption_exact, scores.infill_rmse) == (1.0, 1.0, 0.0)
@@ -83,49 +108,141 @@ def test_perfect_answers_score_full_marks(pairs):
     assert [request.seed for request in engine.requests] == [5, 6, 7, 8, 9, 10] * 3
 
 
-def test_a_variant_of_the_wanted_picture_counts_for_its_base_name_only(pairs):
+def test_a_variant_of_the_wanted_image_counts_for_its_base_name_only(pairs):
     def swap(image: Image.Image, words: str) -> Image.Image:
-        return engine.pictures[{"cat red": "cat blue", "big dog": "flag"}.get(words, words)]
+        return engine.images[{"cat red": "cat blue", "big dog": "flag"}.get(words, words)]
 
-    engine = KnowingEngine(pairs, swap)
+    engine = OracleEngine(pairs, swap)
     scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
     assert (scores.retrieval_base, scores.retrieval_exact) == (pytest.approx(5 / 6), pytest.approx(4 / 6))
 
 
-def test_pictures_are_found_by_their_nearest_of_the_gallery(pairs):
-    """The gallery holds more than is asked for, and what is drawn is in it only nearly."""
-    engine = KnowingEngine(pairs, lambda image, words: Image.eval(image, lambda level: level // 2 + 60))
+def test_the_nearest_image_of_the_gallery_is_found(pairs):
+    """The gallery holds more than is evaluated, and the generated images differ a little from those in it."""
+    engine = OracleEngine(pairs, lambda image, words: Image.eval(image, lambda level: level // 2 + 60))
     scores = evaluate(engine, pairs[2:4], Gallery.of(pairs), steps=1, seed=0)
     assert (scores.count, scores.retrieval_exact) == (2, 1.0)
 
 
-def test_wrong_words_and_wrong_pixels_cost(pairs):
-    engine = KnowingEngine(pairs, lambda image, _: Image.eval(image, lambda level: level ^ 8), lambda _: "cat")
+def test_wrong_words_and_wrong_pixels_lower_the_scores(pairs):
+    engine = OracleEngine(pairs, lambda image, _: Image.eval(image, lambda level: level ^ 8), lambda _: "cat")
     scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
     assert scores.infill_rmse == pytest.approx(8, abs=1e-3), "levels of 0…255"
     assert (scores.word_f1, scores.caption_exact) == (pytest.approx(2 * (2 / 3) / 6), 0.0)
 
 
-def test_infilling_is_judged_inside_the_mask_only(pairs):
+def test_infilling_is_evaluated_inside_the_mask_only(pairs):
     def spoil_the_right(image: Image.Image, _: str) -> Image.Image:
         image = image.copy()
         image.paste("black", (SIZE // 2, 0, SIZE, SIZE))
         return image
 
-    engine = KnowingEngine(pairs, spoil_the_right)
+    engine = OracleEngine(pairs, spoil_the_right)
     assert evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0).infill_rmse == 0.0
-    masks = [np.asarray(request.mask) for request in engine.requests if request.mask is not None]
+    masks = [np.asarray(request.given_masks["image"]) for request in engine.requests if request.given_masks]
     assert len(masks) == 6
     assert all((mask[:, : SIZE // 2] == 255).all() and not mask[:, SIZE // 2 :].any() for mask in masks)
 
 
+def test_joint_samples_whose_text_names_their_image_agree(pairs):
+    engine = OracleEngine(pairs)
+    scores = evaluate_joint(engine, Gallery.of(pairs), steps=3, seed=2, count=4)
+    assert scores == JointScores(count=4, seed=2, order=("text", "image"), word_f1=1.0, distinct_images=4)
+    assert [(r.num, r.seed, r.steps, r.given) for r in engine.requests] == [(4, 2, 3, {})]
+
+
+def test_64_joint_samples_are_compared_unless_told_otherwise(pairs):
+    assert evaluate_joint(OracleEngine(pairs), Gallery.of(pairs), steps=1, seed=0).count == 64
+
+
+def test_many_joint_samples_have_seeds_that_count_up(pairs):
+    engine = OracleEngine(pairs)
+    scores = evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=7, count=600)
+    assert [(r.num, r.seed) for r in engine.requests] == [(256, 7), (256, 263), (88, 519)]
+    assert (scores.count, scores.distinct_images) == (600, 6)
+
+
+def test_joint_samples_whose_text_names_another_image_disagree(pairs):
+    """Each image is the first one, each text its own: they share words with "cat: red" by their own F1."""
+    engine = OracleEngine(pairs, lambda image, _: next(iter(engine.images.values())))
+    scores = evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0, count=6)
+    expected = [word_f1(words, "cat: red") for words in engine.images]
+    assert scores.word_f1 == pytest.approx(sum(expected) / 6) and 0 < scores.word_f1 < 0.5
+    assert scores.distinct_images == 1
+
+
+def test_joint_samples_are_compared_with_the_first_caption_of_the_nearest_image(pairs):
+    engine = OracleEngine(pairs, describe=lambda _: "another caption")
+    assert evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0, count=6).word_f1 == 0.0
+
+
+def predicting(*predicted: str, modalities: tuple[str, ...] = ("image", "text")):
+    """A U-ViT's config that predicts some of its modalities; the others are conditions."""
+    base = PRESETS["uvit-tiny"]
+    of_name = {m.name: m for m in base.model.modalities}
+    model = replace(
+        base.model,
+        modalities=tuple(replace(of_name.get(name, of_name["image"]), name=name) for name in modalities),
+        uvit=UViTConfig(timed=predicted, predicted=predicted),
+    )
+    codecs = {name: base.codecs.get(name, base.codecs["image"]) for name in modalities}
+    times = "conditional" if len(predicted) < len(modalities) else "independent"
+    diffusion = replace(base.diffusion, time_sampling=times)
+    return replace(base, model=model, codecs=codecs, diffusion=diffusion, sampling=replace(base.sampling, order=()))
+
+
+@pytest.mark.parametrize(
+    ("config", "skipped"),
+    [
+        (TINY, {}),
+        (predicting("image"), {"image-to-text": "not predict text", "joint": "not predict text"}),
+        (
+            predicting("text"),
+            {"text-to-image": "not predict image", "infill": "not predict image", "joint": "not predict image"},
+        ),
+        (predicting("sketch", "image", "text", modalities=("sketch", "image", "text")), {}),
+        (
+            predicting("image", "text", modalities=("sketch", "image", "text")),
+            {"joint": "not predict sketch"}
+            | dict.fromkeys(("text-to-image", "image-to-text", "infill"), "needs sketch to be given"),
+        ),
+    ],
+    ids=["all predicted", "text given", "image given", "a third one predicted", "a third one given"],
+)
+def test_what_a_model_cannot_do_is_skipped_with_the_reason(config, skipped):
+    reasons = skipped_tasks(config)
+    assert reasons.keys() == skipped.keys()
+    assert all(part in reasons[task] for task, part in skipped.items())
+
+
+def test_skipped_tasks_are_not_requested_and_have_no_scores(pairs):
+    engine = OracleEngine(pairs)
+    engine.config = predicting("image")
+    scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
+    assert (scores.word_f1, scores.caption_exact) == (None, None)
+    assert (scores.retrieval_exact, scores.infill_rmse, round(scores.autoencoder_psnr)) == (1.0, 0.0, 40)
+    assert all("text" in request.given for request in engine.requests)
+    assert evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0) is None
+    engine.config = predicting("text")
+    scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
+    assert (scores.retrieval_base, scores.retrieval_exact, scores.infill_rmse) == (None, None, None)
+    assert scores.word_f1 == 1.0
+
+
+def test_of_several_images_the_one_named_image_is_evaluated_else_the_first():
+    assert image_and_text(predicting("image", "text", modalities=("sketch", "image", "text"))) == ("image", "text")
+    assert image_and_text(predicting("text", "sketch", modalities=("sketch", "photo", "text"))) == ("sketch", "text")
+    with pytest.raises(InputError, match="^checkpoint: .* has no modality with codec 'text'; give a model"):
+        image_and_text(predicting("image", "sketch", modalities=("image", "sketch")))
+
+
 @pytest.fixture
 def data(tmp_path, pairs) -> Path:
-    """A data set of four pictures to train on and two held out."""
+    """A data set of four training images and two held-out ones."""
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
-    for item, picture in pairs:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / "images" / item.path)
+    for item, pixels in pairs:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / "images" / item.path)
     for file, part in (("captions.json", pairs[:4]), ("captions_test.json", pairs[4:])):
         images = [{"id": item.image_id, "file_name": item.path.name} for item, _ in part]
         annotations = [{"image_id": item.image_id, "caption": item.captions[0]} for item, _ in part]
@@ -142,22 +259,59 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("count", "counts"), [(0, (2, 2)), (1, (1, 1)), (3, (3, 2)), (99, (4, 2))])
-def test_both_splits_are_scored_at_equal_counts_as_far_as_they_reach(capsys, tiny_checkpoint, data, count, counts):
+def test_both_splits_are_scored_on_as_many_names_if_they_have_them(capsys, tiny_checkpoint, data, count, counts):
     arguments = ("--checkpoint", tiny_checkpoint, "--data", data, "--count", count, "--steps", 1, "--json")
-    code, out, err = run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments, "--joint-count", 3, "--seed", 4)
     scores = json.loads(out)
-    assert (code, err, list(scores)) == (0, "", ["train", "test"])
+    assert (code, err, list(scores)) == (0, "", ["train", "test", "joint", "skipped"])
     assert (scores["train"]["count"], scores["test"]["count"]) == counts
-    for split in scores.values():
+    for split in (scores["train"], scores["test"]):
         assert set(split) == {field.name for field in fields(Scores)}
         assert 0 <= split["retrieval_exact"] <= split["retrieval_base"] <= 1 and 0 <= split["word_f1"] <= 1
+    joint = scores["joint"]
+    assert set(joint) == {field.name for field in fields(JointScores)} and scores["skipped"] == {}
+    assert (joint["count"], joint["seed"], joint["order"]) == (3, 4, ["text", "image"])
+    assert 0 <= joint["word_f1"] <= 1 <= joint["distinct_images"] <= 3
 
 
 def test_without_json_a_table_is_printed(capsys, tiny_checkpoint, data):
-    code, out, _ = run(capsys, "--checkpoint", tiny_checkpoint, "--data", data, "--steps", 1)
+    code, out, _ = run(capsys, "--checkpoint", tiny_checkpoint, "--data", data, "--steps", 1, "--joint-count", 2)
     lines = [line.split() for line in out.splitlines()]
     assert (code, lines[0]) == (0, ["train", "test"])
-    assert [line[0] for line in lines[1:]] == [field.name for field in fields(Scores)]
+    assert [line[0] for line in lines[1:-1]] == [field.name for field in fields(Scores)]
+    assert out.splitlines()[-1].startswith("2 joint samples (order text, image, seed 0): word_f1 ")
+
+
+def test_joint_samples_can_be_left_out(capsys, tiny_checkpoint, data):
+    arguments = ("--checkpoint", tiny_checkpoint, "--data", data, "--steps", 1, "--joint-count", 0)
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0 and json.loads(out)["joint"] is None
+    assert "joint" not in run(capsys, *arguments)[1]
+
+
+def test_a_model_of_three_modalities_is_evaluated(capsys, three_modality_checkpoint, data):
+    arguments = ("--data", data, "--count", 1, "--steps", 1, "--joint-count", 2, "--json")
+    code, out, _ = run(capsys, "--checkpoint", three_modality_checkpoint, *arguments)
+    scores = json.loads(out)
+    assert (code, scores["skipped"], scores["joint"]["order"]) == (0, {}, ["text", "sketch", "image"])
+    assert all(value is not None for split in ("train", "test") for value in scores[split].values())
+
+
+def test_what_is_skipped_is_said(capsys, monkeypatch, pairs, data):
+    engine = OracleEngine(pairs)
+    engine.config = predicting("image")
+    monkeypatch.setattr("engine.evaluate.Engine.from_pretrained", lambda *_, **__: nullcontext(engine))
+    code, out, _ = run(capsys, "--data", data, "--steps", 1)
+    lines = out.splitlines()
+    assert code == 0 and lines[4].split() == ["word_f1", "-", "-"]
+    assert lines[-2:] == [
+        "image-to-text skipped: the model does not predict text",
+        "joint skipped: the model does not predict text",
+    ]
+    code, out, _ = run(capsys, "--data", data, "--steps", 1, "--json")
+    report = json.loads(out)
+    assert report["test"]["word_f1"] is None and report["joint"] is None
+    assert report["skipped"].keys() == {"image-to-text", "joint"}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +319,7 @@ def test_without_json_a_table_is_printed(capsys, tiny_checkpoint, data):
     [
         ("count", -1),
         ("count", "all"),
+        ("joint-count", -1),
         ("steps", 0),
         ("seed", -1),
         ("device", "x"),
@@ -188,12 +343,12 @@ def test_bad_options_are_refused_in_one_line(capsys, tiny_checkpoint, data, opti
 
 
 def test_bad_numbers_are_refused_before_the_model_is_loaded(capsys, monkeypatch, data):
-    monkeypatch.setattr("engine.evaluate.Engine.from_pretrained", lambda *_, **__: pytest.fail("worked in vain"))
+    monkeypatch.setattr("engine.evaluate.Engine.from_pretrained", lambda *_, **__: pytest.fail("loaded the model"))
     assert run(capsys, "--data", data, "--steps", 0)[0] == 2
 
 
-def test_a_split_of_damaged_pictures_only_is_refused(capsys, tiny_checkpoint, data):
+def test_a_split_without_an_intact_image_is_refused(capsys, tiny_checkpoint, data):
     for name in ("4.png", "5.png"):
         (data / "images" / name).write_bytes(b"")
     code, out, err = run(capsys, "--checkpoint", tiny_checkpoint, "--data", data)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "--data: no test picture" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"--data: {data} has no readable test image" in err

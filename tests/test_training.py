@@ -1,4 +1,4 @@
-"""Training stages: exact resume wherever they were killed, averages, accumulation, learning rate, bad numbers."""
+"""`Stage`: exact resume after a kill at any moment, averages, accumulation, learning rate, values not finite."""
 
 import math
 import os
@@ -16,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.training import CURVE, STATE, Stage, StageConfig, plot_curve, smoothed, taken, write_atomically
+from engine.errors import InputError
+from engine.training.recipes import StageConfig
+from engine.training.stage import CURVE, STATE, Stage, plot_curve, run_lock, smoothed, write_atomically
 
 CONFIG = StageConfig(steps=8, batch=4, learning_rate=0.05, warmup=3, seed=5)
 LONG = replace(CONFIG, steps=150)
@@ -24,7 +26,7 @@ SAMPLES = 10
 
 
 class Killed(BaseException):
-    """What a process does not survive."""
+    """Ends the process: nothing catches it."""
 
 
 def module():
@@ -54,14 +56,14 @@ def stage_in(folder, config=CONFIG):
 
 
 def train_in(folder, config=CONFIG, save_every=2, preview=None):
-    """Starts or goes on with a stage, and finishes it."""
+    """Starts or resumes a stage, and finishes it."""
     stage = stage_in(folder, config)
     stage.run(losses_of(stage.module), save_every, preview)
     return stage
 
 
 def outcome(stage):
-    """Everything that must not depend on whether training was interrupted."""
+    """What must not depend on whether training was interrupted."""
     weights = {f"{kind}.{k}": v for kind in ("module", "average") for k, v in getattr(stage, kind).state_dict().items()}
     moments = stage.optimizer.state_dict()["state"]
     weights |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, state in moments.items() for k, v in state.items()}
@@ -80,7 +82,7 @@ def test_the_curve_has_every_step_once(uninterrupted):
 
 
 @pytest.mark.parametrize("killed_after", range(8))
-def test_a_stage_stopped_after_any_step_goes_on_exactly(tmp_path, uninterrupted, killed_after):
+def test_a_stage_stopped_after_any_step_resumes_exactly(tmp_path, uninterrupted, killed_after):
     stage, count = stage_in(tmp_path), 0
     losses = losses_of(stage.module)
 
@@ -100,7 +102,7 @@ def test_a_stage_stopped_after_any_step_goes_on_exactly(tmp_path, uninterrupted,
 
 @pytest.mark.parametrize("moment", ["half written", "written", "renamed"])
 @pytest.mark.parametrize("write", range(8))  # curve and state of four saves
-def test_a_stage_killed_at_any_write_goes_on_exactly(tmp_path, uninterrupted, monkeypatch, write, moment):
+def test_a_stage_killed_at_any_write_resumes_exactly(tmp_path, uninterrupted, monkeypatch, write, moment):
     replace_file, count = os.replace, 0
 
     def dying(temporary, path):
@@ -114,13 +116,13 @@ def test_a_stage_killed_at_any_write_goes_on_exactly(tmp_path, uninterrupted, mo
         count += 1
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("engine.training.os.replace", dying)
+        patch.setattr("engine.training.stage.os.replace", dying)
         train_in(tmp_path)
     assert outcome(train_in(tmp_path)) == uninterrupted
 
 
-def test_a_killed_process_goes_on_exactly(tmp_path):
-    """SIGKILL while it is computing, writing or renaming, whichever it is."""
+def test_a_killed_process_resumes_exactly(tmp_path):
+    """SIGKILL at a random moment: while it is computing, writing or renaming."""
     program = "import pathlib, sys, test_training as t; t.train_in(pathlib.Path(sys.argv[1]), t.LONG, save_every=1)"
     here = Path(__file__).parent
     with subprocess.Popen(
@@ -136,19 +138,19 @@ def test_a_killed_process_goes_on_exactly(tmp_path):
     assert outcome(train_in(tmp_path / "killed", LONG, 50)) == outcome(train_in(tmp_path / "whole", LONG, 50))
 
 
-def test_a_finished_stage_does_nothing_more(tmp_path, uninterrupted):
+def test_a_finished_stage_does_not_train_again(tmp_path, uninterrupted):
     train_in(tmp_path)
     written = (tmp_path / STATE).stat().st_mtime_ns
     stage = stage_in(tmp_path)
 
     def never(generator, indices):
-        raise AssertionError("trained on")
+        raise AssertionError("trained again")
 
     stage.run(never, 1)
     assert stage.done and outcome(stage) == uninterrupted and (tmp_path / STATE).stat().st_mtime_ns == written
 
 
-def test_previews_come_after_the_state_they_show_is_safe(tmp_path):
+def test_the_state_is_saved_before_its_preview(tmp_path):
     seen = []
     train_in(tmp_path, save_every=3, preview=lambda step: seen.append((step, stage_in(tmp_path).step)))
     assert seen == [(3, 3), (6, 6), (8, 8)]
@@ -159,39 +161,46 @@ def test_a_truncated_state_is_named(tmp_path, keep):
     train_in(tmp_path)
     data = (tmp_path / STATE).read_bytes()
     (tmp_path / STATE).write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(ValueError, match="damaged.*delete it") as error:
+    with pytest.raises(InputError, match="^folder: .*damaged.*delete it") as error:
         stage_in(tmp_path)
-    assert str(tmp_path / STATE) in str(error.value)
+    assert error.value.value == tmp_path / STATE
 
 
 def test_a_state_without_its_settings_is_named(tmp_path):
     train_in(tmp_path)
     save_file(load_file(tmp_path / STATE), tmp_path / STATE)
-    with pytest.raises(ValueError, match="damaged.*delete it"):
+    with pytest.raises(InputError, match="damaged.*delete it"):
         stage_in(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_lost_or_cut_curve_is_named(tmp_path, damage):
+def test_a_missing_or_truncated_curve_is_named(tmp_path, damage):
     train_in(tmp_path)
     curve = tmp_path / CURVE
     if damage == "missing":
         curve.unlink()
     else:
         curve.write_text(curve.read_text()[:-20])
-    with pytest.raises(ValueError, match="delete") as error:
+    with pytest.raises(InputError, match=f"cannot be read.*delete {tmp_path / STATE}") as error:
         stage_in(tmp_path)
-    assert str(curve) in str(error.value)
+    assert error.value.value == curve
 
 
 def test_a_state_of_another_model_is_refused_by_name(tmp_path):
     train_in(tmp_path)
-    with pytest.raises(ValueError, match="another shape") as error:
+    with pytest.raises(InputError, match="another shape") as error:
         Stage(tmp_path, nn.Linear(3, 1), CONFIG, SAMPLES, torch.float32)
-    assert str(tmp_path / STATE) in str(error.value)
+    assert error.value.value == tmp_path / STATE
 
 
-def test_every_sample_is_seen_once_an_epoch_in_changing_order(tmp_path):
+def test_a_stage_of_other_settings_is_refused_but_steps_may_be_added(tmp_path):
+    train_in(tmp_path)
+    with pytest.raises(InputError, match="with batch 4, clip 1.0, not batch 5, clip 2.0; use the same settings"):
+        stage_in(tmp_path, replace(CONFIG, batch=5, clip=2.0))
+    assert stage_in(tmp_path, replace(CONFIG, steps=20)).step == 8
+
+
+def test_every_sample_is_seen_once_per_epoch_in_changing_order(tmp_path):
     seen, stage = [], stage_in(tmp_path, replace(CONFIG, steps=10, batch=3))
     stage.run(losses_of(stage.module, seen), 100)
     order = [i for batch in seen for i in batch]
@@ -212,11 +221,11 @@ def gradients_of(stage):
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path):
-    """For a loss that is a mean over samples, without random numbers of its own."""
+    """For a loss that is a mean over samples and draws no random numbers."""
     x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(4))
     curves, gradients = [], []
     for accumulate in (1, 2, 4):
-        # Adam forgets a constant factor of the gradient, and so does clipping: the gradients themselves are compared.
+        # Adam and clipping ignore a constant factor of the gradient, so the gradients themselves are compared.
         stage = stage_in(tmp_path / str(accumulate), replace(CONFIG, accumulate=accumulate, clip=math.inf))
         gradients.append(gradients_of(stage))
         stage.run(lambda _, i, m=stage.module: {"loss": (m(x[i])[:, 0] - x[i].sum(1)).square().mean()}, 100)
@@ -237,7 +246,7 @@ def test_micro_batches_draw_different_random_numbers(tmp_path):
     assert len(set(draws)) == 6
 
 
-def test_the_learning_rate_rises_stays_and_falls():
+def test_the_learning_rate_warms_up_stays_and_decays():
     config = StageConfig(steps=100, batch=1, learning_rate=2.0, warmup=10, decay=0.2)
     rates = [config.learning_rate_at(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
@@ -254,7 +263,7 @@ def test_the_optimizer_follows_the_learning_rate(tmp_path):
         assert {g["lr"] for g in stage.optimizer.param_groups} == {CONFIG.learning_rate_at(step)}
 
 
-def test_only_matrices_decay(tmp_path):
+def test_only_matrices_have_weight_decay(tmp_path):
     stage = stage_in(tmp_path)
     decay = {p: g["weight_decay"] for g in stage.optimizer.param_groups for p in g["params"]}
     assert [decay[p] for p in stage.module.parameters()] == [CONFIG.weight_decay, 0.0, CONFIG.weight_decay, 0.0]
@@ -286,7 +295,7 @@ def test_the_average_follows_the_weights_and_is_not_trained(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_numbers_out_of_range_stop_the_stage_and_leave_the_last_state_intact(tmp_path, where):
+def test_values_that_are_not_finite_stop_the_stage_and_leave_the_last_state_intact(tmp_path, where):
     stage = stage_in(tmp_path)
     losses = losses_of(stage.module)
 
@@ -328,9 +337,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_is_trained_in_by_one_process_until_it_dies(tmp_path):
+def test_one_process_trains_in_a_folder_until_it_ends(tmp_path):
     program = (
-        "import pathlib, sys, engine.training as t\nwith t.taken(pathlib.Path(sys.argv[1])): print(flush=1); input()"
+        "import pathlib, sys, engine.training.stage as t\n"
+        "with t.run_lock(pathlib.Path(sys.argv[1])): print(flush=1); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)],
@@ -339,11 +349,11 @@ def test_a_folder_is_trained_in_by_one_process_until_it_dies(tmp_path):
         stdout=subprocess.PIPE,
     ) as other:
         other.stdout.readline()
-        with pytest.raises(ValueError, match=f"^out: another process trains in {tmp_path}; wait"), taken(tmp_path):
+        with pytest.raises(InputError, match=f"^out: {tmp_path} is in use by another.*; wait"), run_lock(tmp_path):
             pass
         other.kill()
     for _ in range(2):
-        with taken(tmp_path):
+        with run_lock(tmp_path):
             pass
 
 
@@ -352,7 +362,7 @@ def test_smoothing_is_unbiased_from_the_start():
     assert list(smoothed([0.0, 1.0], 2))[1] == pytest.approx(2 / 3)  # weights ½·½ and ½, made to sum to 1
 
 
-def test_a_curve_becomes_a_picture(tmp_path):
+def test_a_curve_is_plotted(tmp_path):
     plot_curve([{"step": s, "a": 1 / s, "b": 2 / s} for s in range(1, 30)], tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+    with Image.open(tmp_path / "curve.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10

@@ -1,9 +1,9 @@
-"""Noto Color Emoji with its CLDR names, rendered into a data set in MS-COCO captions layout.
+"""Noto Color Emoji with their CLDR names, rendered into a data set in MS-COCO captions layout.
 
-Pictures: the font of Debian's `fonts-noto-color-emoji` (OFL 1.1). Names and keywords: CLDR annotations of Debian's
+Images: the font of Debian's `fonts-noto-color-emoji` (OFL 1.1). Names and keywords: the CLDR annotations of Debian's
 `unicode-cldr-core` (Unicode licence), https://unicode.org/reports/tr35/tr35-general.html#Annotations.
-Names are compositional ("woman running: dark skin tone"), so a fixed 5 % of those with several parts is held out:
-pictures a model can only get right by putting known words together.
+Names are compositional ("woman running: dark skin tone"). A fixed 5 % of the names with several parts are held out: a
+model gets these right only by combining words that it knows from other names.
 """
 
 import hashlib
@@ -20,38 +20,39 @@ from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
 from engine.codecs.text import tokenize
+from engine.errors import InputError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/cldr/common")
 NAME_FILES = ("annotations/en.xml", "annotationsDerived/en.xml")
 STRIKE = 109  # pixels per em of the font's only bitmap size
-MOST_PIXELS = 4096  # a side: the font's own are 136
-HELD_OUT = 0.05  # share of the multi-part names that is never trained on
-MADE_BY = "python -m engine.data emoji"  # in captions.json: what may be overwritten
+MAX_PIXELS = 4096  # per side; the font's bitmaps have 136
+HELD_OUT = 0.05  # fraction of the multi-part names that is never trained on
+MADE_BY = "python -m engine.data emoji"  # in captions.json; only folders with this mark are overwritten
 
-# Keywords that thousands of pictures share and that say only what the name's second part says.
+# Keywords that thousands of images share and that only repeat the second part of the name.
 MODIFIER_KEYWORD = re.compile(r"(.* )?skin tone|type \d.*|(blond|curly|red|white) hair|bald")
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One emoji: its code points, its CLDR name, and its captions (the name first, then the keywords)."""
+    """One emoji and its names."""
 
-    text: str
-    name: str
-    captions: tuple[str, ...]
+    text: str  # its code points
+    name: str  # CLDR's
+    captions: tuple[str, ...]  # the name, then the keywords
 
 
 def base_name(name: str) -> str:
-    """What a name shows, without its variant: "woman running: dark skin tone" gives "woman running"."""
+    """The name without its variant: "woman running: dark skin tone" → "woman running"."""
     return name.split(":")[0].strip()
 
 
 def held_out_names(names: Iterable[str]) -> set[str]:
-    """The compositional test set: names with ":" that a hash selects, all of whose words occur in other names.
+    """The compositional test set: names with ":" selected by a hash, if all of their words occur in other names.
 
-    The hash (SHA-256 of the name) makes the choice independent of order and platform. A selected name with a word that
-    no unselected name has ("flag: France") stays in training: composing asks for parts seen before.
+    The hash (SHA-256 of the name) makes the selection independent of order and platform. A selected name with a word
+    that no unselected name has ("flag: France") stays in the training set, since it cannot be composed of known words.
     """
     names = set(names)
     selected = {name for name in names if ":" in name and _unit_hash(name) < HELD_OUT}
@@ -60,25 +61,28 @@ def held_out_names(names: Iterable[str]) -> set[str]:
 
 
 def render_emoji(out: Path, size: int = 64, font: Path = FONT, names: Path = NAMES) -> dict[str, int]:
-    """Render every emoji that both the font and CLDR know into the folder `out`; returns pictures per split.
+    """Renders every emoji that both the font and CLDR have into the folder `out`; returns the images of each split.
 
-    `out` then holds `images/00000.png` … (RGB, size × size, on white), `captions.json` (training) and
-    `captions_test.json` (held out). It is written beside `out` and renamed, so `out` is complete or absent.
-    Raises ValueError if the font, the names or the RAQM text layout are missing, or if `out` holds anything else.
+    out    then holds `images/00000.png` … (RGB, on white), `captions.json` (training) and `captions_test.json` (held
+           out). It is written beside `out` and renamed, so `out` is complete or absent
+    size   pixels per side
+    font   a bitmap colour font
+    names  CLDR's `common` folder
+    Raises InputError if the font, the names or the RAQM text layout are missing, or if `out` holds anything else.
     """
-    if not 8 <= size <= MOST_PIXELS:
-        raise ValueError(f"--size {size}: does not work; use 8 to {MOST_PIXELS} pixels")
+    if not 8 <= size <= MAX_PIXELS:
+        raise InputError("size", size, f"use 8 to {MAX_PIXELS} pixels", "is out of range")
     _require_replaceable(out)
     renderer = Renderer(font)
     emoji = [e for e in read_emoji(names) if renderer.can_draw(e.text)]
     if not emoji:
-        raise ValueError(f"--font {font}: it draws none of the emoji that CLDR names; use {FONT.name}")
+        raise InputError("font", font, f"use {FONT.name}", "has none of the emoji that CLDR names")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as workshop:
-        new, old = Path(workshop, "new"), Path(workshop, "old")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
         (new / "images").mkdir(parents=True)
-        for i, e in enumerate(tqdm(emoji, desc="emoji", unit="picture", disable=None)):
+        for i, e in enumerate(tqdm(emoji, desc="emoji", unit="image", disable=None)):
             renderer.draw(e.text, size).save(new / "images" / _file_name(i))
         counts = _write_captions(new, emoji, size)
         if out.exists():
@@ -88,8 +92,8 @@ def render_emoji(out: Path, size: int = 64, font: Path = FONT, names: Path = NAM
 
 
 def read_emoji(names: Path = NAMES) -> list[Emoji]:
-    """All characters and sequences that CLDR names in English, in CLDR's order, drawable or not."""
-    tts: dict[str, str] = {}  # "text to speech": the name
+    """All characters and sequences with an English name in CLDR, in CLDR's order, whether a font has them or not."""
+    tts: dict[str, str] = {}  # names, which CLDR marks as "text to speech"
     keywords: dict[str, list[str]] = {}
     for file in NAME_FILES:
         for annotation in _parse(names / file).iter("annotation"):
@@ -102,45 +106,44 @@ def read_emoji(names: Path = NAMES) -> list[Emoji]:
 
 
 class Renderer:
-    """Draws emoji with a bitmap colour font; whole sequences (ZWJ, flags, keycaps, skin tones) become one glyph."""
+    """Draws emoji with a bitmap colour font; a whole sequence (ZWJ, flag, keycap, skin tone) becomes one glyph."""
 
     def __init__(self, font: Path = FONT):
         if not features.check("raqm"):
-            raise ValueError(
-                "Pillow has no RAQM text layout, without which flags and families fall apart into pieces; "
-                "install Pillow's own wheel, with FriBiDi (Debian: libfribidi0)"
-            )
+            remedy = "install Pillow's own wheel, with FriBiDi (Debian: libfribidi0)"
+            problem = "cannot be used: Pillow lacks the RAQM text layout, without which flags and families do not form"
+            raise InputError("font", font, remedy, problem)
         if not os.path.isfile(font):
-            raise ValueError(f"--font {font}: no such file; install Debian's fonts-noto-color-emoji or name the font")
+            remedy = "install Debian's fonts-noto-color-emoji or give the font"
+            raise InputError("font", font, remedy, "is not a file")
         try:
             self.font = ImageFont.truetype(str(font), STRIKE, layout_engine=ImageFont.Layout.RAQM)
         except OSError as error:
-            raise ValueError(
-                f"--font {font}: cannot be read at its {STRIKE} px strike ({error}); use {FONT.name}"
-            ) from None
+            problem = f"cannot be read at its {STRIKE} px strike ({error})"
+            raise InputError("font", font, f"use {FONT.name}", problem) from None
         self.em = self.font.getlength("\N{GRINNING FACE}")
-        self.missing = self._glyph("\U0010ffff")  # a noncharacter: what shows for all the font lacks (Noto: a blank)
+        self.missing = self._glyph("\U0010ffff")  # a noncharacter: drawn like all that the font lacks (Noto: a blank)
 
     def can_draw(self, text: str) -> bool:
         """Whether `text` is a single visible glyph of the font.
 
-        CLDR leaves U+FE0F (emoji presentation) out of its sequences; so does Noto's glyph substitution, so none is
-        put back: with U+FE0F not one more sequence becomes a glyph.
+        CLDR leaves U+FE0F (emoji presentation) out of its sequences, and so does Noto's glyph substitution: adding it
+        back would not make one more sequence a glyph.
         """
         return self.font.getlength(text) == self.em and self._glyph(text) != self.missing
 
     def draw(self, text: str, size: int) -> Image.Image:
-        """RGB picture, size × size, of the glyph on white."""
+        """RGB image, size × size, of the glyph on white."""
         return self._glyph(text).resize((size, size), Image.Resampling.LANCZOS)
 
     def _glyph(self, text: str) -> Image.Image:
-        """At the strike's own size; its bitmap box, not its ink, is centred, so that all glyphs share a scale."""
+        """At the size of the strike; the bitmap's box, not its ink, is centred, so that all glyphs share a scale."""
         left, top, right, bottom = self.font.getbbox(text)
         side = max(right - left, bottom - top)
         origin = ((side - left - right) // 2, (side - top - bottom) // 2)
-        picture = Image.new("RGB", (side, side), "white")
-        ImageDraw.Draw(picture).text(origin, text, font=self.font, embedded_color=True)
-        return picture
+        image = Image.new("RGB", (side, side), "white")
+        ImageDraw.Draw(image).text(origin, text, font=self.font, embedded_color=True)
+        return image
 
 
 def _write_captions(folder: Path, emoji: list[Emoji], size: int) -> dict[str, int]:
@@ -167,32 +170,30 @@ def _require_replaceable(out: Path) -> None:
     if not os.path.exists(out):
         return
     if not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; name a new folder")
+        raise InputError("out", out, "give a new folder", "is a file")
     if not any(out.iterdir()):
         return
     try:
-        mine = json.loads((out / "captions.json").read_text(encoding="utf-8"))["info"]["made_by"] == MADE_BY
+        replaceable = json.loads((out / "captions.json").read_text(encoding="utf-8"))["info"]["made_by"] == MADE_BY
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        mine = False
-    if not mine:
-        raise ValueError(f"--out {out}: holds files that this command did not make; name a new or empty folder")
+        replaceable = False
+    if not replaceable:
+        raise InputError("out", out, "give a new or empty folder", "holds files that this command did not make")
 
 
 def _parse(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
     except OSError:
-        raise ValueError(
-            f"--names {path.parents[1]}: has no {'/'.join(path.parts[-2:])}; "
-            "install Debian's unicode-cldr-core or name CLDR's `common` folder"
-        ) from None
+        remedy = "install Debian's unicode-cldr-core or give CLDR's `common` folder"
+        raise InputError("names", path.parents[1], remedy, f"has no {'/'.join(path.parts[-2:])}") from None
     except ElementTree.ParseError as error:
-        raise ValueError(f"--names {path.parents[1]}: {path} is not XML ({error}); install it again") from None
+        raise InputError("names", path, "install it again", f"is not XML ({error})") from None
 
 
 def _captions(name: str, keywords: list[str]) -> tuple[str, ...]:
-    own = [k for k in keywords if tokenize(k) and not MODIFIER_KEYWORD.fullmatch(k)]  # "?!" has no words
-    return tuple(dict.fromkeys([name, *own]))
+    specific = [k for k in keywords if tokenize(k) and not MODIFIER_KEYWORD.fullmatch(k)]  # "?!" has no words
+    return tuple(dict.fromkeys([name, *specific]))
 
 
 def _file_name(index: int) -> str:
@@ -200,5 +201,5 @@ def _file_name(index: int) -> str:
 
 
 def _unit_hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone; Python's own hash() differs between processes."""
+    """A number in [0, 1) that depends on the name only; Python's hash() differs between processes."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64

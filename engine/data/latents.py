@@ -1,9 +1,10 @@
-"""Latents of a data set's pictures, encoded once and kept as safetensors shards.
+"""Latents of a data set's images, encoded once and saved as safetensors shards.
 
-    folder/index.json                  what the shards were made from; made from anything else, they are made anew
-    folder/latents-00000.safetensors   latents [n, L, C], image_ids int64 [n]; metadata: pictures skipped, and why
+    folder/index.json                  what the shards were made from; for anything else they are replaced
+    folder/latents-00000.safetensors   latents [n, L, C], image_ids int64 [n]; metadata: skipped images and the reasons
 
-A shard covers a fixed part of the data set's items and appears by renaming, so a killed run goes on at its last shard.
+A shard holds a fixed part of the data set's items and is renamed when complete, so a killed run resumes after its last
+complete shard.
 """
 
 import hashlib
@@ -19,17 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.data.coco import CocoCaptions
+from engine.errors import InputError
 
-BATCH = 64  # pictures encoded at a time
+BATCH = 64  # images encoded at a time
 
 
 @dataclass(frozen=True, eq=False)
 class LatentCache:
-    """A data set as the denoiser sees it, held in memory."""
+    """Latents of a data set with their captions, in memory."""
 
-    latents: Tensor  # [n, L, C], in the dtype they were cached in
+    latents: Tensor  # [n, L, C], in the dtype of the shards
     image_ids: list[int]
-    captions: list[list[str]]  # of each picture, at least one
+    captions: list[list[str]]  # of each image, at least one
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -44,16 +46,16 @@ def cache_latents(
     shard_size: int = 2048,
     dtype: torch.dtype = torch.float16,
 ) -> LatentCache:
-    """Encode a data set's pictures, or read what an earlier run has encoded.
+    """Encodes a data set's images, or reads the latents that an earlier run has encoded.
 
-    dataset      its damaged pictures are left out and added to its `skipped`
-    encode       float32 pictures [B, 3, size, size] in −1..1 to latents [B, L, C]
-    folder       where the shards are kept
-    fingerprint  names the encoder's weights; shards of other encoders, data sets or settings are replaced
-    size         pixels of a picture's side
-    shard_size   pictures per file
-    dtype        what latents are kept in; half precision is far below an autoencoder's own error
-    Raises ValueError if not one picture can be read.
+    dataset      damaged images are left out and added to its `skipped`
+    encode       images [B, 3, size, size] float32 in −1..1 → latents [B, L, C]
+    folder       of the shards
+    fingerprint  identifies the encoder's weights; shards of other encoders, data sets or settings are replaced
+    size         pixels per side
+    shard_size   images per file
+    dtype        of the shards; the error of half precision is far below an autoencoder's own
+    Raises InputError about `dataset` if no image can be read.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,17 +70,18 @@ def cache_latents(
     _drop_shards_of_other_origin(folder, origin)
 
     shards = []
-    with tqdm(total=len(dataset.items), desc="latents", unit="picture", disable=None) as bar:
+    with tqdm(total=len(dataset.items), desc="latents", unit="image", disable=None) as bar:
         for i, start in enumerate(range(0, len(dataset.items), shard_size)):
             path, stop = folder / f"latents-{i:05d}.safetensors", min(start + shard_size, len(dataset.items))
-            if not _is_whole(path):
+            if not _is_complete(path):
                 _write_shard(path, dataset, encode, size, start, stop, dtype, bar)
             shards.append(_read_shard(path, dataset))
-            bar.update(stop - bar.n)  # those read and those left out too
+            bar.update(stop - bar.n)  # also for images that were read from a shard or left out
 
     shards = [(latents, ids) for latents, ids in shards if len(ids)]
     if not shards:
-        raise ValueError(f"{dataset.items[0].path.parent}: {dataset.summary()}; give a data set with whole pictures")
+        problem = f"has no readable image ({dataset.summary()})"
+        raise InputError("dataset", dataset.items[0].path.parent, "give a data set with intact images", problem)
     captions = {item.image_id: list(item.captions) for item in dataset.items}
     image_ids = [image_id for _, ids in shards for image_id in ids.tolist()]
     return LatentCache(torch.cat([latents for latents, _ in shards]), image_ids, [captions[i] for i in image_ids])
@@ -90,20 +93,20 @@ def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
         if json.loads(index.read_text(encoding="utf-8")) == origin:
             return
     except (OSError, ValueError, RecursionError):
-        pass  # none yet, or cut off: its shards' origin is unknown
+        pass  # missing or truncated: the origin of the shards is unknown
     for shard in folder.glob("latents-*.safetensors*"):
         shard.unlink()
-    # Last: were the run killed before, the new index would vouch for old shards.
+    # Written last: if the run is killed before this, no new index can claim the old shards.
     index.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_shard(path: Path, dataset: CocoCaptions, encode, size: int, start: int, stop: int, dtype, bar) -> None:
     before = set(dataset.skipped)
     pairs = list(dataset.read(size, start, stop))
-    skipped = {str(picture): why for picture, why in dataset.skipped.items() if picture not in before}
+    skipped = {str(image): reason for image, reason in dataset.skipped.items() if image not in before}
     latents = [torch.empty(0)] if not pairs else []
     for first in range(0, len(pairs), BATCH):
-        pixels = torch.stack([picture for _, picture in pairs[first : first + BATCH]])  # [B, 3, S, S] uint8
+        pixels = torch.stack([image for _, image in pairs[first : first + BATCH]])  # [B, 3, S, S] uint8
         latents.append(encode(pixels.float() / 127.5 - 1).to("cpu", dtype))  # [B, L, C]
         bar.update(len(pixels))
     tensors = {
@@ -115,8 +118,8 @@ def _write_shard(path: Path, dataset: CocoCaptions, encode, size: int, start: in
     unfinished.replace(path)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a shard is there and not cut off (safetensors compares the file's length with its header)."""
+def _is_complete(path: Path) -> bool:
+    """Whether a shard exists and is not truncated (safetensors compares the file's length with its header)."""
     try:
         with safe_open(path, framework="pt"):
             return True
@@ -126,6 +129,6 @@ def _is_whole(path: Path) -> bool:
 
 def _read_shard(path: Path, dataset: CocoCaptions) -> tuple[Tensor, Tensor]:
     with safe_open(path, framework="pt") as shard:
-        for picture, why in json.loads(shard.metadata()["skipped"]).items():
-            dataset.skipped.setdefault(Path(picture), why)
+        for image, reason in json.loads(shard.metadata()["skipped"]).items():
+            dataset.skipped.setdefault(Path(image), reason)
         return shard.get_tensor("latents"), shard.get_tensor("image_ids")

@@ -1,8 +1,8 @@
-"""One training stage: a loss over a module's parameters, stepped, averaged, written down and resumed exactly.
+"""`Stage`: trains one module, keeps an average of its weights, saves its state and resumes exactly.
 
-Knows nothing of pictures or diffusion: a stage is a module, a function from (random generator, sample indices) to named
-losses, and a `StageConfig`. Every random number of step s comes from a generator seeded by (seed, s), so a run that was
-killed at any moment goes on with the losses it would have had.
+Knows nothing about images or diffusion: a stage is a module, a function from (random generator, sample indices) to
+named losses, and a `StageConfig`. The random numbers of step s come from a generator seeded by (seed, s), so a run that
+was killed at any moment resumes with the losses it would have had.
 """
 
 import fcntl
@@ -13,50 +13,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.errors import InputError
+from engine.training.recipes import StageConfig
+
 STATE, CURVE = "state.safetensors", "curve.jsonl"
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """How one stage is trained."""
-
-    steps: int  # optimiser steps in all
-    batch: int  # samples a step, all micro-batches together
-    learning_rate: float  # of AdamW, after the warm-up
-    warmup: int = 200  # steps of linear warm-up
-    decay: float = 0.2  # last fraction of the steps over which the learning rate falls linearly to 0
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.03
-    clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.999  # decay of the averaged weights; lower in the first steps
-    accumulate: int = 1  # micro-batches a step
-    seed: int = 0
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, constant, linear decay (Hägele et al. 2024, arXiv 2405.18392)."""
-        up = min(1.0, (step + 1) / max(1, self.warmup))
-        down = min(1.0, (self.steps - step) / max(1.0, self.decay * self.steps))
-        return self.learning_rate * min(up, down)
-
+SMOOTHING = 50  # steps over which plotted losses are averaged
 
 Losses = Callable[[torch.Generator, list[int]], dict[str, Tensor]]
 
 
 class Stage:
-    """A module in training: the weights, their average, the optimiser and the loss curve, kept in one folder.
+    """A module in training: its weights, their average, the optimiser and the loss curve, saved in one folder.
 
-    folder    where `state.safetensors` and `curve.jsonl` lie; an interrupted stage found there goes on
-    module    the module to train; a Stage keeps an averaged copy, `stage.average`
+    folder    holds `state.safetensors` and `curve.jsonl`; if it does already, the stage resumes from them
+    module    the module to train, float32; its averaged copy is `stage.average`
     config    the `StageConfig`
     samples   size of the training set
-    dtype     torch.bfloat16 runs the losses under autocast; the weights stay float32
+    dtype     torch.bfloat16 computes the losses under autocast; the weights stay float32
+    Raises InputError about `folder` if the state there is damaged or is that of another module or config.
     """
 
     def __init__(self, folder: Path, module: nn.Module, config: StageConfig, samples: int, dtype: torch.dtype):
@@ -70,6 +51,7 @@ class Stage:
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.step = 0
         self.curve: list[dict] = []
+        self._epoch, self._epoch_order = -1, []
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._restore()
@@ -79,7 +61,11 @@ class Stage:
         return self.step >= self.config.steps
 
     def run(self, losses: Losses, save_every: int, preview: Callable[[int], None] | None = None) -> None:
-        """Trains to the last step; writes the state every `save_every` steps and at the end, then calls `preview`."""
+        """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview(step)`.
+
+        losses  (generator on the CPU, sample indices) -> {name: scalar}; their sum is minimised
+        Raises FloatingPointError if a loss or a gradient is not finite.
+        """
         bar = tqdm(total=self.config.steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0)
         with bar:
             while not self.done:
@@ -95,7 +81,7 @@ class Stage:
                         preview(self.step)
 
     def train_step(self, losses: Losses) -> dict[str, float]:
-        """One optimiser step; returns the named losses. Free of device and process assumptions."""
+        """One optimiser step; returns the named losses. Makes no assumption about devices or processes."""
         config, total = self.config, {}
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
@@ -112,8 +98,8 @@ class Stage:
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
         if not math.isfinite(sum(total.values()) + norm.item()):
             raise FloatingPointError(
-                f"{self.folder.name}: loss or gradient is not finite at step {self.step} ({total}); "
-                "use a lower learning rate, the last saved state is intact"
+                f"{self.folder.name}: the loss or its gradient is not finite at step {self.step} ({total}); "
+                "use a lower learning rate and resume from the last saved state, which is intact"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -122,14 +108,14 @@ class Stage:
         return total
 
     def save(self) -> None:
-        """Writes the whole state under a temporary name, then renames it: a kill never leaves half a file."""
+        """Writes the curve and the state, each to a temporary file that is then renamed: a kill leaves no half file."""
         from safetensors.torch import save_file
 
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        # The curve goes first: the state says how many of its lines count.
+        # The curve is written first: the state tells how many of its lines are valid.
         write_atomically(self.folder / CURVE, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.curve)))
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -143,53 +129,57 @@ class Stage:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 step, config = int(file.metadata()["step"]), json.loads(file.metadata()["config"])
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # the file's, its metadata's
-            raise ValueError(f"{path}: damaged ({error}); delete it to train this stage anew") from None
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
+            raise InputError("folder", path, "delete it to restart this stage", f"is damaged ({error})") from None
         try:
-            self.module.load_state_dict(_under(tensors, "module."))
-            self.average.load_state_dict(_under(tensors, "average."))
+            self.module.load_state_dict(_with_prefix(tensors, "module."))
+            self.average.load_state_dict(_with_prefix(tensors, "average."))
         except RuntimeError:
-            raise ValueError(f"{path}: written by a model of another shape; choose another --out") from None
+            raise InputError("folder", path, "use another folder", "was written by a model of another shape") from None
         now = json.loads(json.dumps(asdict(self.config)))
-        changed = [key for key in now if now[key] != config.get(key) and key != "steps"]  # more steps are welcome
+        changed = [key for key in now if now[key] != config.get(key) and key != "steps"]  # steps may be added
         if changed:
-            raise ValueError(
-                f"{path}: was trained with {', '.join(f'{key} {config.get(key)}' for key in changed)}, not "
-                f"{', '.join(str(now[key]) for key in changed)}; use the same settings or choose another --out"
+            before, after = (", ".join(f"{key} {c.get(key)}" for key in changed) for c in (config, now))
+            raise InputError(
+                "folder", path, "use the same settings or another folder", f"was trained with {before}, not {after}"
             )
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under(tensors, "optimizer.").items():
+        for name, tensor in _with_prefix(tensors, "optimizer.").items():
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step = step
+        self.step, self.curve = step, self._read_curve(step)
+
+    def _read_curve(self, steps: int) -> list[dict]:
+        """The saved losses of the first steps."""
         curve = self.folder / CURVE
         try:
             rows = [json.loads(line) for line in curve.read_text().splitlines()]
         except (OSError, ValueError) as error:
-            raise ValueError(f"{curve}: cannot be read ({error}); delete {path} to train this stage anew") from None
-        self.curve = [row for row in rows if row["step"] <= step]
+            remedy = f"delete {self.folder / STATE} to restart this stage"
+            raise InputError("folder", curve, remedy, f"cannot be read ({error})") from None
+        return [row for row in rows if row["step"] <= steps]
 
     def _batch_indices(self) -> list[int]:
-        """The step's samples: epochs of a seeded shuffle, one after the other."""
+        """The samples of this step: the training set in epochs, each shuffled by its own seed."""
         first = self.step * self.config.batch
         return [self._order(i // self.samples)[i % self.samples] for i in range(first, first + self.config.batch)]
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 1 << 20))
             self._epoch, self._epoch_order = epoch, torch.randperm(self.samples, generator=generator).tolist()
         return self._epoch_order
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # The average of few steps is short: (1 + s)/(10 + s), as TensorFlow's ExponentialMovingAverage has it.
+        # A lower decay in the first steps, (1 + s)/(10 + s), as in TensorFlow's ExponentialMovingAverage.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary name beside `path`, flushes it to disk and renames it to `path`."""
+    """Calls `write` with a temporary path beside `path`, flushes that file to disk and renames it to `path`."""
     temporary = path.with_name(f".{path.name}.writing")
     write(temporary)
     with open(temporary, "rb") as file:
@@ -198,18 +188,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def taken(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in `folder`; ends with the process at the latest, however that ends."""
+def run_lock(folder: Path) -> Iterator[None]:
+    """Locks `folder` against other training processes; the lock also ends with the process, however that ends.
+
+    Raises InputError about `out` if another process holds the lock.
+    """
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"out: another process trains in {folder}; wait for it, or give another folder") from None
+            remedy = "wait for it, or give another folder"
+            raise InputError("out", folder, remedy, "is in use by another training process") from None
         yield
 
 
 def smoothed(values: list[float], window: int) -> Iterator[float]:
-    """Exponential average over about `window` values, unbiased at the start."""
+    """Exponential moving average over about `window` values, without bias at the start."""
     mean, weight = 0.0, 0.0
     for value in values:
         mean += (value - mean) / window
@@ -218,7 +212,7 @@ def smoothed(values: list[float], window: int) -> Iterator[float]:
 
 
 def plot_curve(curve: list[dict], path: Path) -> None:
-    """Draws the smoothed losses of a stage over its steps, as a PNG."""
+    """Plots the smoothed losses of a stage against its steps, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -227,18 +221,18 @@ def plot_curve(curve: list[dict], path: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
     for name in curve[0]:
         if name != "step":
-            axes.plot([r["step"] for r in curve], list(smoothed([r[name] for r in curve], 50)), label=name)
+            axes.plot([r["step"] for r in curve], list(smoothed([r[name] for r in curve], SMOOTHING)), label=name)
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda p: figure.savefig(p, format="png"))
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, mixed so that neighbours share nothing (splitmix64's finaliser)."""
+    """One 63-bit seed from several numbers; mixed (splitmix64's finaliser) so that neighbours give unrelated seeds."""
     z = 0
     for part in parts:
         z = (z + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

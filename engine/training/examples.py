@@ -1,0 +1,79 @@
+"""The denoiser's training data: the images of an epoch, and batches of clean data with captions drawn at random."""
+
+import math
+from collections import Counter
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from engine.codecs.text import HOLE, TextCodec, token_weights, tokenize
+from engine.config import Config
+from engine.data.latents import LatentCache
+from engine.errors import errors_named
+from engine.training.options import image_and_text
+from engine.training.recipes import Recipe
+
+
+class Examples:
+    """Captioned images as the denoiser sees them, in memory.
+
+    cache   latents and captions of the images
+    text    the codec of the captions
+    config  the checkpoint's `Config`, with one image codec and one text codec
+    recipe  tells how often images and captions are used and how captions are weighted
+    Raises InputError about `data` if a caption has a word outside the codec's vocabulary.
+    """
+
+    def __init__(self, cache: LatentCache, text: TextCodec, config: Config, recipe: Recipe):
+        self.model, self.recipe, self.vectors, self.latents = config.model, recipe, text.vectors, cache.latents
+        self.image_name, self.text_name = image_and_text(config)
+        words = config.model.modality(self.text_name).tokens
+        # Indices into the table of word vectors: as vectors, the captions of MS-COCO would take 10 GB.
+        with errors_named("data"):
+            self.captions = text.indices((shortened(c, words) for captions in cache.captions for c in captions), words)
+        self.counts = [len(captions) for captions in cache.captions]  # by image
+        self.first_of = [0, *accumulate(self.counts)]  # index of each image's first caption in `captions` [n, L]
+        self.epoch = with_repeats([captions[0] for captions in cache.captions], recipe.repeats)
+
+    def __len__(self) -> int:
+        """Images of an epoch, repeated ones counted as often as they are shown."""
+        return len(self.epoch)
+
+    def batch(self, indices: list[int], generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """(x0 [B, N] float32, token weights [B, L] float32 or None) of images of the epoch, on the CPU."""
+        images = [self.epoch[i] for i in indices]
+        draws = torch.rand(len(images), 2, generator=generator).tolist()
+        chosen = [
+            self.first_of[i] + (0 if a < self.recipe.first_caption else int(b * self.counts[i]))
+            for i, (a, b) in zip(images, draws, strict=True)
+        ]
+        captions = self.captions[chosen]  # [B, L of the text] int32
+        image, text = self.latents[images].float(), self.vectors[captions]  # [B, L, C] each
+        x0 = self._joined({self.image_name: image.flatten(1), self.text_name: text.flatten(1)})  # [B, N]
+        if not self.recipe.captions_alike:
+            return x0, None
+        weights = {self.image_name: torch.ones(image.shape[:2]), self.text_name: token_weights(captions)}
+        return x0, self._joined(weights)  # [B, L]
+
+    def _joined(self, parts: dict[str, Tensor]) -> Tensor:
+        """[B, ·] of each modality side by side, in the model's order."""
+        return torch.cat([parts[m.name] for m in self.model.modalities], dim=1)
+
+
+def with_repeats(captions: list[str], repeats: int) -> list[int]:
+    """Indices of the images of an epoch: i is repeated round(repeats/√n) times, at least once.
+
+    n is the number of captions that contain the rarest word of captions[i]. So an image whose name has a word of its
+    own ("ghost") is shown `repeats` times, and one of hundreds of "firefighter" images once. The square root, as in
+    sampling languages for translation, is a compromise between showing all images and all words equally often.
+    """
+    words = [set(tokenize(caption)) - {HOLE} for caption in captions]
+    captions_with = Counter(word for caption_words in words for word in caption_words)
+    rarest = [min((captions_with[word] for word in caption_words), default=len(captions)) for caption_words in words]
+    return [i for i, n in enumerate(rarest) for _ in range(max(1, round(repeats / math.sqrt(n))))]
+
+
+def shortened(caption: str, words: int) -> str:
+    """The first `words` words of a caption. A lone _ is left out: in a data set it is not a word to be filled in."""
+    return " ".join([word for word in tokenize(caption) if word != HOLE][:words])

@@ -1,0 +1,108 @@
+"""`TrainOptions`: what a training run is made from, checked. Imports no torch."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config import Config
+from engine.errors import InputError
+from engine.presets import PRESETS
+from engine.training.recipes import RECIPES, Recipe
+
+MAX_STEPS, MAX_BATCH = 1_000_000_000, 65_536  # of a stage, of a step: far above anything useful
+MAX_SEED = (1 << 32) - 1  # gensim takes no more than 32 bits
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """A training run; `python -m engine.train` has an option for each field down to `dtype`.
+
+    Raises InputError for values that cannot be used. After the checks `config` and `recipe` are never None, and the
+    recipe has the steps, batch and so on that were given.
+    """
+
+    data: Path  # folder of images and captions.json, MS-COCO captions layout
+    out: Path  # folder of the run; a run found there is resumed
+    preset: str = "emoji"  # name of the config and of the recipe
+    autoencoder: str | None = None  # a trained diffusers autoencoder: a folder or a hub id; None: train one
+    init: Path | None = None  # start from this checkpoint folder or file of published U-ViT weights
+    steps: int | None = None  # optimiser steps of the denoiser; None: the recipe's, like the next four
+    batch: int | None = None  # samples per step of the denoiser
+    learning_rate: float | None = None  # of the denoiser
+    accumulate: int | None = None  # micro-batches per step of the denoiser
+    autoencoder_steps: int | None = None  # optimiser steps of the autoencoder
+    save_every: int = 250  # steps between saves of the state, with sample images
+    compile: bool = False  # torch.compile of the denoiser
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"  # of the arithmetic, one of DTYPES; the weights stay float32
+    config: Config | None = None  # instead of the preset's
+    recipe: Recipe | None = None  # instead of the preset's
+
+    def __post_init__(self):
+        for key in ("data", "out", "init"):
+            value = getattr(self, key)
+            object.__setattr__(self, key, None if value is None else Path(value))
+        if self.preset not in PRESETS:
+            raise InputError("preset", self.preset, f"use one of {', '.join(PRESETS)}", "is not known")
+        if self.dtype not in DTYPES:
+            raise InputError("dtype", self.dtype, f"use one of {', '.join(DTYPES)}", "is not known")
+        for key in ("steps", "autoencoder_steps"):
+            self._require_whole(key, 1, MAX_STEPS, optional=True)
+        for key in ("batch", "accumulate"):
+            self._require_whole(key, 1, MAX_BATCH, optional=True)
+        self._require_whole("save_every", 1, MAX_STEPS)
+        self._require_whole("seed", 0, MAX_SEED)
+        rate = self.learning_rate
+        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
+            raise InputError("learning_rate", rate, "use a number above 0", "is out of range")
+        object.__setattr__(self, "config", self.config or PRESETS[self.preset])
+        object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
+        image_and_text(self.config)
+
+    @property
+    def init_has_codecs(self) -> bool:
+        """Whether the run starts from a checkpoint folder, whose codecs it then uses."""
+        return self.init is not None and not os.path.isfile(self.init)  # not Path's, which raises for a long name
+
+    def _changed(self, recipe: Recipe) -> Recipe:
+        """The recipe with the settings that were given."""
+        given = {key: getattr(self, key) for key in ("steps", "batch", "learning_rate", "accumulate")}
+        denoiser = replace(recipe.denoiser, seed=self.seed, **{k: v for k, v in given.items() if v is not None})
+        if denoiser.batch % denoiser.accumulate:
+            remedy = f"use a divisor of the batch of {denoiser.batch}"
+            raise InputError("accumulate", denoiser.accumulate, remedy, "does not divide the batch")
+        if self.init_has_codecs and self.autoencoder:
+            remedy = "leave out one of them"
+            raise InputError("autoencoder", self.autoencoder, remedy, "conflicts with init, which has its own")
+        autoencoder = recipe.autoencoder
+        if autoencoder is None and not (self.autoencoder or self.init_has_codecs):
+            remedy = "give autoencoder, the folder or hub id of a diffusers autoencoder"
+            raise InputError("preset", self.preset, remedy, "needs a trained autoencoder")
+        if autoencoder is not None:
+            steps = self.autoencoder_steps or autoencoder.steps
+            autoencoder = replace(autoencoder, seed=self.seed, steps=steps)
+        return replace(recipe, denoiser=denoiser, autoencoder=autoencoder)
+
+    def _require_whole(self, key: str, lowest: int, highest: int, optional: bool = False) -> None:
+        value = getattr(self, key)
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise InputError(key, value, f"use a whole number from {lowest} to {highest}", "is out of range")
+
+
+def image_and_text(config: Config) -> tuple[str, str]:
+    """Names of the two modalities of a model of captioned images: the one with the image codec, and the text's.
+
+    Raises InputError for a config with other codecs: the data sets have nothing else to train on.
+    """
+    kinds = {name: codec.kind for name, codec in config.codecs.items()}
+    if sorted(kinds.values()) != ["image", "text"]:
+        codecs = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        remedy = "use a model with exactly one image codec and one text codec"
+        raise InputError("config", codecs, remedy, "cannot be trained on images with captions")
+    by_kind = {kind: name for name, kind in kinds.items()}
+    return by_kind["image"], by_kind["text"]

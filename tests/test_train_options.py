@@ -1,0 +1,214 @@
+"""`TrainOptions`: what it fills in and refuses; `Examples`: which images and captions the denoiser is trained on."""
+
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.codecs.text import END, TextCodec
+from engine.config import CodecConfig, Modality
+from engine.data.latents import LatentCache
+from engine.errors import InputError
+from engine.presets import PRESETS
+from engine.training.examples import Examples, shortened, with_repeats
+from engine.training.options import TrainOptions, image_and_text
+from engine.training.recipes import RECIPES, TINY
+
+ROOT = Path(__file__).parents[1]
+TINY_CONFIG = PRESETS["tiny"]
+
+
+def options(**given) -> TrainOptions:
+    return TrainOptions(**{"data": "data", "out": "run", "preset": "tiny"} | given)
+
+
+def test_what_is_not_given_is_the_presets():
+    assert (options().config, options().recipe) == (TINY_CONFIG, TINY)
+    assert options().data == Path("data") and options().out == Path("run") and options().init is None
+
+
+def test_what_is_given_replaces_the_recipes_settings():
+    recipe = options(steps=7, batch=6, learning_rate=0.5, accumulate=3, autoencoder_steps=2, seed=9).recipe
+    given = {"steps": 7, "batch": 6, "learning_rate": 0.5, "accumulate": 3, "seed": 9}
+    assert recipe.denoiser == replace(TINY.denoiser, **given)
+    assert recipe.autoencoder == replace(TINY.autoencoder, steps=2, seed=9)
+    assert replace(recipe, denoiser=TINY.denoiser, autoencoder=TINY.autoencoder) == TINY
+
+
+def test_a_config_and_a_recipe_can_be_given_instead_of_a_preset():
+    config, recipe = PRESETS["uvit-tiny"], replace(TINY, repeats=3)
+    made = options(config=config, recipe=recipe, steps=5)
+    assert made.config == config and made.recipe == replace(recipe, denoiser=replace(TINY.denoiser, steps=5))
+
+
+def test_every_preset_has_a_recipe():
+    assert PRESETS.keys() == RECIPES.keys()
+    for preset in PRESETS:
+        assert options(preset=preset, autoencoder="folder").recipe.denoiser == RECIPES[preset].denoiser
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "remedy"),
+    [
+        ("preset", "huge", "use one of coco256"),
+        ("steps", 0, "from 1 to 1000000000"),
+        ("steps", 10**9 + 1, "from 1 to 1000000000"),
+        ("steps", 2.0, "whole number"),
+        ("steps", True, "whole number"),
+        ("batch", 65_537, "from 1 to 65536"),
+        ("accumulate", -1, "from 1 to 65536"),
+        ("accumulate", 3, "divisor of the batch of 8"),
+        ("autoencoder_steps", 0, "whole number"),
+        ("save_every", 0, "whole number"),
+        ("save_every", None, "whole number"),
+        ("learning_rate", 0.0, "above 0"),
+        ("learning_rate", math.nan, "above 0"),
+        ("learning_rate", math.inf, "above 0"),
+        ("learning_rate", "fast", "above 0"),
+        ("seed", -1, "from 0 to 4294967295"),
+        ("seed", 1 << 32, "from 0 to 4294967295"),
+        ("dtype", "int8", "use one of auto"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused_with_a_remedy(argument, value, remedy):
+    with pytest.raises(InputError, match=remedy) as error:
+        options(**{argument: value})
+    assert error.value.argument == argument and repr(error.value.value) == repr(value)
+
+
+def test_a_preset_without_an_autoencoder_needs_a_trained_one(tmp_path):
+    with pytest.raises(InputError, match="^preset: 'coco256' needs a trained autoencoder; give autoencoder"):
+        options(preset="coco256")
+    weights = tmp_path / "nnet.pth"
+    weights.touch()
+    with pytest.raises(InputError, match="needs a trained autoencoder"):
+        options(preset="coco256", init=weights)  # a file of U-ViT weights has no codecs
+    assert options(preset="coco256", init=weights, autoencoder="hub/id").recipe.autoencoder is None
+    assert options(preset="coco256", init=tmp_path).init_has_codecs
+
+
+def test_an_autoencoder_beside_a_checkpoint_to_start_from_is_refused(tmp_path):
+    with pytest.raises(InputError, match="^autoencoder: 'other' conflicts with init, .*; leave out one"):
+        options(init=tmp_path, autoencoder="other")
+
+
+def with_codecs(**kinds: str):
+    """The tiny config with modalities of these names and kinds of codec."""
+    modalities = tuple(Modality(name, 16, 4, depth=1) for name in kinds)
+    codecs = {name: CodecConfig(kind) for name, kind in kinds.items()}
+    model, sampling = replace(TINY_CONFIG.model, modalities=modalities), replace(TINY_CONFIG.sampling, order=())
+    return replace(TINY_CONFIG, model=model, codecs=codecs, sampling=sampling)
+
+
+def test_the_image_and_the_text_are_found_by_their_codecs():
+    assert image_and_text(TINY_CONFIG) == ("image", "text")
+    assert image_and_text(with_codecs(words="text", photo="image")) == ("photo", "words")
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"image": "image"},
+        {"text": "text"},
+        {"image": "image", "text": "text", "sketch": "image"},
+        {"image": "image", "sketch": "image"},
+        {"image": "image", "text": "sound"},
+    ],
+    ids=str,
+)
+def test_a_model_of_other_modalities_is_refused(kinds):
+    with pytest.raises(InputError, match="cannot be trained on images with captions; use a model with exactly one"):
+        options(config=with_codecs(**kinds))
+
+
+def test_help_and_bad_options_import_no_torch():
+    program = """if True:
+        import sys
+        from engine import train
+        for arguments in (["--help"], ["--data", "data", "--out", "run", "--steps", "0"]):
+            try:
+                assert train.main(arguments) == 2
+            except SystemExit as stop:
+                assert stop.code == 0
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--steps: 0 is out of range" in done.stderr, done.stderr
+
+
+WORDS = ("red", "blue", "car", "dog")
+CAPTIONS = [["red car", "car"], ["blue dog"], ["dog"], ["red _ dog", "blue"]]
+
+
+def examples(**recipe) -> Examples:
+    vectors = torch.arange(5.0)[:, None].repeat(1, 8)  # [V, C]: a word's vector is its index
+    latents = torch.arange(10, 14).half()[:, None, None].expand(4, 16, 4).contiguous()  # of image i: 10 + i
+    cache = LatentCache(latents, [0, 1, 2, 3], CAPTIONS)
+    return Examples(cache, TextCodec((END, *WORDS), vectors), TINY_CONFIG, replace(TINY, **recipe))
+
+
+def drawn(made: Examples, seed: int = 0, times: int = 50) -> tuple[list[int], list[str], torch.Tensor | None]:
+    """Images, captions and token weights of an epoch, drawn several times."""
+    indices = list(range(len(made))) * times
+    x0, weights = made.batch(indices, torch.Generator().manual_seed(seed))
+    image, text = (x0[:, part] for part in TINY_CONFIG.model.state_slices.values())
+    assert x0.dtype == torch.float32 and (image == image[:, :1]).all()
+    words = [[(END, *WORDS)[int(v)] for v in row[::8]] for row in text]
+    return [int(v) - 10 for v in image[:, 0]], [" ".join(w for w in row if w != END) for row in words], weights
+
+
+def test_an_image_comes_with_each_of_its_captions():
+    images, captions, weights = drawn(examples())
+    pairs = Counter(zip(images, captions, strict=True))
+    assert set(pairs) == {(0, "red car"), (0, "car"), (1, "blue dog"), (2, "dog"), (3, "red dog"), (3, "blue")}
+    assert 10 < pairs[0, "car"] < 40 and 10 < pairs[3, "blue"] < 40 and weights is None
+
+
+def test_first_captions_are_drawn_as_often_as_the_recipe_says():
+    assert set(drawn(examples(first_caption=1.0))[1]) == {"red car", "blue dog", "dog", "red dog"}
+    pairs = Counter(drawn(examples(first_caption=0.5), times=400)[1])
+    assert 0.65 < pairs["red car"] / (pairs["red car"] + pairs["car"]) < 0.85  # 0.5 + 0.5/2
+
+
+def test_the_generator_decides_which_captions_are_drawn():
+    assert drawn(examples(), seed=1)[1] == drawn(examples(), seed=1)[1] != drawn(examples(), seed=2)[1]
+
+
+def test_captions_have_equal_weights_if_the_recipe_says_so():
+    _, captions, weights = drawn(examples(captions_alike=True))
+    image, text = weights[:, :16], weights[:, 16:]
+    assert (image == 1).all() and torch.allclose(text.sum(1), torch.tensor(6.0))
+    one, two = captions.index("car"), captions.index("red car")
+    assert text[one, 0] == text[one, 1] > text[one, 2] and text[two, 2] > text[two, 3]
+
+
+def test_images_of_rare_words_are_repeated_and_none_is_left_out():
+    captions = ["ghost", *["person, tall"] * 3, *["person, short"] * 30, "", "Ghost house"]
+    shown = Counter(with_repeats(captions, 4))
+    assert set(shown) == set(range(len(captions)))
+    assert shown[0] == 3 and shown[35] == 4  # two captions have "ghost", one has "house": 4/√2, 4/√1
+    assert [shown[i] for i in (1, 4, 34)] == [2, 1, 1]  # 4/√3, 4/√30
+    assert with_repeats(captions, 1) == list(range(len(captions)))
+
+
+def test_the_repeats_are_the_recipes():
+    images, _, _ = drawn(examples(repeats=4), times=1)
+    # In first captions "car" and "blue" are once, "red" is twice, "dog" three times: 4/√1, 4/√1, 4/√3, 4/√2.
+    assert Counter(images) == {0: 4, 1: 4, 2: 2, 3: 3}
+
+
+def test_captions_are_shortened_to_what_the_model_takes():
+    assert shortened("Red car, blue dog", 3) == "red car blue"
+    assert shortened("red _ dog", 6) == "red dog" and shortened("?!", 6) == ""
+
+
+def test_words_outside_the_vocabulary_are_refused():
+    cache = LatentCache(torch.zeros(1, 16, 4), [0], [["green"]])
+    with pytest.raises(InputError, match="^data: 'green' is not in the vocabulary"):
+        Examples(cache, TextCodec((END, *WORDS), torch.zeros(5, 8)), TINY_CONFIG, TINY)
