@@ -1,6 +1,6 @@
-"""Benchmarks and experiments; see RESULTS.md for what they found and NOTES.md for what was learned on the way.
+"""Benchmarks and experiments; RESULTS.md has their results, NOTES.md what else was measured and tried.
 
-pytest benchmarks/                  timings, contenders against each other
-python -m benchmarks.report         RESULTS.md and its plots from stored runs
-python -m benchmarks.experiments    the paper's comparisons, trained and measured
+pytest benchmarks/                  timings of contenders against each other
+python -m benchmarks.report         writes RESULTS.md and its plots from stored runs
+python -m benchmarks.experiments    the paper's comparisons: trains models and measures their quality
 """

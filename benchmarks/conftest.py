@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks, and what every stored run says of its machine."""
+"""Fixtures of the benchmarks, and what every stored run records of its machine."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.race import CLOCK, Contender, Timing, heat, record
-from engine.device import resolve
+from benchmarks.race import CLOCK, Contender, Timing, record, time_in_turns
+from benchmarks.workloads import presets
+from engine.device import ceilings, resolve_device, resolve_dtype
+from engine.presets import PRESETS
+
+CEILING_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,22 +24,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Found out before the first benchmark loads and heats the machine.
-    config.engine_device, config.engine_dtype = resolve(config.getoption("device"), config.getoption("dtype"))
-    config.engine_facts, config.ceilings = machine.facts(config.engine_device), machine.ceilings(config.engine_device)
+    # Before the first benchmark, which puts load on the machine and heats it up.
+    device = resolve_device(config.getoption("device"))
+    config.engine_full = device.type == "cuda" or config.getoption("full")
+    model = PRESETS[presets(config.engine_full)].model
+    config.engine_device, config.engine_dtype = device, resolve_dtype(config.getoption("dtype"), device, model)
+    config.engine_facts, config.ceilings = machine.facts(device), ceilings(device, CEILING_DTYPES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-        # Third parties deprecate and compilers warn; a benchmark measures them as they are.
+        # Deprecations in other packages and warnings of compilers are not what a benchmark looks for.
         item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    after = machine.ceilings(config.engine_device)  # of two tries some minutes apart the better one
-    ceilings = {name: max(rate, after[name]) for name, rate in config.ceilings.items()}
-    machine_info["engine"] = config.engine_facts | {"ceilings": ceilings}
+    after = ceilings(config.engine_device, CEILING_DTYPES)  # the better of two measurements, some minutes apart
+    best = {name: max(rate, after[name]) for name, rate in config.ceilings.items()}
+    machine_info["engine"] = config.engine_facts | {"ceilings": best}
 
 
 @pytest.fixture(scope="session")
@@ -49,36 +56,36 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture(scope="session")
-def full(request, device) -> bool:
+def full(request) -> bool:
     """Whether to run the paper's sizes, or small ones that suit a CPU."""
-    return device.type == "cuda" or request.config.getoption("full")
+    return request.config.engine_full
 
 
 @pytest.fixture(scope="session")
-def heats() -> dict[str, tuple[dict[str, Contender | str], dict[str, Timing]]]:
-    """Heats that were run already: the contenders and their times, by group."""
+def timed_groups() -> dict[str, tuple[dict[str, Contender | str], dict[str, Timing]]]:
+    """Groups that were timed already: the contenders and their times, by group."""
     return {}
 
 
 @pytest.fixture
-def compete(request, benchmark, device, dtype, heats) -> Callable:
-    """`compete(group, name, build)` reports contender `name` of the heat of `build()`, which is run at most once.
+def compete(request, benchmark, device, dtype, timed_groups) -> Callable:
+    """`compete(group, name, build)` reports contender `name` of the contenders of `build()`, timed at most once.
 
-    `build` returns {name: Contender, or the reason why it cannot take part}. One that computes something else than it
-    should is not timed, and its test fails.
+    `build` returns {name: Contender, or the reason why it cannot take part}. One whose result is not the expected one
+    is not timed, and its test fails.
     """
 
     def report(group: str, name: str, build: Callable[[], dict[str, Contender | str]]) -> None:
-        if group not in heats:
+        if group not in timed_groups:
             with torch.set_grad_enabled(group.startswith("training")):
                 contenders = build()
                 running = {n: c for n, c in contenders.items() if isinstance(c, Contender)}
-                errors = {n: error for n, c in running.items() if (error := c.wrong())}
-                timings = heat({n: c for n, c in running.items() if n not in errors}, device, seconds)
-            # Models and inputs of this heat are of no use to the next one.
+                errors = {n: error for n, c in running.items() if (error := c.mismatch())}
+                timings = time_in_turns({n: c for n, c in running.items() if n not in errors}, device, seconds)
+            # Models and inputs are dropped: the next group does not need them.
             kept = {n: replace(c, run=lambda: None, expected=None) for n, c in running.items()}
-            heats[group] = contenders | kept | errors, timings
-        contenders, timings = heats[group]
+            timed_groups[group] = contenders | kept | errors, timings
+        contenders, timings = timed_groups[group]
         contender = contenders[name]
         if isinstance(contender, str) and contender.startswith("computes"):
             pytest.fail(f"{name} {contender}")

@@ -1,14 +1,15 @@
-"""The paper's comparisons, one command each, which trains or loads, measures, and writes a table and a picture.
+"""The paper's comparisons: each command trains or loads models, measures them, and stores a table.
 
-    architecture  PS-U-Net against U-ViT-multi, at equal parameters and at equal compute
-    depths        PS-U-Nets of (N_text, N_image, N_shared) at equal parameters
-    masking       infilling with more and more of the image, of the text, or of both masked
-    guidance      quality against diversity over the guidance scale, for all ways of guidance and conditioning
+    architecture    PS-U-Net against U-ViT-multi, at equal parameters and at equal compute
+    depths          PS-U-Nets of (N_text, N_image, N_shared) at equal parameters
+    masking         infilling with growing shares of the image, of the text, or of both masked
+    guidance        quality against diversity over the guidance scale, for all kinds of guidance and conditioning
     approximations  quality against time: fewer steps, a step cache, a guidance interval
 
-python -m benchmarks.experiments architecture --data data/emoji --steps 2000 --seeds 0 1
+    python -m benchmarks.experiments architecture --data data/emoji --steps 2000 --seeds 0 1
 
 On emoji the metrics are those of `engine.evaluate`; with `--features` (photos) a Fréchet distance, BLEU-4 and word F1.
+`python -m benchmarks.report` adds the table and its plots to RESULTS.md.
 """
 
 import argparse
@@ -18,50 +19,47 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.plots import plot_curves
-from benchmarks.sweeps import approximation_sweep, guidance_sweep, masking_sweep
-from benchmarks.trials import Data, race, read_data, trained
-from benchmarks.workloads import equal_compute, equal_parameters, forward_flops, u_vit_config
-from engine import Engine
+from benchmarks.options import ExperimentOptions
+from benchmarks.sweeps import approximation_sweep, guidance_sweep, masking_sweep, reconditioned
+from benchmarks.trials import Data, compare_models, read_data, trained
+from benchmarks.workloads import equal_compute, equal_parameters, u_vit_config
+from engine import Engine, checkpoint
+from engine.checkpoint import BUILT_IN, Checkpoint
+from engine.command import Parser, name, path, refuse
 from engine.device import resolve
+from engine.errors import InputError
+from engine.model.cost import forward_flops
+from engine.presets import PRESETS
 
-ERRORS = (
-    "Image error and text error: the mean square error of the model's prediction of one modality, held-out pictures, "
-    "at evenly spaced times, the other modality known."
-)
-GRID = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # (N_text, N_image); N_shared takes what is left
+COMMAND = "python -m benchmarks.experiments"
+GRID = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # (N_text, N_image); N_shared is what is left
 
 
-def architecture(data: Data, options: argparse.Namespace) -> dict:
+def architecture(data: Data, options: ExperimentOptions) -> dict:
     config = data.config
-    same = replace(config, diffusion=replace(config.diffusion, times="independent"))
-    tokens = replace(same, model=replace(same.model, time="token"))
-    parameters_, compute = equal_parameters(config.model), equal_compute(config.model)
-    fewer = round(options.steps * forward_flops(config.model, 1) / forward_flops(parameters_, 1))
+    independent = replace(config, diffusion=replace(config.diffusion, time_sampling="independent"))
+    tokens = replace(independent, model=replace(independent.model, time_conditioning="token"))
+    same_parameters, same_compute = equal_parameters(config.model), equal_compute(config.model)
+    fewer = round(options.steps * forward_flops(config.model, 1) / forward_flops(same_parameters, 1))
     variants = {
         "PS-U-Net": config,
-        "PS-U-Net, independent times": same,
+        "PS-U-Net, independent times": independent,
         "PS-U-Net, independent times, time tokens": tokens,
-        "U-ViT-multi, equal parameters": u_vit_config(config, parameters_),
-        "U-ViT-multi, equal parameters, equal training compute": u_vit_config(config, parameters_),
-        "U-ViT-multi, equal compute a forward": u_vit_config(config, compute),
+        "U-ViT-multi, equal parameters": u_vit_config(config, same_parameters),
+        "U-ViT-multi, equal parameters, equal training compute": u_vit_config(config, same_parameters),
+        "U-ViT-multi, equal compute a forward": u_vit_config(config, same_compute),
     }
     steps = dict.fromkeys(variants, options.steps) | {"U-ViT-multi, equal parameters, equal training compute": fewer}
-    return {
-        "title": "PS-U-Net against U-ViT-multi",
-        "note": "Same data, seeds, batches, optimiser and noise schedule; the learning rate was chosen for PS-U-Net. "
-        "PS-U-Net as its preset trains it; with the U-ViT's independent times; and with its time tokens, too, so that "
-        f"nothing but the sharing of blocks differs. {ERRORS}",
-        **race(variants, steps, data, options),
-    }
+    return compare_models(variants, steps, data, options)
 
 
-def depths(data: Data, options: argparse.Namespace) -> dict:
+def depths(data: Data, options: ExperimentOptions) -> dict:
     model = data.config.model
     blocks = model.shared_depth + sum(2 * m.depth for m in model.modalities)
     variants = {}
@@ -72,84 +70,62 @@ def depths(data: Data, options: argparse.Namespace) -> dict:
             modalities = tuple(replace(m, depth=depth[m.name]) for m in model.modalities)
             variant = replace(model, modalities=modalities, shared_depth=shared)
             variants[f"{text}/{image}/{shared}"] = replace(data.config, model=variant)
-    return {
-        "title": "Depths (N_text/N_image/N_shared) at equal parameters",
-        "note": f"{blocks} blocks and as many skips each, so equally many parameters; the cost of a forward differs. "
-        + ERRORS,
-        **race(variants, dict.fromkeys(variants, options.steps), data, options),
-    }
+    return compare_models(variants, dict.fromkeys(variants, options.steps), data, options)
 
 
-def masking(data: Data, options: argparse.Namespace) -> dict:
-    rows = _over_seeds(options, data, lambda engine, seed: masking_sweep(
-        engine, data.test, options.ratios, options.sampling_steps, seed))  # fmt: skip
-    return {
-        "title": "Joint infilling by the masked share",
-        "note": "Random tokens of the picture, random words of the name, or both are masked; measured inside. "
-        "A ratio of 0 has nothing to generate and is left out. How many words a name has is always given; at ratio 1, "
-        "both, nothing else is.",
-        "rows": rows,
-        "plots": {"": lambda path: plot_curves([(rows, "RMSE"), (rows, "word accuracy")], "ratio", "masked", path)},
-    }
+def masking(data: Data, options: ExperimentOptions) -> dict:
+    with _engine(_checkpoint(data, options), options) as engine:
+        return _over_seeds(
+            options,
+            lambda seed: masking_sweep(engine, data.test, options.ratios, options.sampling_steps, seed),
+        )
 
 
-def guidance(data: Data, options: argparse.Namespace) -> dict:
-    rows = _over_seeds(options, data, lambda engine, seed: guidance_sweep(
-        engine, data.test, data.gallery, data.features, options.scales, options.sampling_steps, seed))  # fmt: skip
-    return {
-        "title": "Guidance: quality against diversity",
-        "note": "The same model throughout. Text-to-image: masked and empty-token guidance, both with known parts "
-        "renoised and clean; the model was trained for one of these four only. Joint: two passes that take turns "
-        "(alternate) and UniDiffuser's 1 + 2. Quality is "
-        + ("a Fréchet distance" if data.features else "retrieval@1 of the name (joint: word F1 with the name of the "
-           "nearest picture)")
-        + "; diversity the RMS difference of samples, of one name each or of all joint ones, in levels.",
-        "rows": rows,
-        "plots": {"": lambda path: plot_curves(
-            [([r for r in rows if r["task"] == task], "quality") for task in ("text-to-image", "joint")],
-            "diversity", "guidance", path,
-        )},
-    }  # fmt: skip
+def guidance(data: Data, options: ExperimentOptions) -> dict:
+    loaded = _checkpoint(data, options)
+    with _engine(loaded, options) as engine, _engine(reconditioned(loaded), options) as other:
+        return _over_seeds(
+            options,
+            lambda seed: guidance_sweep(
+                engine, other, data.test, data.gallery, data.features, options.scales, options.sampling_steps, seed
+            ),
+        )
 
 
-def approximations(data: Data, options: argparse.Namespace) -> dict:
-    rows = _over_seeds(options, data, lambda engine, seed: approximation_sweep(engine, data.test, data.gallery, seed))
-    return {
-        "title": "Approximations: quality against time",
-        "note": "The same names drawn and pictures told at 4, 8 and 16 steps, plainly and with each approximation. "
-        "Seconds are those of a sample's steps, all samples in one batch; compare them within one run only.",
-        "rows": rows,
-        "plots": {"": lambda path: plot_curves(
-            [([r | {"seconds": r["seconds drawing"]} for r in rows], "retrieval@1"),
-             ([r | {"seconds": r["seconds telling"]} for r in rows], "word F1")],
-            "seconds", "approximation", path,
-        )},
-    }  # fmt: skip
+def approximations(data: Data, options: ExperimentOptions) -> dict:
+    with _engine(_checkpoint(data, options), options) as engine:
+        return _over_seeds(options, lambda seed: approximation_sweep(engine, data.test, data.gallery, seed))
 
 
-def _over_seeds(options: argparse.Namespace, data: Data, sweep) -> list[dict]:
-    """The rows of a sweep over one model, numbers as means over the seeds, and the spread of the first metric."""
-    name_of_dtype = str(options.dtype).removeprefix("torch.")
+def _checkpoint(data: Data, options: ExperimentOptions) -> Checkpoint:
+    """The model to measure: one that is trained for so many steps, or one that exists."""
     if options.checkpoint is None and options.steps is not None:
-        engine = trained("PS-U-Net", data.config, options.steps, options.seeds[0], data, options)
-    else:
-        engine = Engine.from_pretrained(options.checkpoint, device=str(options.device), dtype=name_of_dtype)
-    found, started = [], time.perf_counter()
-    with engine:
-        for i, seed in enumerate(options.seeds, 1):
-            found.append(sweep(engine, seed))
-            left = (time.perf_counter() - started) / i * (len(options.seeds) - i) / 60
-            print(f"seed {seed} done; about {left:.0f} minutes left", flush=True)
+        return trained("PS-U-Net", data.config, options.steps, options.seeds[0], data, options)
+    return checkpoint.load(options.checkpoint or BUILT_IN)
+
+
+def _engine(loaded: Checkpoint, options: ExperimentOptions) -> Engine:
+    return Engine(loaded, options.device, options.dtype)
+
+
+def _over_seeds(options: ExperimentOptions, sweep: Callable[[int], list[dict]]) -> dict:
+    """The rows of a sweep over one model: every metric as its mean over the seeds, with its standard deviation."""
+    sweeps, started = [], time.perf_counter()
+    for i, seed in enumerate(options.seeds, 1):
+        sweeps.append(sweep(seed))
+        left = (time.perf_counter() - started) / i * (len(options.seeds) - i) / 60
+        print(f"seed {seed} done; about {left:.0f} minutes left", flush=True)
     rows = []
-    for several in zip(*found, strict=True):
+    for rows_of_seeds in zip(*sweeps, strict=True):
         row = {}
-        for key, value in several[0].items():
-            numbers = isinstance(value, float) and key not in ("ratio", "scale")  # those are what was set
-            row[key] = statistics.mean(r[key] for r in several) if numbers else value
-            if numbers:
-                row[f"± {key}"] = statistics.stdev(r[key] for r in several) if len(several) > 1 else "one seed"
+        for key, value in rows_of_seeds[0].items():
+            is_metric = isinstance(value, float) and key not in ("ratio", "scale")  # those are settings
+            values = [r[key] for r in rows_of_seeds]
+            row[key] = statistics.mean(values) if is_metric else value
+            if is_metric:
+                row[f"± {key}"] = statistics.stdev(values) if len(values) > 1 else "one seed"
         rows.append(row)
-    return rows
+    return {"rows": rows}
 
 
 EXPERIMENTS = {
@@ -161,74 +137,19 @@ EXPERIMENTS = {
 }
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.experiments", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("experiment", choices=list(EXPERIMENTS))
-    add("--data", type=Path, required=True, metavar="DIR", help="pictures and captions, MS-COCO captions layout")
-    add("--preset", choices=["emoji", "coco256", "tiny"], default="emoji", help="default: %(default)s")
-    add("--size", type=int, help="pixels a side, if not the preset's")
-    add("--autoencoder", metavar="DIR", help="a diffusers autoencoder, and word vectors trained on --data, instead of "
-        "the built-in model's")  # fmt: skip
-    add(
-        "--features", type=Path, metavar="FILE", help="a Python file whose load() gives a network for Fréchet distances"
-    )
-    add("--checkpoint", type=Path, metavar="DIR", help="masking, guidance: the model; default: the built-in one")
-    add("--steps", type=int, help="of training; masking, guidance: train a model instead of loading one")
-    add("--batch", type=int, help="of training; default: the preset's")
-    add("--points", type=int, default=4, help="of training at which errors are taken (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0])
-    add("--count", type=int, default=96, help="held-out pictures to measure on (default: %(default)s)")
-    add("--sampling-steps", type=int, default=25)
-    add("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 1.0])
-    add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0])
-    add("--compile", action="store_true", help="torch.compile the denoiser in training")
-    add("--device", default="auto")
-    add("--dtype", default="auto")
-    add("--out", type=Path, default=Path("runs/experiments"), help="trained models (default: %(default)s)")
-    add("--results", type=Path, default=Path(__file__).parent / "results", help="tables and pictures")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = _parse(arguments)
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        stored = run(options, f"python -m benchmarks.experiments {shlex.join(given)}")
-    except ValueError as error:
-        print(f"benchmarks.experiments: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(stored["rows"], indent=1))
-    return 0
-
-
-def run(options: argparse.Namespace, command: str) -> dict:
-    """Runs one experiment and writes RESULTS/experiment-NAME.json and .png."""
-    if options.experiment in ("architecture", "depths") and (options.steps is None or options.steps < 1):
-        raise ValueError(f"--steps: {options.steps} does not work; say how many steps to train, 1 or more")
-    if options.features is not None and not options.autoencoder:
-        raise ValueError("--autoencoder: photos need one beside --features; give its folder")
-    for argument, smallest in (("count", 2), ("sampling_steps", 1), ("batch", 1), ("size", 8), ("points", 1)):
-        value = getattr(options, argument)
-        if value is not None and value < smallest:
-            raise ValueError(f"--{argument.replace('_', '-')}: {value} does not work; use {smallest} or more")
-    if not all(0 < ratio <= 1 for ratio in options.ratios):
-        raise ValueError(f"--ratios: {options.ratios} do not work; use numbers above 0 and up to 1")
-    options.device, options.dtype = resolve(options.device, options.dtype)
-    # Before the work: it makes load, and its results change files.
+def run(options: ExperimentOptions, command: str) -> dict:
+    """Runs one experiment and writes RESULTS/experiment-NAME.json."""
+    # Before the work, which puts load on the machine and whose results change files.
     before = machine.facts(options.device) | {"dtype": str(options.dtype).removeprefix("torch.")}
     commit = _commit()
-    found = EXPERIMENTS[options.experiment](read_data(options), options)
-    name = f"experiment-{options.experiment}-{options.preset}"
-    options.results.mkdir(parents=True, exist_ok=True)
-    pictures = {f"{name}{suffix}.png": plot for suffix, plot in found.pop("plots").items()}
-    for file, plot in pictures.items():
-        plot(options.results / file)
+    measured = EXPERIMENTS[options.experiment](read_data(options), options)
     stored = {
-        "experiment": options.experiment, **found, "pictures": list(pictures), "command": command,
-        "commit": commit, "date": datetime.now(timezone.utc).isoformat(), "machine": before,
+        "experiment": options.experiment, **measured, "command": command, "commit": commit,
+        "date": datetime.now(timezone.utc).isoformat(), "machine": before,
     }  # fmt: skip
-    (options.results / f"{name}.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    file = options.results / f"experiment-{options.experiment}-{options.preset}.json"
+    options.results.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     return stored
 
 
@@ -237,6 +158,51 @@ def _commit() -> str:
     command = ["git", "describe", "--always", "--abbrev=10", "--match", "", "--dirty=+"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(COMMAND, description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("experiment", choices=list(EXPERIMENTS))
+    add("--data", type=path, required=True, metavar="DIR", help="images and captions, MS-COCO captions layout")
+    add("--preset", choices=["emoji", "coco256", "tiny"], default="emoji", help="default: %(default)s")
+    add("--size", type=int, help="pixels a side, if not the preset's")
+    add("--autoencoder", type=name, metavar="DIR", help="a diffusers autoencoder, used with word vectors trained on "
+        "--data; default: both of the built-in model")  # fmt: skip
+    add("--features", type=path, metavar="FILE", help="Python file whose load() gives a network for Fréchet distances")
+    add("--checkpoint", type=path, metavar="DIR", help="masking, guidance, approximations: the model; default: the "
+        "built-in one")  # fmt: skip
+    add("--steps", type=int, help="of training; masking, guidance, approximations: train a model instead of loading it")
+    add("--batch", type=int, help="of training; default: the preset's")
+    add("--points", type=int, default=4, help="of training at which errors are measured (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--count", type=int, default=96, help="held-out images to measure on (default: %(default)s)")
+    add("--sampling-steps", type=int, default=25)
+    add("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 1.0], help="of masking")
+    add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0], help="of guidance")
+    add("--compile", action="store_true", help="torch.compile the denoiser in training")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", default="auto", help="auto, float32 or bfloat16")
+    add("--out", type=path, default=Path("runs/experiments"), help="trained models (default: %(default)s)")
+    add("--results", type=path, default=Path(__file__).parent / "results", help="stored tables")
+    return parser.parse_args(arguments)
+
+
+def options_of(parsed: argparse.Namespace) -> ExperimentOptions:
+    """What was parsed, checked; raises InputError."""
+    device, dtype = resolve(parsed.device, parsed.dtype, PRESETS[parsed.preset].model)
+    return ExperimentOptions(**vars(parsed) | {"device": device, "dtype": dtype})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parse(arguments)
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    try:
+        stored = run(options_of(parsed), f"{COMMAND} {given}")
+    except InputError as error:
+        return refuse(COMMAND, error, vars(parsed))
+    print(json.dumps(stored["rows"], indent=1))
+    return 0
 
 
 if __name__ == "__main__":

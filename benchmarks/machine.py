@@ -1,47 +1,31 @@
-"""What a benchmark ran on: the device's facts, the ceilings measured on it, and its energy counter."""
+"""What a benchmark ran on: facts about the device, and its energy counter."""
 
 import os
 import platform
-import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from engine.device import resolve
+from engine.device import processor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = ("torch", "triton", "xformers", "diffusers", "numpy")
 
 
 def facts(device: torch.device) -> dict:
-    """Device, driver, threads, load and versions; to be taken before the work whose load would be counted too."""
-    found = {"device": _processor(), "driver": "n/a", "threads": torch.get_num_threads()}
+    """Device, driver, threads, load and versions; call it before the work, whose load would be counted too."""
+    known = {"device": _cpu(), "driver": "n/a", "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        found = {"device": torch.cuda.get_device_name(device), "driver": "n/a", "cuda": torch.version.cuda}
+        known = {"device": torch.cuda.get_device_name(device), "driver": "n/a", "cuda": torch.version.cuda}
         if meter := PowerMeter.open(device):
-            found |= meter.facts()
-    found["load before"] = round(os.getloadavg()[0], 1)  # what else ran: shared cores make noisy times
-    found["python"] = platform.python_version()
+            known |= meter.facts()
+    known["load before"] = round(os.getloadavg()[0], 1)  # of other processes: shared cores make noisy times
+    known["python"] = platform.python_version()
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "n/a"
-    return found
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """The best of several tries: copied bytes/s (reads and writes) and matmul FLOP/s of each dtype."""
-    cuda = device.type == "cuda"
-    source = torch.empty((1 << 30) if cuda else (1 << 27), dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    found = {"copy": 2 * source.numel() / _fastest(lambda: target.copy_(source), device)}
-    size = 8192 if cuda else 1024
-    for name, dtype in DTYPES.items():
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found[name] = 2 * size**3 / _fastest(lambda a=a, b=b: a @ b, device)
-    return found
+            known[package] = "n/a"
+    return known
 
 
 class PowerMeter:
@@ -49,11 +33,11 @@ class PowerMeter:
 
     def __init__(self, nvml, handle):
         self._nvml, self._handle = nvml, handle
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # not on every GPU: fails here if not on this one
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # fails here on a GPU that has no such counter
 
     @classmethod
     def open(cls, device: torch.device) -> "PowerMeter | None":
-        """None where there is no NVML, or a GPU that does not count."""
+        """None where there is no NVML, or a GPU without an energy counter."""
         if device.type != "cuda":
             return None
         import pynvml
@@ -79,29 +63,8 @@ class PowerMeter:
         }
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _fastest(run: Callable[[], object], device: torch.device, tries: int = 8) -> float:
-    """Seconds of the fastest call, each measured over several."""
-    best, repeats = float("inf"), 3
-    for _ in range(tries):
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        synchronize(device)
-        best = min(best, (time.perf_counter() - started) / repeats)
-    return best
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    native = ", native bfloat16" if resolve("cpu", "auto")[1] == torch.bfloat16 else ""
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{native}"
+def _cpu() -> str:
+    # Private, but older than the public torch.cpu.get_capabilities, which the oldest release allowed may not have.
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = ", native bfloat16" if has_bfloat16 else ""
+    return f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{native}"

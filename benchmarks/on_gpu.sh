@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU, from the repository root: tests, measurements and benchmarks, results into OUT.
+# Tests, measurements and benchmarks on a machine with an NVIDIA GPU; results go to OUT. Run it in the repository root.
 #
-#     bash benchmarks/on_gpu.sh OUT [tests|kernels|engine|photos]...    all four, in this order, where none is named
+#     bash benchmarks/on_gpu.sh OUT [tests|kernels|engine|photos]...    default: all four, in this order
 #
 # Each part ends within ten minutes. photos trains on PHOTOS (MS-COCO captions layout) with AUTOENCODER and FEATURES
-# (see `python -m benchmarks.experiments --help`), for STEPS steps of each model.
+# (see `python -m benchmarks.experiments --help`), STEPS steps of each model.
 set -uo pipefail
-out="${1:?where to put the results}"
+out="${1:?name the folder for the results}"
 python="${PYTHON:-.venv/bin/python}"
 failed=0
 
-run() { # run NAME COMMAND...: output into OUT/NAME.txt, its end also to the screen; a part has 590 seconds
+run() { # run NAME COMMAND...: writes its output to OUT/NAME.txt and prints the end of it; a part has 590 seconds
     local name="$1" left=$((590 - SECONDS)) status=0
     shift
     timeout "$((left > 1 ? left : 1))" "$@" > "$out/$name.txt" 2>&1 || status=$?
@@ -28,11 +28,11 @@ tests() {
                 tests/test_triton.py -m "not gpu" -k "(and_its_gradient or table or step) and bfloat16"
         done
     else
-        echo "compute-sanitizer: not installed, so neither memcheck nor racecheck ran" | tee "$out/sanitizer.txt"
+        echo "compute-sanitizer: not installed; memcheck and racecheck did not run" | tee "$out/sanitizer.txt"
     fi
 }
 
-kernels() { # all that comes later dispatches by what is measured first
+kernels() { # the measurement comes first: the later parts choose kernels by it
     run measure "$python" -m engine.kernels.measure --out kernels/measured.json
     cp kernels/measured.json "$out" || failed=1
     run kernels "$python" -m pytest benchmarks/test_kernels.py --benchmark-json "$out/results/kernels.json"
@@ -49,7 +49,7 @@ photos() {
             --autoencoder "$AUTOENCODER" --features "$FEATURES" --steps "${STEPS:-200}" --batch 64 \
             --out "$out/runs" --results "$out/results"
     else
-        echo "photos: left out; set PHOTOS, AUTOENCODER and FEATURES to run it" | tee "$out/photos.txt"
+        echo "photos: skipped; set PHOTOS, AUTOENCODER and FEATURES to run it" | tee "$out/photos.txt"
     fi
     run report "$python" -m benchmarks.report --results "$out/results" --out "$out/RESULTS.md"
 }
@@ -59,7 +59,7 @@ shift
 for part in "$@"; do
     case "$part" in
         tests | kernels | engine | photos) ;;
-        *) echo "on_gpu.sh: there is no part '$part'; use tests, kernels, engine or photos" >&2; exit 2 ;;
+        *) echo "on_gpu.sh: '$part' is not a part; use tests, kernels, engine or photos" >&2; exit 2 ;;
     esac
 done
 mkdir -p "$out/results"

@@ -1,34 +1,55 @@
-"""The plots of a stored run, as PNG: comparison bars, latency against batch, pictures/s against steps, roofline."""
+"""The plots of stored runs, as PNG: bars, latency against batch, images/s against steps, roofline, experiments."""
 
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+KINDS = ("forward", "loop", "sampling", "joint order", "hand-over", "training")  # of groups; any others are kernels
+
 
 def plot_run(run: dict, groups: dict[str, list[dict]], stem: Path) -> list[Path]:
-    """Writes STEM-*.png for what the run has measured, and returns their paths; `groups` holds flat result rows."""
+    """Writes STEM-*.png for what a run has measured, and returns their paths; `groups` holds flat result rows."""
     ceilings = run["machine_info"]["engine"]["ceilings"]
-    kinds = {kind: {g: r for g, r in groups.items() if g.startswith(f"{kind},")} for kind in ("forward", "loop",
-             "sampling", "training")}  # fmt: skip
-    kinds["kernels"] = {g: r for g, r in groups.items() if not g.startswith(("energy", "start", *kinds))}
+    kinds = {kind: {g: r for g, r in groups.items() if g.startswith(f"{kind},")} for kind in KINDS}
+    kinds["kernels"] = {g: r for g, r in groups.items() if not g.startswith(("energy", "start", *KINDS))}
     written = []
-    for kind, found in kinds.items():
-        if found:
-            written.append(_save(_bars(found), stem, f"bars-{kind}"))
+    for kind, rows_of_kind in kinds.items():
+        if rows_of_kind:
+            written.append(_save(_bars(rows_of_kind), stem, f"bars-{kind.replace(' ', '-')}"))
     tasks = [row for g, rows in groups.items() for row in rows if "task" in row and "steps" not in g.split(",")[1]]
     if tasks:
         written.append(_save(_lines(tasks, "batch", "median", "seconds", "task"), stem, "latency"))
     steps = [row for g, rows in groups.items() for row in rows if g.startswith("sampling, steps")]
     if steps:
-        written.append(_save(_lines(steps, "steps", "pictures_per_second", "pictures/s", "task"), stem, "steps"))
+        written.append(_save(_lines(steps, "steps", "images_per_second", "images/s", "task"), stem, "steps"))
     points = [row for rows in groups.values() for row in rows if "flops" in row and "bytes" in row]
     if points:
         written.append(_save(_roofline(points, ceilings, groups), stem, "roofline"))
     return written
 
 
-def plot_bars(rows: list[dict], name: str, metrics: tuple[str, ...], path: Path) -> None:
+def plot_experiment(stored: dict, stem: Path) -> list[Path]:
+    """Writes STEM*.png for an experiment, and returns their paths."""
+    rows, experiment = stored["rows"], stored["experiment"]
+    if experiment in ("architecture", "depths"):
+        metrics = [key.removeprefix("± ") for key in rows[0] if key.startswith("± ")]
+        panels = [(stored["curve"], metric) for metric in metrics if metric in stored["curve"][0]]
+        bars, curves = _metric_bars(rows, "model", metrics), _curves(panels, "training PFLOP", "model")
+        return [_save(bars, stem), _save(curves, stem, "training")]
+    if experiment == "masking":
+        return [_save(_curves([(rows, "RMSE"), (rows, "word accuracy")], "ratio", "masked"), stem)]
+    if experiment == "guidance":
+        tasks = [([row for row in rows if row["task"] == task], "quality") for task in ("text-to-image", "joint")]
+        return [_save(_curves(tasks, "diversity", "guidance"), stem)]
+    assert experiment == "approximations", experiment
+    panels = []
+    for task, metric in (("text-to-image", "retrieval@1"), ("image-to-text", "word F1")):
+        panels.append(([row | {"seconds": row[f"seconds {task}"]} for row in rows], metric))
+    return [_save(_curves(panels, "seconds", "approximation"), stem)]
+
+
+def _metric_bars(rows: list[dict], name: str, metrics: list[str]) -> Figure:
     """A panel of bars for each metric; the whiskers are `± metric` where that is a number."""
     figure = Figure(figsize=(4.5 * len(metrics), 0.4 * len(rows) + 1.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -38,10 +59,10 @@ def plot_bars(rows: list[dict], name: str, metrics: tuple[str, ...], path: Path)
         axes.barh([row[name] for row in rows], [row[metric] for row in rows], xerr=spread, color="tab:blue")
         axes.set_xlabel(metric)
     panels[0].invert_yaxis()
-    figure.savefig(path, format="png")
+    return figure
 
 
-def plot_curves(panels: list[tuple[list[dict], str]], x: str, series: str, path: Path) -> None:
+def _curves(panels: list[tuple[list[dict], str]], x: str, series: str) -> Figure:
     """A panel for each (rows, y); in it a line for each value of `series` among the rows that have y."""
     figure = Figure(figsize=(6 * len(panels), 4.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,11 +76,11 @@ def plot_curves(panels: list[tuple[list[dict], str]], x: str, series: str, path:
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _bars(groups: dict[str, list[dict]]) -> Figure:
-    """A panel a group: each contender's median with its quartiles' distance, as multiples of the fastest."""
+    """A panel for each group: each contender's median, with its interquartile range, as multiples of the fastest."""
     heights = [len(rows) + 1.5 for rows in groups.values()]
     figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -88,7 +109,7 @@ def _lines(rows: list[dict], x: str, y: str, label: str, kind: str) -> Figure:
 
 
 def _roofline(points: list[dict], ceilings: dict[str, float], groups: dict[str, list[dict]]) -> Figure:
-    """FLOP/s against FLOPs a byte, below what memory and arithmetic allow."""
+    """FLOP/s against FLOP/byte, with the ceilings of memory and arithmetic."""
     figure, axes = _figure(5, xlabel="FLOP/byte", ylabel="FLOP/s", xscale="log", yscale="log")
     lowest, highest = 0.1, max(p["flops"] / p["bytes"] for p in points) * 10
     for dtype in sorted({p["dtype"] for p in points}):
@@ -111,8 +132,8 @@ def _figure(height: float, **labels) -> tuple[Figure, object]:
     return figure, figure.add_subplot(**labels)
 
 
-def _save(figure: Figure, stem: Path, name: str) -> Path:
-    path = stem.with_name(f"{stem.name}-{name}.png")
+def _save(figure: Figure, stem: Path, name: str = "") -> Path:
+    path = stem.with_name(f"{stem.name}-{name}.png" if name else f"{stem.name}.png")
     figure.savefig(path, format="png")
     return path
 

@@ -1,8 +1,8 @@
-"""Measuring contenders against each other: the same inputs, checked first, warmed up, then timed in turns.
+"""Times contenders against each other: on the same inputs, checked first, warmed up, then timed in turns.
 
-A machine's speed drifts, so contenders that are measured one after the other meet different machines. Here all
-contenders of a heat run once per round, in an order that rotates. pytest-benchmark, which times one function at a
-time, is then shown the times already taken, through a clock that the heat moves on.
+A machine's speed drifts, so contenders that are timed one after the other run under different conditions. Here all
+contenders of a group run once per round, in an order that rotates. pytest-benchmark, which times one function at a
+time, then gets the times already measured, through a clock that advances by them.
 """
 
 import statistics
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.machine import synchronize
+from engine.device import synchronize
 
-ROUND_SECONDS = 0.005  # short calls are repeated until a round takes this long, so that the clock's grain is nothing
+ROUND_SECONDS = 0.005  # short calls are repeated until a round takes this long, far above the clock's resolution
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,31 @@ class Contender:
     tolerance: float = 1e-5  # largest relative error, in the 2-norm
     flops: float = 0  # of one call
     moved: float = 0  # bytes of one call, at least
-    pictures: float = 0  # that one call makes or trains on
+    images: float = 0  # that one call generates or trains on
     facts: dict = field(default_factory=dict)  # more to record
     within: Callable[[], AbstractContextManager] = nullcontext  # entered before the clock starts
 
-    def wrong(self) -> str | None:
-        """What is wrong with its result, if anything is."""
+    def mismatch(self) -> str | None:
+        """How its result differs from the expected one, if by more than the tolerance."""
         if self.expected is None:
             return None
         with self.within():
-            found, expected = self.run().double(), self.expected().double()
-        error = ((found - expected).norm() / expected.norm()).item()
+            result, expected = self.run().double(), self.expected().double()
+        error = ((result - expected).norm() / expected.norm()).item()
         return None if error <= self.tolerance else f"computes something else: relative error {error:.2g}"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What a contender took in one heat."""
+    """The times of one contender."""
 
     seconds: list[float]  # of one call, by round
     peak_bytes: int | None  # of device memory beyond what the call found, without a graph's own pool; None on a CPU
 
 
-def heat(contenders: dict[str, Contender], device: torch.device, seconds: float, least: int = 5) -> dict[str, Timing]:
+def time_in_turns(
+    contenders: dict[str, Contender], device: torch.device, seconds: float, least: int = 5
+) -> dict[str, Timing]:
     """Times all contenders in turns for about `seconds` in all, at least `least` rounds each, after a warm-up."""
     repeats, peaks, round_seconds = {}, {}, 0.0
     for name, contender in contenders.items():
@@ -93,19 +95,19 @@ def _peak_bytes(contender: Contender, device: torch.device) -> int | None:
 def record(contender: Contender, timing: Timing, dtype: str) -> dict:
     """What is stored beside the times: the cost, and the rates at the median."""
     median = statistics.median(timing.seconds)
-    found = {"dtype": dtype, "peak_bytes": timing.peak_bytes, **contender.facts}
-    found["p50"], found["p95"] = median, sorted(timing.seconds)[int(0.95 * (len(timing.seconds) - 1) + 0.5)]
+    stored = {"dtype": dtype, "peak_bytes": timing.peak_bytes, **contender.facts}
+    stored["p50"], stored["p95"] = median, sorted(timing.seconds)[int(0.95 * (len(timing.seconds) - 1) + 0.5)]
     if contender.flops:
-        found |= {"flops": contender.flops, "flops_per_second": contender.flops / median}
+        stored |= {"flops": contender.flops, "flops_per_second": contender.flops / median}
     if contender.moved:
-        found |= {"bytes": contender.moved, "bytes_per_second": contender.moved / median}
-    if contender.pictures:
-        found["pictures_per_second"] = contender.pictures / median
-    return found
+        stored |= {"bytes": contender.moved, "bytes_per_second": contender.moved / median}
+    if contender.images:
+        stored["images_per_second"] = contender.images / median
+    return stored
 
 
 class Replay:
-    """A clock for pytest-benchmark that moves only when a time already measured is played back."""
+    """A clock for pytest-benchmark that advances only when a time already measured is played back."""
 
     def __init__(self):
         self.now = 0.0

@@ -1,44 +1,71 @@
-"""Stored runs to RESULTS.md and its plots, and one run against another of the same machine.
+"""Writes RESULTS.md and its plots from stored runs, and compares one run with another of the same machine.
 
 python -m benchmarks.report                          all of benchmarks/results/*.json
 python -m benchmarks.report --compare NEW OLD        ratios of two runs of `pytest benchmarks/ --benchmark-json FILE`
 """
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
+from benchmarks.descriptions import DESCRIPTIONS
+from engine.command import Parser, path, refuse
+from engine.errors import InputError, errors_named
+
+COMMAND = "python -m benchmarks.report"
 HERE = Path(__file__).parent
-SAME = ("device", "threads", "torch", "power_limit_watts")  # what two runs must share to be compared
+COMPARABLE = ("device", "threads", "torch", "power_limit_watts")  # that two runs must share to be compared
 PAPER_SAMPLES = 1_000_000 * 256  # U-ViT's training on MS-COCO, which the coco256 recipe follows: steps × batch
+# How names of groups begin, beside those of kernels.
+BENCHMARKS = ("forward", "loop", "sampling", "joint order", "hand-over", "training", "start", "energy")
+RENAMED = {  # keys of runs that were stored before, and what they are called now
+    "pictures_per_second": "images_per_second",
+    "joules_per_picture": "joules_per_image",
+    "first picture": "first image",
+    "way": "curve",
+    "seconds drawing": "seconds text-to-image",
+    "± seconds drawing": "± seconds text-to-image",
+    "seconds telling": "seconds image-to-text",
+    "± seconds telling": "± seconds image-to-text",
+}
 
 
-def read(path: Path) -> dict:
-    """A stored run: pytest-benchmark's JSON, or an experiment's. Raises ValueError if it is neither."""
+def read(file: Path) -> dict:
+    """A stored run: pytest-benchmark's JSON, or an experiment's. Raises InputError about "results" if it is neither."""
+    remedy = "give a file of `pytest benchmarks/ --benchmark-json FILE`"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: is no stored run ({error}); give a file of --benchmark-json") from None
-    if not isinstance(stored, dict) or not ("experiment" in stored or "engine" in stored.get("machine_info", {})):
-        raise ValueError(f"{path}: is no run of these benchmarks; give a file of `pytest benchmarks/ --benchmark-json`")
-    return stored
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError("results", file, remedy, f"cannot be read as JSON ({error})") from None
+    is_run = isinstance(stored, dict) and (
+        stored.get("experiment") in DESCRIPTIONS or "engine" in stored.get("machine_info", {})
+    )
+    if not is_run:
+        raise InputError("results", file, remedy, "is not a run of these benchmarks")
+    return _renamed(stored)
+
+
+def _renamed(stored):
+    """A value of JSON with the keys that it would have now."""
+    if isinstance(stored, dict):
+        return {RENAMED.get(key, key): _renamed(value) for key, value in stored.items()}
+    return [_renamed(value) for value in stored] if isinstance(stored, list) else stored
 
 
 def compare(new: dict, old: dict, tolerance: float) -> tuple[list[str], bool]:
-    """(a table of ratios new/old of the medians, whether all is well).
+    """(a table of ratios new/old of the medians, whether no benchmark is slower).
 
-    The machine as a whole may have been slower: the median of all ratios is that drift. A benchmark is slower if its
-    ratio, with the drift taken out, is above `tolerance`.
+    The machine as a whole may have become slower: the median of all ratios is that drift. A benchmark is slower if its
+    ratio, divided by the drift, is above `tolerance`. Raises InputError about "compare" for runs without common times.
     """
     if "experiment" in new or "experiment" in old:
-        raise ValueError("--compare: an experiment's table has no times to compare; give runs of `pytest benchmarks/`")
+        raise InputError("compare", "an experiment", "give two runs of `pytest benchmarks/`", "has no times to compare")
     machines = [run["machine_info"]["engine"] for run in (new, old)]
-    different = [key for key in SAME if machines[0].get(key) != machines[1].get(key)]
-    if different:
-        values = ", ".join(f"{key} {machines[0].get(key)!r} and {machines[1].get(key)!r}" for key in different)
-        raise ValueError(f"--compare: the runs are of different machines ({values}); compare runs of the same one")
+    differing = [key for key in COMPARABLE if machines[0].get(key) != machines[1].get(key)]
+    if differing:
+        values = ", ".join(f"{key} {machines[0].get(key)!r} and {machines[1].get(key)!r}" for key in differing)
+        raise InputError("compare", values, "give runs of the same machine", "is of different machines")
     before = {b["fullname"]: b["stats"]["median"] for b in old["benchmarks"]}
     ratios = {
         b["fullname"]: b["stats"]["median"] / before[b["fullname"]]
@@ -46,18 +73,18 @@ def compare(new: dict, old: dict, tolerance: float) -> tuple[list[str], bool]:
         if before.get(b["fullname"]) and not b["name"].startswith("test_energy")
     }
     if not ratios:
-        raise ValueError("--compare: the runs have no benchmark in common; compare runs of the same tests")
+        raise InputError("compare", [], "give runs of the same tests", "is what the runs have in common")
     drift = statistics.median(ratios.values())
-    lines, well = [f"{len(ratios)} benchmarks in both; the median ratio is {drift:.3f}"], True
+    lines, none_slower = [f"{len(ratios)} benchmarks in both runs; the median ratio is {drift:.3f}"], True
     for name, ratio in sorted(ratios.items(), key=lambda item: -item[1]):
         slower = ratio / drift > tolerance
-        well &= not slower
+        none_slower &= not slower
         lines.append(f"{ratio:8.3f} {ratio / drift:8.3f}  {'SLOWER  ' if slower else ''}{name.partition('::')[2]}")
-    return lines, well
+    return lines, none_slower
 
 
 def rows_by_group(run: dict) -> dict[str, list[dict]]:
-    """A run's results by group, fastest first: what was recorded, the statistics and the distance to the ceilings."""
+    """A run's results by group, fastest first: what was recorded, the statistics and the share of the ceilings."""
     groups: dict[str, list[dict]] = {}
     ceilings = run["machine_info"]["engine"]["ceilings"]
     for b in run["benchmarks"]:
@@ -71,7 +98,7 @@ def rows_by_group(run: dict) -> dict[str, list[dict]]:
 
 
 def markdown(name: str, run: dict, plots: list[str]) -> str:
-    """The chapter of one benchmark run."""
+    """The section of one benchmark run."""
     machine, commit = run["machine_info"]["engine"], run["commit_info"]
     ceilings = machine["ceilings"]
     changed = " with uncommitted changes" if commit.get("dirty") else ""
@@ -95,22 +122,27 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
             parts.append(_timings(group, rows))
         if group.startswith("loop"):
             parts.append(_loop(rows))
+        if group.startswith("hand-over"):
+            parts.append(_hand_over(rows))
     for rows in (r for g, r in rows_by_group(run).items() if g == "training, batch 256"):
         for row in rows:
-            hours = PAPER_SAMPLES / row["pictures_per_second"] / 3600
-            parts.append(f"At this rate the 256 M samples of the coco256 recipe take {row['contender']} {hours:,.0f} "
-                         "hours on this device.")  # fmt: skip
+            hours = PAPER_SAMPLES / row["images_per_second"] / 3600
+            parts.append(
+                f"At this rate, {row['contender']} needs {hours:,.0f} hours on this device for the 256 M samples of "
+                "the coco256 recipe."
+            )
     return "\n\n".join(part for part in parts if part)
 
 
-CLAIMS = (  # (what the paper says, or needs; groups that try it, whose time, over whose time)
-    ("What the next two would rest on: a forward of PS-U-Net takes less time than a U-ViT-multi's of equal parameters.",
+CLAIMS = (  # (what the paper says, or relies on; prefix of the groups that test it, whose time, over whose time)
+    ("Basis of the next two claims: a forward of PS-U-Net takes less time than one of a U-ViT-multi with as many "
+     "parameters.",
      "forward,", "PS-U-Net, eager", "U-ViT-multi, equal parameters, eager"),
     ("PS-U-Net samples faster than a U-ViT-multi with as many parameters.",
      "sampling,", "PS-U-Net", "U-ViT-multi, equal parameters"),
     ("PS-U-Net trains faster than a U-ViT-multi with as many parameters.",
      "training,", "PS-U-Net, eager", "U-ViT-multi, eager"),
-    ("Guided joint sampling in two passes takes less time than in UniDiffuser's three, even if these are one batch.",
+    ("Guided joint sampling in two passes takes less time than UniDiffuser's three passes, even in one batch.",
      "sampling, guided joint", "alternate, 2 passes", "UniDiffuser, 3 passes in a batch"),
     ("The same against three passes one by one, as UniDiffuser runs them.",
      "sampling, guided joint", "alternate, 2 passes", "UniDiffuser, 3 passes one by one"),
@@ -118,12 +150,12 @@ CLAIMS = (  # (what the paper says, or needs; groups that try it, whose time, ov
 
 
 def _claims(run: dict) -> str:
-    """What the paper says of speed, tried on this machine."""
+    """The paper's claims about speed, tested on this machine."""
     lines, by_group = [], rows_by_group(run)
-    for claim, groups, ours, theirs in CLAIMS:
-        for group, several in by_group.items():
-            rows = {row["contender"]: row for row in several}
-            if group.startswith(groups) and not group.startswith("sampling, steps") and {ours, theirs} <= set(rows):
+    for claim, prefix, ours, theirs in CLAIMS:
+        for group, rows_of_group in by_group.items():
+            rows = {row["contender"]: row for row in rows_of_group}
+            if group.startswith(prefix) and not group.startswith("sampling, steps") and {ours, theirs} <= set(rows):
                 a, b = rows[ours], rows[theirs]
                 verdict = "yes" if a["q3"] < b["q1"] else "no" if a["q1"] > b["q3"] else "undecided"
                 lines.append([claim, group, f"{a['median'] / b['median']:.2f}", verdict])
@@ -131,9 +163,9 @@ def _claims(run: dict) -> str:
     if not lines:
         return ""
     return (
-        "**What the paper says of speed, tried here.** The ratio is that of the median times; undecided is what has "
-        "overlapping middle halves of the times. Of speed only: for what a pass is worth, see the experiments.\n\n"
-        + _table(["the paper", "tried on", "ratio", "so here?"], lines)
+        "**The paper's claims about speed, tested on this machine.** The ratio is that of the median times; a claim is "
+        "undecided where the interquartile ranges overlap. This is about speed only; the experiments are about quality."
+        "\n\n" + _table(["claim", "tested on", "ratio", "holds here"], lines)
     )
 
 
@@ -150,38 +182,53 @@ def _timings(group: str, rows: list[dict]) -> str:
         "p95": lambda r: _time(r["p95"]),
         "rounds": lambda r: str(r["rounds"]),
         "× fastest": lambda r: f"{r['median'] / rows[0]['median']:.2f}",
-        "pictures/s": lambda r: f"{r['pictures_per_second']:.4g}",
+        "calls": lambda r: str(r["calls"]),
+        "images/s": lambda r: f"{r['images_per_second']:.4g}",
         "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.4g}",
         "% of matmul": lambda r: f"{r['percent_of_matmul']:.1f}",
         "% of copy": lambda r: f"{r['percent_of_copy']:.1f}",
         "peak MiB": lambda r: f"{r['peak_bytes'] / 2**20:.1f}",
         "M parameters": lambda r: f"{r['parameters'] / 1e6:.2f}",
     }
-    needs = {"pictures/s": "pictures_per_second", "GFLOP/s": "flops_per_second", "% of matmul": "percent_of_matmul",
-             "% of copy": "percent_of_copy", "peak MiB": "peak_bytes", "M parameters": "parameters"}  # fmt: skip
+    needs = {"calls": "calls", "images/s": "images_per_second", "GFLOP/s": "flops_per_second",
+             "% of matmul": "percent_of_matmul", "% of copy": "percent_of_copy", "peak MiB": "peak_bytes",
+             "M parameters": "parameters"}  # fmt: skip
     used = [c for c in columns if any(row.get(needs.get(c, "median")) is not None for row in rows)]
     lines = [[columns[c](r) if r.get(needs.get(c, "median")) is not None else "n/a" for c in used] for r in rows]
     return f"### {group}\n\n{_table(used, lines)}"
 
 
 def _loop(rows: list[dict]) -> str:
-    """The engine's best loop against a plain one, and against its own products; nothing if one of them is missing."""
+    """The sampler's fastest loop against a plain one and against its own products; empty if one of them is missing."""
     median = {row["contender"]: row["median"] for row in rows}
     loops = [name for name in ("captured", "compiled", "eager") if name in median]
     if not loops or not {"plain, float32", "plain", "matrix products and attention alone"} <= set(median):
         return ""
     best, products = min(loops, key=median.get), median["matrix products and attention alone"]
     return (
-        f"The fastest loop is {best}: {median['plain, float32'] / median[best]:.2f} times as fast as a plain one in "
-        f"float32, {median['plain'] / median[best]:.2f} times as fast as a plain one in the same dtype. It takes "
+        f"The fastest loop is {best}: {median['plain, float32'] / median[best]:.2f} times as fast as the plain loop in "
+        f"float32 and {median['plain'] / median[best]:.2f} times as fast as the plain loop in the same dtype. It takes "
         f"{median[best] / products:.2f} times as long as its matrix products and attention alone, which are "
-        f"{100 * products / median[best]:.0f} % of it."
+        f"{100 * products / median[best]:.0f} % of its time."
+    )
+
+
+def _hand_over(rows: list[dict]) -> str:
+    """What the worker thread costs one request, by the rounds' ratios; empty if one of the two is missing."""
+    seconds = {row["contender"]: row["data"] for row in rows}
+    if not {"calling thread", "Engine.generate"} <= set(seconds):
+        return ""
+    pairs = zip(seconds["Engine.generate"], seconds["calling thread"], strict=True)
+    lower, middle, upper = (100 * q for q in statistics.quantiles([a / b for a, b in pairs], n=4))
+    return (
+        f"`Engine.generate` takes {middle:.1f} % of the time that the same work takes in the calling thread (median of "
+        f"the rounds; quartiles {lower:.1f} % and {upper:.1f} %)."
     )
 
 
 def _energy(group: str, rows: list[dict]) -> str:
-    lines = [[r["contender"], *(_number(r[key]) for key in ("joules_per_picture", "watts"))] for r in rows]
-    return f"### {group}\n\n{_table(['contender', 'J/picture', 'W'], lines)}"
+    lines = [[r["contender"], *(_number(r[key]) for key in ("joules_per_image", "watts"))] for r in rows]
+    return f"### {group}\n\n{_table(['contender', 'J/image', 'W'], lines)}"
 
 
 def _start(group: str, rows: list[dict]) -> str:
@@ -199,49 +246,57 @@ def _number(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def experiment_markdown(name: str, stored: dict) -> str:
-    """The chapter of one experiment: what was run, its table, its picture."""
-    machine = stored["machine"]
+def experiment_markdown(name: str, stored: dict, plots: list[str]) -> str:
+    """The section of one experiment: what was run, its table, its plots."""
+    machine, description = stored["machine"], DESCRIPTIONS[stored["experiment"]]
     header = list(dict.fromkeys(key for row in stored["rows"] for key in row))
     rows = [[_number(row.get(key, "n/a")) for key in header] for row in stored["rows"]]
     return "\n\n".join([
-        f"## {name}: {stored['title']}",
+        f"## {name}: {description.title}",
         f"`{stored['command']}`, commit `{stored['commit'][:10]}`"
         + (" with uncommitted changes" if stored["commit"].endswith("+") else "")
         + f", {stored['date'][:10]}, {machine['device']}, "
         + ", ".join(f"{k} {machine[k]}" for k in ("dtype", "threads", "load before", "torch") if k in machine)
         + ".",
-        stored["note"],
+        description.text,
         _table(header, rows),
-        *(f"![{stored['title']}](results/{picture})" for picture in stored["pictures"]),
+        *(f"![{description.title}]({plot})" for plot in plots),
     ])  # fmt: skip
 
 
+INTRODUCTION = (
+    "Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit it by hand. A section of times "
+    "is a run of `python -m pytest benchmarks/ --benchmark-json FILE`. Times are medians over rounds in which all "
+    "contenders are timed in turns (but starts, energy and the seconds of experiments are measured one after the "
+    "other). IQR is the interquartile range; p95 is the time of the round nearest to the 95th percentile, which with "
+    "few rounds is the slowest one; calls are those of the denoiser. In the experiments, ± is the standard deviation "
+    "over the seeds: of training where models were trained, else of sampling."
+)
+
+
 def write(results: Path, out: Path) -> list[Path]:
-    """Writes RESULTS.md and the plots beside the stored runs; returns what was written."""
-    from benchmarks.plots import plot_run
+    """Writes RESULTS.md, and the plots beside the stored runs; returns what was written.
+
+    Raises InputError about "results" if there is no stored run or one cannot be read.
+    """
+    from benchmarks.plots import plot_experiment, plot_run
 
     files = sorted(results.glob("*.json"))
     if not files:
-        raise ValueError(f"--results: {results} has no stored run; write one with --benchmark-json {results}/NAME.json")
-    runs = {path.stem: read(path) for path in files}
-    chapters, written = [], []
+        remedy = f"write one with `pytest benchmarks/ --benchmark-json {results}/NAME.json`"
+        raise InputError("results", results, remedy, "has no stored run")
+    runs = {file.stem: read(file) for file in files}
+    sections, written = [], []
     for name, run in runs.items():
         if "experiment" in run:
-            chapters.append(experiment_markdown(name, run))
-            continue
-        pictures = plot_run(run, rows_by_group(run), results / name)
-        written += pictures
-        chapters.append(markdown(name, run, [f"{results.name}/{p.name}" for p in pictures]))
+            section, plots = experiment_markdown, plot_experiment(run, results / name)
+        else:
+            section, plots = markdown, plot_run(run, rows_by_group(run), results / name)
+        sections.append(section(name, run, [f"{results.name}/{plot.name}" for plot in plots]))
+        written += plots
     missing = _missing(list(runs.values()))
-    text = ["# Results", "Written by `python -m benchmarks.report` from `benchmarks/results/`; not edited by hand. "
-            "A chapter of times is a run of `python -m pytest benchmarks/ --benchmark-json FILE`. "
-            "Times are medians over rounds in which all contenders took turns (starts, energy and what the experiments "
-            "say of seconds were measured one after the other); IQR is the distance of the quartiles, p95 the nearest "
-            "round, which of few is the slowest. In the experiments ± is the standard deviation over the seeds: of "
-            "training where models were trained, else of sampling.",
-            "**Not measured:** " + " ".join(missing) if missing else "", *chapters]  # fmt: skip
-    out.write_text("\n\n".join(part for part in text if part) + "\n", encoding="utf-8")
+    parts = ["# Results", INTRODUCTION, "**Not measured:** " + " ".join(missing) if missing else "", *sections]
+    out.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return [out, *written]
 
 
@@ -249,39 +304,37 @@ def _missing(runs: list[dict]) -> list[str]:
     """What no stored run has measured, in sentences."""
     timed = [run for run in runs if "experiment" not in run]
     groups = {group.split(",")[0] for run in timed for group in rows_by_group(run)}
-    found = {run["experiment"] for run in runs if "experiment" in run}
     sentences = []
     if not any("cuda" in run["machine_info"]["engine"] for run in timed):
         sentences.append("Anything on a GPU: captured forwards, energy, the coco256 preset, its training rate, and so "
-                         "how long the paper's MS-COCO training would take.")  # fmt: skip
-    lacking = [group for group in ("forward", "loop", "sampling", "training", "start", "energy") if group not in groups]
-    if lacking:
-        sentences.append(f"The benchmarks of {', '.join(lacking)}.")
-    lacking = [
-        name for name in ("architecture", "masking", "guidance", "depths", "approximations") if name not in found
-    ]
-    if lacking:
-        sentences.append(f"The experiments on {', '.join(lacking)}.")
+                         "the time that the paper's MS-COCO training would take.")  # fmt: skip
+    benchmarks = [name for name in BENCHMARKS if name not in groups]
+    if benchmarks:
+        sentences.append(f"The benchmarks of {', '.join(benchmarks)}.")
+    experiments = DESCRIPTIONS.keys() - {run.get("experiment") for run in runs}
+    if experiments:
+        sentences.append(f"The experiments on {', '.join(sorted(experiments))}.")
     return sentences
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="default: %(default)s")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("NEW", "OLD"), help="print ratios, write nothing")
-    parser.add_argument("--tolerance", type=float, default=1.25, help="ratio that is slower (default: %(default)s)")
+    parser = Parser(COMMAND, description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--results", type=path, default=HERE / "results", help="folder of stored runs (default: %(default)s)")
+    add("--out", type=path, default=HERE / "RESULTS.md", help="default: %(default)s")
+    add("--compare", type=path, nargs=2, metavar=("NEW", "OLD"), help="print ratios, write nothing")
+    add("--tolerance", type=float, default=1.25, help="ratio from which on it is slower (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         if options.compare:
-            lines, well = compare(*(read(path) for path in options.compare), options.tolerance)
+            with errors_named("compare"):
+                lines, none_slower = compare(*(read(file) for file in options.compare), options.tolerance)
             print("\n".join(lines))
-            return 0 if well else 1
-        for path in write(options.results, options.out):
-            print(path)
-    except ValueError as error:
-        print(f"benchmarks.report: {error}", file=sys.stderr)
-        return 2
+            return 0 if none_slower else 1
+        for file in write(options.results, options.out):
+            print(file)
+    except InputError as error:
+        return refuse(COMMAND, error, vars(options))
     return 0
 
 

@@ -1,7 +1,11 @@
-"""What one model is asked over and over: infilling under growing masks, and guidance of every kind and scale."""
+"""Sweeps over one model: infilling with growing masks, guidance of every kind and scale, approximations.
+
+All of them expect a model with an image modality named `image` and a text modality named `text`.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,92 +14,110 @@ from torch import Tensor
 
 from benchmarks.metrics import diversity, frechet_distance
 from engine import Engine, Request
+from engine.checkpoint import Checkpoint
 from engine.codecs.text import tokenize
+from engine.config import Config
 from engine.data.coco import CaptionedImage
 from engine.data.emoji import base_name
+from engine.diffusion.schedule import NoiseSchedule
 from engine.evaluate import Gallery, pixels_of, word_f1
-from engine.pictures import to_image
-from engine.sampler import Row, sample
-from engine.schedule import NoiseSchedule, solver_table, timesteps
-from engine.train import shortened
+from engine.images import to_image
+from engine.model.denoiser import Denoiser
+from engine.request import Sample
+from engine.training.examples import shortened
 
-Pairs = list[tuple[CaptionedImage, Tensor]]  # pictures uint8 [3, S, S]
-TOGETHER = 64  # rows sampled at a time
+Pairs = list[tuple[CaptionedImage, Tensor]]  # images uint8 [3, S, S]
 SAMPLES = 2  # of each name, for the diversity
 
 
-@torch.inference_mode()
-def denoising_errors(engine: Engine, pairs: Pairs, seed: int, levels: int = 8) -> dict[str, float]:
-    """{"image error": …, "text error": …}: mean square errors of the prediction of one modality, the other known.
+# ---------------------------------------------------------------------------------------------------- prediction
 
-    Over all pairs at `levels` evenly spaced times; the known modality enters as the model's conditioning has it. The
+
+@torch.inference_mode()
+def denoising_errors(
+    loaded: Checkpoint, device: torch.device, dtype: torch.dtype, pairs: Pairs, seed: int, levels: int = 8
+) -> dict[str, float]:
+    """{"image error": …, "text error": …}: mean squared errors of the prediction of one modality, the other known.
+
+    Over all pairs at `levels` evenly spaced times; the known modality enters as the model's conditioning says. The
     noise depends on the seed alone, so it is the same for every model.
     """
-    config, model = engine.config, engine.config.model
-    schedule = NoiseSchedule(config.diffusion.schedule, config.diffusion.timesteps)
-    words = model.modality("text").tokens
-    texts = [engine.text.encode(shortened(item.captions[0], words), words, "fill")[0] for item, _ in pairs]
-    pictures = torch.stack([picture for _, picture in pairs]).float() / 127.5 - 1
-    known = {"image": engine.image.encode(pictures.to(engine.device)).flatten(1), "text": torch.stack(texts).flatten(1)}
-    x0 = torch.cat([known[m.name].to(engine.device).float() for m in model.modalities], dim=1)  # [n, N]
-    table = engine.model.time_table(torch.arange(schedule.timesteps + 1, device=engine.device))
-    renoise = config.diffusion.conditioning == "renoise"
-    found = {}
+    diffusion, model = loaded.config.diffusion, loaded.config.model
+    schedule = NoiseSchedule(diffusion.schedule, diffusion.timesteps)
+    denoiser = Denoiser(loaded.network.to(device, dtype), diffusion.timesteps)
+    x0 = _clean_states(loaded, device, pairs)  # [n, N]
+    renoise, v = diffusion.conditioning == "renoise", diffusion.prediction == "v_prediction"
+    errors = {}
     for name in ("image", "text"):
         part, tokens = model.state_slices[name], model.token_slices[name]
         generator, total = torch.Generator().manual_seed(seed), 0.0
         for level in range(levels):
             t = round(schedule.timesteps * (level + 0.5) / levels)
             alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
-            noise = torch.randn(x0.shape, generator=generator).to(engine.device)
+            noise = torch.randn(x0.shape, generator=generator).to(device)
             noisy = alpha * x0 + sigma * noise
             inputs = noisy if renoise else x0.clone()
             inputs[:, part] = noisy[:, part]
-            times = torch.full((len(x0), model.tokens), t if renoise else 0, dtype=torch.int32, device=engine.device)
+            times = torch.full((len(x0), model.tokens), t if renoise else 0, dtype=torch.int32, device=device)
             times[:, tokens] = t
-            prediction = engine.model(inputs, table, times, (name,))[:, part].float()
-            v = config.diffusion.prediction == "v_prediction"
+            prediction = denoiser(inputs, times, (name,))[:, part].float()
             target = (alpha * noise - sigma * x0 if v else noise)[:, part]
             total += (prediction - target).square().mean().item() / levels
-        found[f"{name} error"] = total
-    return found
+        errors[f"{name} error"] = total
+    return errors
+
+
+def _clean_states(loaded: Checkpoint, device: torch.device, pairs: Pairs) -> Tensor:
+    """The packed states of images with their first captions, [n, N] float32."""
+    model, image, text = loaded.config.model, loaded.codec("image", device), loaded.codec("text")
+    pixels = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
+    captions = [shortened(item.captions[0], text.tokens) for item, _ in pairs]
+    given = [text.read(caption, "data", unknown_words="fill") for caption in captions]
+    tokens = {"image": image.encode_pixels(pixels.to(device)), "text": text.encode(given)}  # [n, L, C] each
+    return torch.cat([tokens[m.name].to(device).float().flatten(1) for m in model.modalities], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- masking
 
 
 def masking_sweep(engine: Engine, pairs: Pairs, ratios: Sequence[float], steps: int, seed: int) -> list[dict]:
-    """Errors inside the masks: RMSE of pixels in levels, and the share of masked words that come back."""
-    model, size = engine.config.model, engine.config.image.size
+    """Errors inside the masks: RMSE of pixels in levels, and the share of masked words that are restored."""
+    model, size = engine.config.model, engine.config.codecs["image"].settings["size"]
     side = round(model.modality("image").tokens ** 0.5)
     captions = [tokenize(shortened(item.captions[0], model.modality("text").tokens)) for item, _ in pairs]
     rows = []
     for masked in ("image", "text", "both"):
         for ratio in ratios:
             generator = np.random.default_rng(seed)  # the same masks, growing, for every model and kind
-            requests, wanted = [], []
-            for i, ((_, picture), words) in enumerate(zip(pairs, captions, strict=True)):
+            requests, originals = [], []
+            for i, ((_, image), words) in enumerate(zip(pairs, captions, strict=True)):
                 cells = _chosen(generator, side * side, ratio).reshape(side, side)
                 holes = _chosen(generator, len(words), ratio)
                 pixels = cells.repeat(size // side, 0).repeat(size // side, 1)  # [S, S]
-                given = {"image": to_image(picture / 127.5 - 1), "prompt": " ".join(words)}
+                given = {"image": to_image(image / 127.5 - 1), "prompt": " ".join(words)}
                 if masked != "text":
                     given["mask"] = Image.fromarray(pixels.astype(np.uint8) * 255)
                 if masked != "image":
                     given["prompt"] = " ".join("_" if h else w for h, w in zip(holes, words, strict=True))
-                requests.append(Request(**given, steps=steps, seed=_first(seed) + i, unknown_words="fill"))
-                wanted.append((picture, torch.from_numpy(pixels), words, holes))
+                options = {"steps": steps, "seed": _first(seed) + i, "unknown_words": "fill", "order": "together"}
+                requests.append(Request(**given, **options))
+                originals.append((image, torch.from_numpy(pixels), words, holes))
             results = engine.generate(requests)
             row = {"masked": masked, "ratio": ratio}
             if masked != "text":
-                errors = [(pixels_of(r.image) - p / 127.5 + 1)[:, m].square() for r, (p, m, _, _) in
-                          zip(results, wanted, strict=True)]  # fmt: skip
-                row["RMSE"] = torch.cat([e.flatten() for e in errors]).mean().sqrt().item() * 127.5
+                errors = [
+                    (pixels_of(result.image) - image / 127.5 + 1)[:, mask].square().flatten()
+                    for result, (image, mask, _, _) in zip(results, originals, strict=True)
+                ]
+                row["RMSE"] = torch.cat(errors).mean().sqrt().item() * 127.5
             if masked != "image":
-                row["word accuracy"] = _word_accuracy([r.text for r in results], [w[2:] for w in wanted])
+                row["word accuracy"] = _word_accuracy([r.text for r in results], [o[2:] for o in originals])
             rows.append(row)
     return rows
 
 
 def _first(seed: int) -> int:
-    """The seed of the first sample: those of one sweep are not those of the next."""
+    """The seed of a sweep's first sample: no sweep uses the seeds of another."""
     return seed * 1_000_000
 
 
@@ -105,16 +127,30 @@ def _chosen(generator: np.random.Generator, count: int, ratio: float) -> np.ndar
     return order < max(1, round(ratio * count))
 
 
-def _word_accuracy(texts: list[str], wanted: list[tuple[list[str], np.ndarray]]) -> float:
-    right = []
-    for text, (words, holes) in zip(texts, wanted, strict=True):
-        found = tokenize(text)
-        right += [i < len(found) and found[i] == words[i] for i in np.flatnonzero(holes)]
-    return statistics.mean(map(float, right))
+def _word_accuracy(texts: list[str], originals: list[tuple[list[str], np.ndarray]]) -> float:
+    restored = []
+    for text, (words, holes) in zip(texts, originals, strict=True):
+        generated = tokenize(text)
+        restored += [i < len(generated) and generated[i] == words[i] for i in np.flatnonzero(holes)]
+    return statistics.mean(map(float, restored))
+
+
+# ------------------------------------------------------------------------------------------------------ guidance
+
+
+def reconditioned(loaded: Checkpoint) -> Checkpoint:
+    """The same network with the other conditioning, which it was not trained for."""
+    config = loaded.config
+    conditioning = "renoise" if config.diffusion.conditioning == "clean" else "clean"
+    # Training times with which either conditioning is valid; sampling does not read them.
+    diffusion = replace(config.diffusion, conditioning=conditioning, time_sampling="independent")
+    other = Config(config.model, diffusion, config.codecs, replace(config.sampling, order=()))
+    return replace(loaded, config=other)
 
 
 def guidance_sweep(
     engine: Engine,
+    other: Engine,  # of the `reconditioned` checkpoint
     pairs: Pairs,
     gallery: Gallery,
     features: Callable[[Tensor], Tensor] | None,
@@ -123,57 +159,57 @@ def guidance_sweep(
     seed: int,
 ) -> list[dict]:
     """Quality and diversity of text-to-image and joint samples, by kind of guidance, conditioning and scale."""
-    model, rows = engine.config.model, []
-    words = model.modality("text").tokens
+    rows, trained_for = [], engine.config.diffusion.conditioning
+    engines = {e.config.diffusion.conditioning: e for e in (engine, other)}
     names = [item.captions[0] for item, _ in pairs]
-    prompts = [engine.text.encode(shortened(name, words), words, "fill")[0] for name in names]
-    nothing = torch.zeros(model.modality("image").size)
-    part = model.state_slices["image"]
-    drawn = torch.zeros(model.size, dtype=torch.bool)
-    drawn[part] = True
-    everything = torch.ones_like(drawn)
-    real = features(torch.stack([p for _, p in pairs]) / 127.5 - 1) if features else None
-
-    def packed(text: Tensor) -> Tensor:
-        values = {"image": nothing, "text": text.flatten()}
-        return torch.cat([values[m.name] for m in model.modalities])  # [N]
-
-    empty = packed(engine.text.encode("", words)[0])
+    real = features(torch.stack([image for _, image in pairs]) / 127.5 - 1) if features else None
     kinds = [("text-to-image", kind, known) for known in ("clean", "renoise") for kind in ("masked", "empty")]
-    kinds += [("joint", "alternate", "clean"), ("joint", "unidiffuser", "clean")]
+    kinds += [("joint", "alternate", trained_for), ("joint", "unidiffuser", trained_for)]
     for task, kind, conditioning in kinds:
-        generate = drawn if task == "text-to-image" else everything
+        label = f"{kind}, {conditioning}" if task == "text-to-image" else kind
+        label += " (as trained)" if kind == "masked" and conditioning == trained_for else ""
         for scale in scales:
-            table = solver_table(
-                NoiseSchedule(engine.config.diffusion.schedule, engine.config.diffusion.timesteps),
-                timesteps(engine.config.diffusion.timesteps, steps), conditioning=conditioning, guidance=kind,
-                prediction=engine.config.diffusion.prediction, guidance_scale=scale,
-                guided_modalities=tuple(range(len(model.modalities))) if task == "joint" else (),
-            )  # fmt: skip
-            several = SAMPLES if task == "text-to-image" else 1
-            made = [Row(_first(seed) + SAMPLES * i + k, table, generate, packed(prompt), empty)
-                    for i, prompt in enumerate(prompts) for k in range(several)]  # fmt: skip
-            pictures, texts = _sampled(engine, made)
-            if features:  # as many samples as there are real pictures, which the distance depends on
-                quality = frechet_distance(features(pictures[::several]), real)
-            elif task == "text-to-image":
-                found = gallery.nearest(pictures.flatten(1))
-                wanted = [name for name in names for _ in range(several)]
-                quality = statistics.mean(base_name(f) == base_name(n) for f, n in zip(found, wanted, strict=True))
-            else:
-                found = gallery.nearest(pictures.flatten(1))
-                quality = statistics.mean(word_f1(t, f) for t, f in zip(texts, found, strict=True))
-            if task == "text-to-image":
-                spread = statistics.mean(diversity(p) for p in pictures.split(several))
-            else:
-                spread = diversity(pictures)
-            learned = kind == "masked" and conditioning == engine.config.diffusion.conditioning
-            label = f"{kind}, {conditioning}" if task == "text-to-image" else kind
-            label += " (as trained)" if learned else ""
-            rows.append({"task": task, "guidance": label, "scale": scale, "quality": float(quality),
-                         "diversity": spread})  # fmt: skip
+            options = {"steps": steps, "guidance": scale, "guidance_kind": kind}
+            samples = _samples_of(engines[conditioning], task, names, options, seed)
+            quality, spread = _quality_and_diversity(task, samples, names, gallery, features, real)
+            rows.append({"task": task, "guidance": label, "scale": scale, "quality": quality, "diversity": spread})
     return rows
 
+
+def _samples_of(engine: Engine, task: str, names: list[str], options: dict, seed: int) -> list[Sample]:
+    """`SAMPLES` for each name, or as many joint samples as there are names."""
+    words, requests = engine.config.model.modality("text").tokens, []
+    for i, name in enumerate(names):
+        given = {"prompt": shortened(name, words), "unknown_words": "fill", "num": SAMPLES}
+        first = {"seed": _first(seed) + SAMPLES * i, "order": "together"}
+        requests.append(Request(**(given if task == "text-to-image" else {}), **first, **options))
+    return [sample for result in engine.generate(requests) for sample in result.samples]
+
+
+def _quality_and_diversity(
+    task: str,
+    samples: list[Sample],
+    names: list[str],
+    gallery: Gallery,
+    features: Callable[[Tensor], Tensor] | None,
+    real: Tensor | None,  # features of the real images
+) -> tuple[float, float]:
+    per_name = len(samples) // len(names)
+    images = torch.stack([pixels_of(sample.image) for sample in samples])  # [n, 3, S, S]
+    nearest = gallery.nearest(images.flatten(1))
+    if features:  # of as many samples as there are real images: the distance depends on their number
+        quality = frechet_distance(features(images[::per_name]), real)
+    elif task == "text-to-image":
+        prompts = [name for name in names for _ in range(per_name)]
+        quality = statistics.mean(float(base_name(a) == base_name(b)) for a, b in zip(nearest, prompts, strict=True))
+    else:
+        quality = statistics.mean(word_f1(s.text, name) for s, name in zip(samples, nearest, strict=True))
+    if task == "text-to-image":
+        return quality, statistics.mean(diversity(of_name) for of_name in images.split(per_name))
+    return quality, diversity(images)
+
+
+# ------------------------------------------------------------------------------------------------ approximations
 
 APPROXIMATIONS = {
     "none": {},
@@ -185,48 +221,29 @@ APPROXIMATIONS = {
 
 
 def approximation_sweep(engine: Engine, pairs: Pairs, gallery: Gallery, seed: int) -> list[dict]:
-    """Retrieval@1 of names and word F1 of pictures, and the seconds a sample takes, by approximation and steps."""
+    """Retrieval@1 of names, word F1 of images, and seconds per sample, by approximation and number of steps."""
     rows, names = [], [item.captions[0] for item, _ in pairs]
     prompts = [" ".join(tokenize(name)) for name in names]
-    pictures = [to_image(picture / 127.5 - 1) for _, picture in pairs]
-    several = {"num": len(pairs), "steps": 3, "step_cache": 2}
-    engine.generate([Request(prompt=prompts[0], **several), Request(image=pictures[0], **several)])  # warm-up
+    images = [to_image(image / 127.5 - 1) for _, image in pairs]
+    warmup = {"num": len(pairs), "steps": 3, "step_cache": 2, "unknown_words": "fill"}
+    engine.generate([Request(prompt=prompts[0], **warmup), Request(image=images[0], **warmup)])
 
-    def timed(requests: list[Request]) -> tuple[list, float]:
+    def timed(inputs: list[dict], options: dict) -> tuple[list, float]:
+        requests = [Request(**given, **options, seed=_first(seed) + i) for i, given in enumerate(inputs)]
         before = engine.stats().sample_seconds
         results = engine.generate(requests)
         return results, (engine.stats().sample_seconds - before) / len(requests)
 
-    for name, options in APPROXIMATIONS.items():
+    for name, approximation in APPROXIMATIONS.items():
         for steps in (4, 8, 16):  # the built-in model gains little from more
-            both = {"steps": steps, **options}
-            drawn, drawing = timed([Request(prompt=p, seed=_first(seed) + i, unknown_words="fill", **both)
-                                    for i, p in enumerate(prompts)])  # fmt: skip
-            told, telling = timed([Request(image=p, seed=_first(seed) + i, **both) for i, p in enumerate(pictures)])
-            found = gallery.nearest(torch.stack([pixels_of(r.image) for r in drawn]).flatten(1))
-            right = [base_name(f) == base_name(n) for f, n in zip(found, names, strict=True)]
-            f1 = [word_f1(r.text, n) for r, n in zip(told, names, strict=True)]
+            options = {"steps": steps, **approximation}
+            drawn, drawing = timed([{"prompt": prompt, "unknown_words": "fill"} for prompt in prompts], options)
+            captioned, captioning = timed([{"image": image} for image in images], options)
+            nearest = gallery.nearest(torch.stack([pixels_of(r.image) for r in drawn]).flatten(1))
+            right = [float(base_name(a) == base_name(b)) for a, b in zip(nearest, names, strict=True)]
+            f1 = [word_f1(r.text, n) for r, n in zip(captioned, names, strict=True)]
             rows.append({
-                "approximation": name, "steps": steps, "retrieval@1": statistics.mean(map(float, right)),
-                "word F1": statistics.mean(f1), "seconds drawing": drawing, "seconds telling": telling,
+                "approximation": name, "steps": steps, "retrieval@1": statistics.mean(right),
+                "word F1": statistics.mean(f1), "seconds text-to-image": drawing, "seconds image-to-text": captioning,
             })  # fmt: skip
     return rows
-
-
-@torch.inference_mode()
-def _sampled(engine: Engine, rows: list[Row]) -> tuple[Tensor, list[str]]:
-    """Pictures [B, 3, S, S] in −1..1 and texts of rows, past `Engine`, which has one way of guidance for each task."""
-    model, pictures, texts = engine.config.model, [], []
-    image, words = model.modality("image"), model.modality("text")
-    table = engine.model.time_table(torch.arange(engine.config.diffusion.timesteps + 1, device=engine.device))
-
-    def denoise(inputs: Tensor, times: Tensor, outputs: tuple[str, ...]) -> Tensor:
-        return engine.model(inputs, table, times, outputs)
-
-    for i in range(0, len(rows), TOGETHER):
-        states = sample(denoise, rows[i : i + TOGETHER], model, engine.device)  # [B, N]
-        tokens = states[:, model.state_slices["image"]].unflatten(1, (image.tokens, image.channels))
-        pictures.append(engine.image.decode(tokens).cpu())
-        tokens = states[:, model.state_slices["text"]].unflatten(1, (words.tokens, words.channels))
-        texts += [decoded.text for decoded in engine.text.decode(tokens.cpu())]
-    return torch.cat(pictures), texts

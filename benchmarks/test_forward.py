@@ -1,5 +1,7 @@
 """Forward: PS-U-Net against U-ViT-multi at equal depth and at equal parameters, one call of the denoiser."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,22 +9,22 @@ from benchmarks.race import Contender, captured
 from benchmarks.workloads import (
     equal_depth,
     equal_parameters,
-    forward_flops,
     forward_inputs,
     parameters,
     presets,
-    random_model,
+    random_denoiser,
+    u_vit_config,
 )
-from engine.config import PRESETS
-from engine.graphs import compile_blocks
+from engine.model.cost import forward_flops
+from engine.presets import PRESETS
 
 MODELS = {
-    "PS-U-Net": lambda model: model,
-    "U-ViT-multi, equal depth": equal_depth,
-    "U-ViT-multi, equal parameters": equal_parameters,
+    "PS-U-Net": lambda config: config,
+    "U-ViT-multi, equal depth": lambda config: u_vit_config(config, equal_depth(config.model)),
+    "U-ViT-multi, equal parameters": lambda config: u_vit_config(config, equal_parameters(config.model)),
 }
 MODES = ("eager", "compiled", "captured")
-# What one model computes in two ways may differ by the rounding of its dtype through all blocks.
+# Two ways to compute one model may differ by the rounding of its dtype through all blocks.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -36,25 +38,17 @@ def test_forward(compete, device, dtype, full, model, mode, rows):
     def build():
         contenders = {}
         for name, variant in MODELS.items():
-            config = variant(PRESETS[presets(full)].model)
-            network = random_model(config, device, dtype)
-            inputs, times, index = forward_inputs(config, rows, device)
-            table = network.time_table(times)
-            reference = network(inputs, table, index)
-            facts = {"flops": forward_flops(config, rows), "facts": {"rows": rows, "parameters": parameters(config)}}
-
-            def run(network=network, inputs=inputs, table=table, index=index):
-                return network(inputs, table, index)
-
-            contenders[f"{name}, eager"] = Contender(run, **facts)
-            # Blocks are compiled in place, so the compiled one is a network of its own.
-            fast = random_model(config, device, dtype)
-            compile_blocks(fast.blocks())
-            checked = {"expected": lambda r=reference: r, "tolerance": TOLERANCE[dtype], **facts}
-            compiled = Contender(lambda f=fast, i=inputs, t=table, x=index: f(i, t, x), **checked)
-            contenders[f"{name}, compiled"] = compiled
+            config = variant(PRESETS[presets(full)])
+            inputs = forward_inputs(config.model, rows, device)
+            facts = {"flops": forward_flops(config.model, rows)}
+            facts["facts"] = {"rows": rows, "parameters": parameters(config.model)}
+            eager = partial(random_denoiser(config, device, dtype), *inputs)
+            compiled = partial(random_denoiser(config, device, dtype, compiled=True), *inputs)
+            checked = {"expected": eager, "tolerance": TOLERANCE[dtype], **facts}
+            contenders[f"{name}, eager"] = Contender(eager, **facts)
+            contenders[f"{name}, compiled"] = Contender(compiled, **checked)
             if device.type == "cuda":
-                contenders[f"{name}, captured"] = Contender(captured(compiled.run), **checked)
+                contenders[f"{name}, captured"] = Contender(captured(compiled), **checked)
             else:
                 contenders[f"{name}, captured"] = "CUDA graphs need a CUDA device"
         return contenders

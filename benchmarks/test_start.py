@@ -1,4 +1,4 @@
-"""Start: a fresh process until its first picture, with the built-in model; seconds since the process began."""
+"""Start: a new process until its first image, with the built-in model; seconds since the process began."""
 
 import json
 import os
@@ -26,7 +26,7 @@ stage("load")
 engine.warmup()
 stage("warm up")
 engine.generate(Request(prompt="red heart"))
-stage("first picture")
+stage("first image")
 print(json.dumps(done))
 """
 STARTS = {"eager": 3, "compiled": 1}
@@ -36,13 +36,13 @@ STARTS = {"eager": 3, "compiled": 1}
 def test_start(benchmark, tmp_path, device, dtype, mode):
     name = str(dtype).removeprefix("torch.")
     command = [sys.executable, "-c", PROGRAM, str(device), name, mode]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # nothing compiled before is found again
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # so that nothing is compiled already
     runs = []
     for _ in range(STARTS[mode]):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    runs.sort(key=lambda run: run["first picture"])
+    runs.sort(key=lambda run: run["first image"])
     benchmark.group = "start, built-in model"
     benchmark.extra_info |= {"contender": mode, "dtype": name, "stages": runs[len(runs) // 2]}
-    benchmark.pedantic(CLOCK.play([run["first picture"] for run in runs]), rounds=len(runs))
+    benchmark.pedantic(CLOCK.play([run["first image"] for run in runs]), rounds=len(runs))

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from benchmarks.race import Contender
-from benchmarks.workloads import equal_parameters, forward_flops, parameters, presets, u_vit_config
-from engine import checkpoint
-from engine.config import PRESETS
-from engine.graphs import compile_blocks
-from engine.loss import DenoisingLoss, distinct_times
-from engine.recipes import RECIPES
-from engine.training import Stage
+from benchmarks.workloads import equal_parameters, parameters, presets, u_vit_config
+from engine.diffusion.loss import DenoisingLoss, distinct_times
+from engine.model.cost import forward_flops
+from engine.model.denoiser import build as build_network
+from engine.presets import PRESETS
+from engine.sampling.graphs import compile_blocks
+from engine.training.recipes import RECIPES
+from engine.training.stage import Stage
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
@@ -23,7 +24,7 @@ def test_training_step(compete, tmp_path, device, dtype, full, model, mode):
 
     def step_of(config, name, compiled):
         torch.manual_seed(0)
-        network = checkpoint.build(config.model).to(device)
+        network = build_network(config.model).to(device)
         stage = Stage(tmp_path / name, network, RECIPES[preset].denoiser, batch, dtype)
         if compiled:
             compile_blocks(network.blocks())
@@ -46,7 +47,7 @@ def test_training_step(compete, tmp_path, device, dtype, full, model, mode):
                 losses = step()
                 assert losses.isfinite().all() and (losses > 0).all(), losses
                 contenders[key] = Contender(
-                    step, flops=3 * forward_flops(c.model, batch), pictures=batch,
+                    step, flops=3 * forward_flops(c.model, batch), images=batch,
                     facts={"batch": batch, "parameters": parameters(c.model)},
                 )  # fmt: skip
         return contenders

@@ -1,158 +1,178 @@
-"""Models trained for a comparison, on the same data, and what is measured of each on its way and at its end."""
+"""Models trained for a comparison on the same data, and what is measured of each during training and at its end."""
 
-import argparse
 import hashlib
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.metrics import bleu4, features_of, frechet_distance
-from benchmarks.plots import plot_bars, plot_curves
-from benchmarks.sweeps import denoising_errors
-from benchmarks.workloads import forward_flops, parameters
-from engine import Engine, Request
-from engine.checkpoint import BUILT_IN
+from benchmarks.options import ExperimentOptions
+from benchmarks.sweeps import Pairs, denoising_errors
+from benchmarks.workloads import parameters
+from engine import Engine, Request, checkpoint
+from engine.checkpoint import BUILT_IN, Checkpoint
+from engine.codecs.autoencoder import SavedAutoencoder
+from engine.codecs.codec import load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
-from engine.config import PRESETS, Config, ImageConfig
+from engine.config import CodecConfig, Config
 from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
+from engine.errors import errors_named
 from engine.evaluate import Gallery, evaluate, pixels_of, spread, word_f1
-from engine.pictures import to_image
-from engine.recipes import RECIPES
-from engine.train import shortened, take_codecs, train_denoiser
-from engine.training import write_atomically
+from engine.images import to_image
+from engine.model.cost import forward_flops
+from engine.presets import PRESETS
+from engine.training.examples import shortened
+from engine.training.recipes import RECIPES
+from engine.training.stage import write_atomically
+from engine.training.stages import StageOptions, copy_codecs, train_denoiser
 
 
 @dataclass(frozen=True)
 class Data:
     """What all models of one experiment are trained on and measured with."""
 
-    config: Config  # the preset, with tokens and channels as the autoencoder makes them
+    config: Config  # the preset's, with the tokens and channels of the codecs
     train: CocoCaptions
-    test: list  # pairs of CaptionedImage and picture uint8 [3, S, S]
+    test: Pairs  # held out
     gallery: Gallery
-    codecs: Path  # folder with image/ and text/
-    features: object  # pictures in −1..1 → features; None on emoji
+    codecs: Path  # a folder with a folder for each codec, as in a checkpoint
+    features: Callable[[Tensor], Tensor] | None  # of images in −1..1; None on emoji
 
 
-def read_data(options: argparse.Namespace) -> Data:
-    """Opens the data and brings the codecs: the built-in model's, or `--autoencoder` and newly trained word vectors."""
+def read_data(options: ExperimentOptions) -> Data:
+    """Opens the data and the codecs: the built-in model's, or the autoencoder given and word vectors trained for it."""
     config = PRESETS[options.preset]
-    size = options.size or config.image.size
-    train = CocoCaptions.open(options.data)
-    codecs = BUILT_IN
-    if options.autoencoder:
-        codecs = options.out / f"codecs-{size}"
-        if not (codecs / "text").exists():
-            captions = [c for item in train.items for c in item.captions]
-            ImageCodec.load(options.autoencoder, size, config.image.patch).save(codecs / "image")
-            TextCodec.train(captions, config.model.modality("text").channels).save(codecs / "text")
-    image = ImageCodec.load(codecs / "image", size, config.image.patch)
+    settings = dict(config.codecs["image"].settings)
+    if options.size is not None:
+        settings["size"] = options.size
+    with errors_named("data"):
+        train = CocoCaptions.open(options.data)
+    codecs = BUILT_IN if options.autoencoder is None else _own_codecs(train, config, settings, options)
+    image = ImageCodec(SavedAutoencoder.open(codecs / "image"), **settings)
     modalities = tuple(
         replace(m, tokens=image.tokens, channels=image.channels) if m.name == "image" else m
         for m in config.model.modalities
     )
-    config = replace(config, model=replace(config.model, modalities=modalities), image=ImageConfig(size, image.patch))
+    config = replace(
+        config,
+        model=replace(config.model, modalities=modalities),
+        codecs={**config.codecs, "image": CodecConfig("image", settings=settings)},
+    )
     split = next((s for s in ("test", "val") if (options.data / f"captions_{s}.json").exists()), None)
-    if split is None:  # a folder of one split: what is measured on is taken out of it
-        held = spread(train.items, options.count)
-        test = replace(train, items=tuple(held))
-        train = replace(train, items=tuple(item for item in train.items if item not in held))
+    if split is None:  # one split only: the images to measure on are taken out of it
+        held_out = spread(train.items, options.count)
+        test = replace(train, items=tuple(held_out))
+        train = replace(train, items=tuple(item for item in train.items if item not in held_out))
     else:
-        test = CocoCaptions.open(options.data, split)
-    pairs = list(test.read(size))
+        with errors_named("data"):
+            test = CocoCaptions.open(options.data, split)
+    pairs = list(test.read(image.size))
     features = features_of(options.features, options.device) if options.features else None
-    everything = pairs if features else [*train.read(size), *pairs]
-    return Data(config, train, spread(pairs, options.count), Gallery.of(everything), codecs, features)
+    gallery = Gallery.of(pairs if features else [*train.read(image.size), *pairs])
+    return Data(config, train, spread(pairs, options.count), gallery, codecs, features)
+
+
+def _own_codecs(train: CocoCaptions, config: Config, settings: dict, options: ExperimentOptions) -> Path:
+    """Writes the given autoencoder, and word vectors of the captions, unless an earlier run has."""
+    codecs = options.out / f"codecs-{settings['size']}"
+    if not (codecs / "text").exists():
+        with errors_named("autoencoder"):
+            ImageCodec(SavedAutoencoder.open(options.autoencoder), **settings).save(codecs / "image")
+        captions = [caption for item in train.items for caption in item.captions]
+        with errors_named("data"):
+            text = TextCodec.train(captions, config.model.modality("text").channels)
+        text.save(codecs / "text")
+    return codecs
 
 
 def trained(
-    name: str, config: Config, steps: int, seed: int, data: Data, options: argparse.Namespace, total: int | None = None
-) -> Engine:
-    """The model of one run after `steps` of its `total`, trained now or as far as an earlier start has not.
+    name: str,
+    config: Config,
+    steps: int,
+    seed: int,
+    data: Data,
+    options: ExperimentOptions,
+    total: int | None = None,
+) -> Checkpoint:
+    """The model of one run after `steps` of its `total` steps; trains those that earlier calls have not.
 
-    At a constant learning rate, so that a run's way can be looked at: the averaged weights make up for the decay.
+    The learning rate stays constant, so that metrics during training are comparable with those at its end; the
+    averaged weights take the place of the decay.
     """
     total = total or steps
     run = _folder(name, config, total, seed, data, options)
     run.mkdir(parents=True, exist_ok=True)
-    take_codecs(data.codecs, run)
-    image = ImageCodec.load(data.codecs / "image", config.image.size, config.image.patch, options.device)
-    text = TextCodec.load(data.codecs / "text")
-    cache = cache_latents(
-        data.train, lambda x: image.encode(x.to(options.device)), options.out / f"latents-{config.image.size}",
-        str(data.codecs.resolve()), config.image.size,
-    )  # fmt: skip
+    copy_codecs(data.codecs, run, config)
+    image, text = (
+        load_codec(run / "checkpoint", config.codecs[key], config.model.modality(key), options.device)
+        for key in ("image", "text")
+    )
+    latents, fingerprint = options.out / f"latents-{image.size}", str(data.codecs.resolve())
+    cache = cache_latents(data.train, image.encode_pixels, latents, fingerprint, image.size)
     recipe = RECIPES[options.preset]
     denoiser = replace(recipe.denoiser, steps=steps, seed=seed, batch=options.batch or recipe.denoiser.batch, decay=0.0,
                        warmup=min(recipe.denoiser.warmup, total // 10))  # fmt: skip
-    settings = argparse.Namespace(seed=seed, device=options.device, dtype=options.dtype, compile=options.compile,
-                                  save_every=steps)  # fmt: skip
-    train_denoiser(run, cache, text, config, replace(recipe, denoiser=denoiser), settings, None)
-    name_of_dtype = str(options.dtype).removeprefix("torch.")
-    return Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=name_of_dtype)
+    how = StageOptions(options.device, options.dtype, save_every=steps, compile=options.compile)
+    train_denoiser(run, cache, text, config, replace(recipe, denoiser=denoiser), how)
+    return checkpoint.load(run / "checkpoint")
 
 
-def _folder(name: str, config: Config, total: int, seed: int, data: Data, options: argparse.Namespace) -> Path:
-    """A run's own, by all that makes its weights and by how it is measured, on the way, which cannot be done later."""
-    recipe, measure = RECIPES[options.preset], (options.count, options.sampling_steps, options.points)
-    what = (
-        config,
-        recipe,
-        options.batch,
-        str(options.data.resolve()),
-        str(data.codecs.resolve()),
-        options.dtype,
-        measure,
-    )
-    run = f"{name}-{total}-seed{seed}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
+def _folder(name: str, config: Config, total: int, seed: int, data: Data, options: ExperimentOptions) -> Path:
+    """The folder of a run, named by all that its weights and its metrics during training depend on."""
+    everything = (
+        config.to_dict(), RECIPES[options.preset], options.batch, str(options.data.resolve()),
+        str(data.codecs.resolve()), options.dtype, options.count, options.sampling_steps, options.points,
+    )  # fmt: skip
+    run = f"{name}-{total}-seed{seed}-{hashlib.sha256(repr(everything).encode()).hexdigest()[:8]}"
     return options.out / run.lower().replace(" ", "-").replace(",", "").replace("/", "-")
 
 
 def measured(
-    name: str, config: Config, points: list[int], seed: int, data: Data, options: argparse.Namespace
+    name: str, config: Config, points: list[int], seed: int, data: Data, options: ExperimentOptions
 ) -> list[dict[str, float]]:
-    """The metrics of a run at its points; kept beside it, so none is taken twice.
+    """The metrics of a run after so many steps each; they are stored beside it, so that they are measured once.
 
-    Those of samples are taken at the last point, on photos at every one.
+    Those of samples are measured at the last point, on photos at every one.
     """
-    found = []
+    metrics = []
     for point in points:
         file = _folder(name, config, points[-1], seed, data, options) / f"measured-{point}.json"
         if not file.exists():
-            with trained(name, config, point, seed, data, options, points[-1]) as engine:
-                values = denoising_errors(engine, data.test, seed)
-                if point == points[-1] or data.features is not None:
-                    values |= scores(engine, data, options, seed)
+            loaded = trained(name, config, point, seed, data, options, points[-1])
+            values = denoising_errors(loaded, options.device, options.dtype, data.test, seed)
+            if point == points[-1] or data.features is not None:
+                with Engine(loaded, options.device, options.dtype) as engine:
+                    values |= scores(engine, data, options.sampling_steps, seed)
             write_atomically(file, lambda path, v=values: path.write_text(json.dumps(v)))
-        found.append(json.loads(file.read_text()))
-    return found
+        metrics.append(json.loads(file.read_text()))
+    return metrics
 
 
-def scores(engine: Engine, data: Data, options: argparse.Namespace, seed: int) -> dict[str, float]:
-    """The metrics of one model on held-out pictures."""
+def scores(engine: Engine, data: Data, steps: int, seed: int) -> dict[str, float]:
+    """The metrics of one model on held-out images."""
     if data.features is None:
-        found = asdict(evaluate(engine, data.test, data.gallery, options.sampling_steps, seed))
+        found = evaluate(engine, data.test, data.gallery, steps, seed)
         return {
-            "retrieval@1": found["retrieval_base"],
-            "word F1": found["word_f1"],
-            "infill RMSE": found["infill_rmse"],
+            "retrieval@1": found.retrieval_base,
+            "word F1": found.word_f1,
+            "infill RMSE": found.infill_rmse,
         }
-    words = engine.config.model.modality("text").tokens
-    steps = options.sampling_steps
-    captions = [shortened(item.captions[0], words) for item, _ in data.test]
-    known = {"steps": steps, "unknown_words": "fill"}
-    drawn = engine.generate([Request(prompt=c, seed=seed + i, **known) for i, c in enumerate(captions)])
-    told = engine.generate([Request(image=to_image(p / 127.5 - 1), seed=seed + i, steps=steps)
-                            for i, (_, p) in enumerate(data.test)])  # fmt: skip
-    real = torch.stack([p for _, p in data.test]).float() / 127.5 - 1
-    texts, references = [r.text for r in told], [item.captions for item, _ in data.test]
-    f1 = [max(word_f1(t, r) for r in several) for t, several in zip(texts, references, strict=True)]
+    words, options = engine.config.model.modality("text").tokens, {"steps": steps, "unknown_words": "fill"}
+    prompts = [shortened(item.captions[0], words) for item, _ in data.test]
+    images = [to_image(image / 127.5 - 1) for _, image in data.test]
+    drawn = engine.generate([Request(prompt=p, seed=seed + i, **options) for i, p in enumerate(prompts)])
+    captioned = engine.generate([Request(image=image, seed=seed + i, steps=steps) for i, image in enumerate(images)])
+    real = torch.stack([image for _, image in data.test]).float() / 127.5 - 1
+    texts, references = [r.text for r in captioned], [item.captions for item, _ in data.test]
+    f1 = [max(word_f1(text, r) for r in of_image) for text, of_image in zip(texts, references, strict=True)]
     return {
         "FD": frechet_distance(data.features(torch.stack([pixels_of(r.image) for r in drawn])), data.features(real)),
         "BLEU-4": bleu4(texts, references),
@@ -160,47 +180,35 @@ def scores(engine: Engine, data: Data, options: argparse.Namespace, seed: int) -
     }
 
 
-def race(variants: dict[str, Config], steps: dict[str, int], data: Data, options: argparse.Namespace) -> dict:
-    """Trains every variant with every seed: a row a variant with means and spreads over the seeds, and the way there.
+def compare_models(variants: dict[str, Config], steps: dict[str, int], data: Data, options: ExperimentOptions) -> dict:
+    """Trains every variant with every seed and measures it at `options.points` evenly spaced steps.
 
-    On the way, at `--points` evenly spaced steps, the metrics of `measured` are taken.
+    Returns "rows", one a variant with the mean and the standard deviation of each metric at the end of training, and
+    "curve", the means at every point.
     """
-    rows, way, done, total, started = [], [], 0, len(variants) * len(options.seeds), time.perf_counter()
+    rows, curve, done, total, started = [], [], 0, len(variants) * len(options.seeds), time.perf_counter()
     batch = options.batch or RECIPES[options.preset].denoiser.batch
     for name, config in variants.items():
-        errors = []
-        petaflop = 3 * forward_flops(config.model, batch) / 1e15  # a training step's: forward, and twice that backward
         points = sorted({max(1, steps[name] * k // options.points) for k in range(1, options.points + 1)})
+        metrics = []  # [seed][point]
         for seed in options.seeds:
-            errors.append(measured(name, config, points, seed, data, options))
+            metrics.append(measured(name, config, points, seed, data, options))
             done += 1
             left = (time.perf_counter() - started) / done * (total - done) / 60
-            last = errors[-1][-1]
+            last = metrics[-1][-1]
             print(f"{name}, seed {seed}: {last}; {done} of {total}, about {left:.0f} minutes left", flush=True)
-        found = [run[-1] for run in errors]
-        for point, several in zip(points, zip(*errors, strict=True), strict=True):
-            mean = {metric: statistics.mean(e[metric] for e in several) for metric in errors[0][0]}
-            way.append({"model": name, "steps": point, "training PFLOP": petaflop * point} | mean)
+        petaflop = 3 * forward_flops(config.model, batch) / 1e15  # of a step: the backward costs two forwards
+        for point, of_seeds in zip(points, zip(*metrics, strict=True), strict=True):
+            mean = {metric: statistics.mean(m[metric] for m in of_seeds) for metric in metrics[0][0]}
+            curve.append({"model": name, "steps": point, "training PFLOP": petaflop * point} | mean)
         row = {
             "model": name, "M parameters": parameters(config.model) / 1e6,
             "MFLOP/forward": forward_flops(config.model, 1) / 1e6, "steps": steps[name],
             "training PFLOP": petaflop * steps[name],
         }  # fmt: skip
-        for metric in found[0]:
-            values = [f[metric] for f in found]
+        for metric in metrics[0][-1]:
+            values = [of_seed[-1][metric] for of_seed in metrics]
             row[metric] = statistics.mean(values)
             row[f"± {metric}"] = statistics.stdev(values) if len(values) > 1 else "one seed"
         rows.append(row)
-    panels = [(way, metric) for metric in errors[0][0]]
-    return {
-        "rows": rows,
-        "way": way,
-        "plots": {
-            "": lambda path: plot_bars(rows, "model", metrics_of(rows), path),
-            "-training": lambda path: plot_curves(panels, "training PFLOP", "model", path),
-        },
-    }
-
-
-def metrics_of(rows: list[dict]) -> tuple[str, ...]:
-    return tuple(key.removeprefix("± ") for key in rows[0] if key.startswith("± "))
+    return {"rows": rows, "curve": curve}

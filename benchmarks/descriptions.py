@@ -1,0 +1,50 @@
+"""What each experiment compares and measures: the text of its section in RESULTS.md, for stored runs too."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Description:
+    title: str
+    text: str
+
+
+ERRORS = (
+    "Image error and text error are mean squared errors of the model's prediction of one modality on held-out images, "
+    "at evenly spaced times, with the other modality known."
+)
+DESCRIPTIONS = {
+    "architecture": Description(
+        "PS-U-Net against U-ViT-multi",
+        "All models are trained with the same data, seeds, batches, optimiser and noise schedule; the learning rate "
+        "was chosen for PS-U-Net. There are three PS-U-Nets: as its preset trains it; with independent times, like the "
+        "U-ViT; and with independent times and time tokens, so that it differs from the U-ViT only in the sharing of "
+        f"blocks. {ERRORS}",
+    ),
+    "depths": Description(
+        "Depths (N_text/N_image/N_shared) at equal parameters",
+        "All models have the same number of blocks and of skips, and so of parameters; the cost of a forward differs. "
+        + ERRORS,
+    ),
+    "masking": Description(
+        "Joint infilling by masked share",
+        "Random tokens of the image, random words of the name, or both are masked and generated, both together; errors "
+        "are measured inside the masks. At ratio 0 there would be nothing to generate. The number of words of a name "
+        "is always given; with both masked at ratio 1, it is all that is given.",
+    ),
+    "guidance": Description(
+        "Guidance: quality against diversity",
+        "One model is used throughout. Text-to-image: masked and empty guidance, each with renoised and with clean "
+        "conditioning; the model was trained for one of these four combinations. Joint, both modalities together: "
+        "alternate guidance (two passes) and UniDiffuser's (three). Quality is retrieval@1 of the name, in joint "
+        "generation word F1 against the name of the nearest image, and with `--features` a Fréchet distance. Diversity "
+        "is the RMS difference, in levels 0 to 255, between samples of one name, in joint generation between all "
+        "samples.",
+    ),
+    "approximations": Description(
+        "Approximations: quality against time",
+        "Images are generated from names (text-to-image) and names from images (image-to-text) in 4, 8 and 16 steps, "
+        "without and with each approximation. Seconds are those of the steps, per sample, with all samples in one "
+        "batch; they can be compared within one run only.",
+    ),
+}
