@@ -5,6 +5,15 @@ from setuptools import setup
 setup(
     # Named one by one, because engine/kernels is a link to ../kernels: search tools would also find the folder behind
     # it and install a second, top-level `kernels` over Hugging Face's package of that name.
-    packages=["engine", "engine.codecs", "engine.data", "engine.kernels"],
+    packages=[
+        "engine",
+        "engine.codecs",
+        "engine.data",
+        "engine.diffusion",
+        "engine.kernels",
+        "engine.model",
+        "engine.sampling",
+        "engine.training",
+    ],
     package_data={"engine": ["assets/**/*"], "engine.kernels": ["measured.json"]},
 )

@@ -1,4 +1,4 @@
-"""Holds the house in order: import ranks, lazy imports, the kernels link, one place to compile, nothing unpickled."""
+"""Holds the house in order: floors, lazy imports, the kernels link, one place to compile, nothing unpickled, sizes."""
 
 import ast
 import subprocess
@@ -9,35 +9,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RANKS = {  # a new file must be placed here; a folder stands for all files in it
-    "engine.kernels": 0,
-    "engine.command": 1,
-    "engine.config": 1,
-    "engine.request": 1,
-    "engine.graphs": 1,
-    "engine.device": 1,
-    "engine.pictures": 1,
-    "engine.schedule": 2,
-    "engine.masks": 2,
-    "engine.codecs": 2,
-    "engine.model": 2,
-    "engine.uvit": 2,
-    "engine.batch": 3,
-    "engine.sampler": 3,
-    "engine.checkpoint": 3,
-    "engine.data": 3,
-    "engine.loss": 3,
-    "engine.training": 3,
-    "engine.recipes": 3,
-    "engine.runtime": 4,
-    "engine.sample": 5,
-    "engine.train": 5,
-    "engine.evaluate": 5,
-    "engine.serve": 5,
-    "engine": 5,  # the facade
+FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md is the same
+    "engine.kernels": 1,
+    "engine.command": 2,
+    "engine.config": 2,
+    "engine.device": 2,
+    "engine.errors": 2,
+    "engine.images": 2,
+    "engine.presets": 2,
+    "engine.request": 2,
+    "engine.codecs": 3,
+    "engine.diffusion": 4,
+    "engine.model": 4,
+    "engine.checkpoint": 5,
+    "engine.data": 5,
+    "engine.sampling": 5,
+    "engine.preparation": 6,
+    "engine.runtime": 6,
+    "engine.training": 7,
+    "engine.evaluate": 8,
+    "engine.sample": 8,
+    "engine.train": 8,
+    "engine": 8,  # the facade
 }
+LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
-IMPORTED_WHERE_USED = {"diffusers", "gensim"}
+IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib"}
 
 
 def module_name(path: Path) -> str:
@@ -51,11 +48,11 @@ TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path
 MODULES = sorted(TREES)
 
 
-def rank(module: str) -> int:
-    """The rank of a module, or of the folder it is in."""
-    places = [place for place in RANKS if module == place or (module.startswith(f"{place}.") and place != "engine")]
-    assert len(places) == 1, f"{module} has no rank: place it in RANKS and in CONTRIBUTING.md"
-    return RANKS[places[0]]
+def floor(module: str) -> int:
+    """The floor of a module, or of the folder it is in."""
+    places = [place for place in FLOORS if module == place or (module.startswith(f"{place}.") and place != "engine")]
+    assert len(places) == 1, f"{module} has no floor: place it in FLOORS and in CONTRIBUTING.md"
+    return FLOORS[places[0]]
 
 
 def imports(nodes) -> set[str]:
@@ -98,8 +95,8 @@ def loaded_modules(statement: str) -> set[str]:
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_downwards(module):
     own = {name for name in imports(ast.walk(TREES[module])) if name.split(".")[0] == "engine"}
-    upward = sorted(name for name in own if rank(name) > rank(module))
-    assert not upward, f"{module} (rank {rank(module)}) imports {upward}"
+    upward = sorted(name for name in own if floor(name) > floor(module))
+    assert not upward, f"{module} (floor {floor(module)}) imports {upward}"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -162,12 +159,34 @@ def test_nothing_is_unpickled(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_only_graphs_compiles_and_captures(module):
     found = calls(TREES[module]).keys() & {"torch.compile", "torch.cuda.graph", "torch.cuda.CUDAGraph"}
-    assert not found or module == "engine.graphs"
+    assert not found or module == "engine.sampling.graphs"
 
 
 def test_no_file_is_a_drawer_for_odds_and_ends():
     drawers = {"util", "utils", "helper", "helpers", "common", "misc"}
     assert not drawers & {module.rpartition(".")[2] for module in MODULES}
+
+
+def test_contributing_has_the_same_floors():
+    table = {}
+    for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| ") and cells[0].isdigit():
+            for name in cells[1].replace("`", "").split():
+                place = name.removesuffix(".py").strip("/").replace("/", ".")
+                table["engine" if place == "engine.__init__" else place] = int(cells[0])
+    assert table == FLOORS
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_and_no_function_is_too_long_to_be_read(module):
+    tree = TREES[module]
+    lines = max((node.end_lineno for node in ast.walk(tree) if hasattr(node, "end_lineno")), default=0)
+    assert lines <= LONGEST_FILE, f"{module} has {lines} lines"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{module}.{node.name} has {length} lines"
 
 
 def test_ruff_finds_nothing():
