@@ -7,13 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from engine.errors import InputError
     from engine.request import Request, Result
     from engine.runtime import Engine
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Request", "Result", "__version__"]
+__all__ = ["Engine", "InputError", "Request", "Result", "__version__"]
 
-_HOME = {"Engine": "engine.runtime", "Request": "engine.request", "Result": "engine.request"}
+_HOME = {
+    "Engine": "engine.runtime",
+    "InputError": "engine.errors",
+    "Request": "engine.request",
+    "Result": "engine.request",
+}
 
 
 def __getattr__(name: str):

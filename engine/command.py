@@ -6,8 +6,9 @@ Imports no torch, so that --help and bad options answer at once.
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from engine.errors import InputError
 
@@ -37,6 +38,23 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
         message = f"{spelled}: {message.removeprefix(f'{argument}: ')}"
     print(f"{command}: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
+
+
+def run(command: str, main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the command's exit status; an interruption, or a reader that has gone, is no traceback."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be written at the exit
+        status = 1
+    except OSError as error:  # standard output on a full disk
+        status = refuse(command, f"the output cannot be written ({error.strerror})")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Configurations and presets: frozen dataclasses, no torch, unknown keys refused."""
+"""Configurations: frozen dataclasses, no torch, unknown keys refused."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,6 +12,7 @@ CONDITIONINGS = ("renoise", "clean")
 TIME_SAMPLINGS = ("shared", "independent", "masked", "conditional")
 TIME_CONDITIONINGS = ("adaln", "token")
 NORMS = ("pre", "post")
+KINDS = {int: "a whole number", str: "a string"}
 # What checkpoints of version 0.1, which have no `sampling` section, are sampled with.
 SAMPLING_OF_VERSION_0_1 = {
     "guidance": {"joint": 3.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0},
@@ -216,7 +217,7 @@ class SamplingConfig:
         object.__setattr__(self, "order", tuple(self.order))
         _require(isinstance(self.guidance, Mapping), "sampling.guidance", self.guidance, "give a scale for each task")
         for task, scale in self.guidance.items():
-            right = isinstance(scale, int | float) and -100 <= scale <= 100  # also NaN
+            right = isinstance(scale, int | float) and not isinstance(scale, bool) and -100 <= scale <= 100  # also NaN
             _require(right, f"sampling.guidance.{task}", scale, "use a number from -100 to 100")
         _require_within("sampling.feather", self.feather, 0, MAX_PIXELS)
 
@@ -325,7 +326,7 @@ def _build(cls, values, where: str):
     for f in fields(cls):
         if f.name in values and f.type in (int, str):
             right = isinstance(values[f.name], f.type) and not isinstance(values[f.name], bool)
-            _require(right, f"{where}.{f.name}", values[f.name], f"give a {f.type.__name__}")
+            _require(right, f"{where}.{f.name}", values[f.name], f"give {KINDS[f.type]}")
     try:
         return cls(**values)
     except TypeError as error:

@@ -24,7 +24,6 @@ image and its text are generated with them and not looked at.
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -36,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.codecs.text import tokenize
-from engine.command import Parser, path, refuse
+from engine.command import Parser, path, refuse, run
 from engine.config import Config
 from engine.data.coco import CaptionedImage, CocoCaptions
 from engine.data.emoji import base_name
@@ -283,4 +282,4 @@ def _print_table(splits: dict[str, Scores], joint: JointScores | None, skipped: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(COMMAND, main)

@@ -81,7 +81,9 @@ def open_mask(
     white = levels > WHITE
     if not white.any() and levels.max() >= 1:
         remedy = "give white (255) where the image is to be generated, or leave the mask out to keep all of it"
-        raise InputError(argument, _name(value), remedy, f"has no white: its brightest level is {levels.max():.0f}")
+        raise InputError(
+            argument, _name(value), remedy, f"has no white: its brightest level is {levels.max():.0f} of 255"
+        )
     return _fit_mask(white, size)
 
 
@@ -149,7 +151,8 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
         peak = levels[np.isfinite(levels)].max(initial=0)
         highest = 1 if image.mode == "F" and peak <= 1 else 255 if peak <= 255 else 65535
     levels = np.nan_to_num(levels, nan=0.0).clip(0, highest)
-    grey = Image.fromarray((levels * (255 / highest)).round().astype(np.uint8))
+    # A level above 0 stays above 0: whether a mask is black must not depend on its depth.
+    grey = Image.fromarray(np.maximum((levels * (255 / highest)).round(), levels > 0).astype(np.uint8))
     transparent = image.info.get("transparency")  # the one level that is, of 16-bit PNGs
     if not isinstance(transparent, int):
         return grey.convert("RGB")

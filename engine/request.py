@@ -17,6 +17,7 @@ SOLVERS = ("dpm++", "ddim", "ddpm")
 GUIDANCE_KINDS = ("masked", "alternate", "unidiffuser", "empty")
 SHORTHANDS = {"prompt": "text", "image": "image", "mask": "image"}  # the modalities that these arguments stand for
 MAX_NUM = 1024
+MAX_STEPS = 20_000  # with resampling
 MAX_SEED = 2**64 - 1
 WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
                  "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
@@ -42,7 +43,7 @@ class Request:
     step_cache  an approximation: run the inner shared blocks at every so many steps only, 1: at all; they also run
               whenever the passes change, which in alternately guided joint generation is at every step
     order     "together": all modalities are denoised at once, as in the paper; or their names in the order in which
-              they are generated, each guided by the earlier ones, those not named last; None: the checkpoint's default
+              they are generated, each guided by the earlier ones; others follow together; None: the checkpoint's
     eta       η of solver "ddim": 0 deterministic, 1 as noisy as DDPM
     guidance_kind  "masked" drops the known part (the paper's); "alternate" guides one modality a step by dropping the
               others; "unidiffuser" has an extra pass for each modality; "empty" replaces the known part by the empty
@@ -74,7 +75,6 @@ class Request:
     masks: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        _check_prompt(self.prompt)
         self._check_choices()
         self._check_numbers()
         for key, shorthands in (("inputs", ("prompt", "image")), ("masks", ("mask",))):
@@ -85,6 +85,8 @@ class Request:
             for shorthand in shorthands:
                 if getattr(self, shorthand) is not None and SHORTHANDS[shorthand] in names:
                     raise InputError(shorthand, SHORTHANDS[shorthand], f"leave it out of {key}", "is given twice")
+        if self.inputs.get("text") != "":  # which is known to be empty
+            _check_text(self.given.get("text"), "prompt" if self.prompt is not None else "inputs['text']")
         unmasked = sorted(self.given_masks.keys() - self.given.keys())
         if unmasked:
             name = unmasked[0]
@@ -131,6 +133,10 @@ class Request:
             if not isinstance(value, Integral) or isinstance(value, bool) or not lowest <= value <= highest:
                 raise InputError(key, value, f"use a whole number from {lowest} to {highest}")
             object.__setattr__(self, key, int(value))  # numpy's too
+        if self.steps * self.resample > MAX_STEPS:
+            raise InputError(
+                "resample", self.resample, f"use at most {MAX_STEPS // self.steps}", "makes too many steps"
+            )
         if self.resample > 1 and self.jump >= self.steps:
             raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
         if self.guidance is not None:
@@ -147,6 +153,7 @@ class Request:
             right = isinstance(pair, tuple | list) and len(pair) == 2 and all(_is_number(x) for x in pair)
             if not right or not 0 <= pair[0] < pair[1] <= 1:
                 raise InputError("guidance_interval", pair, "use two numbers, 0 <= start < end <= 1")
+            object.__setattr__(self, "guidance_interval", tuple(pair))
 
     def _check_task(self) -> None:
         given = self.given
@@ -167,15 +174,15 @@ class Request:
             raise InputError("task", self.task, f"{remedy[self.task]}, or use auto", "does not fit what is given")
 
 
-def _check_prompt(prompt) -> None:
+def _check_text(prompt, argument: str) -> None:
     if prompt is None:
         return
     if not isinstance(prompt, str):
-        raise InputError("prompt", prompt, "give a string, one request per prompt", "is not a string")
+        raise InputError(argument, prompt, "give a string, one request per prompt", "is not a string")
     if not any(c.isalnum() or c == "_" for c in prompt):
-        raise InputError("prompt", prompt, "give words, or leave it out to have them generated", "has no word")
+        raise InputError(argument, prompt, "give words, or leave it out to have them generated", "has no word")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
-        raise InputError("prompt", prompt, "give it in UTF-8", "holds bytes that are not text")
+        raise InputError(argument, prompt, "give it in UTF-8", "holds bytes that are not text")
 
 
 def _is_number(value) -> bool:

@@ -3,10 +3,11 @@
 import resource
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from os import PathLike
 from queue import SimpleQueue
 
@@ -26,7 +27,7 @@ from engine.sampling.batch import SampleSpec
 from engine.sampling.graphs import StepGraphs, compile_blocks
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
-from engine.sampling.worker import drive
+from engine.sampling.worker import check_process, drive
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Stats:
 
 
 class Engine:
-    """A loaded model that samples; make one with `Engine.from_pretrained` and close it, or use it in a `with`.
+    """A loaded model that samples. Make one with `Engine.from_pretrained`, not directly; close it, or use a `with`.
 
     Several threads may call it: their samples share the slots of one batch, which one worker thread computes.
     """
@@ -72,11 +73,12 @@ class Engine:
         captured = StepGraphs(device) if cuda and graphs else None
         branches = {} if captured is None else {"run_branches": captured.run_branches}
         self._denoiser = Denoiser(network, self.config.diffusion.timesteps, **branches)
-        # Where every size of batch is compiled or captured for itself there are few, else there is one for any number.
-        powers = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
-        single = cuda and (compile or graphs)
-        self._sizes = powers if single else [1] if compile else []  # one sample is always compiled for itself
-        buckets = powers if single else range(1, max_rows + 1)
+        if cuda and (compile or graphs):  # every size of batch is compiled or captured by itself, so there are few
+            buckets = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
+            self._warm_sizes = buckets
+        else:  # one code for all sizes; only that for a single sample is always compiled by itself
+            buckets = range(1, max_rows + 1)
+            self._warm_sizes = [1] if compile else []
         self._sampler = Sampler(self._denoiser, self.config.model, device, buckets=buckets, graphs=captured)
 
     @classmethod
@@ -100,17 +102,19 @@ class Engine:
         compile    torch.compile of the transformer blocks, at the first forward of each shape
         graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
         max_rows   samples computed together
-        Raises InputError, naming the argument or the damaged file.
+        Raises InputError, naming the argument or the damaged file, and RuntimeError in a process that was forked from
+        one in which an engine had been made.
         """
         if attention not in ATTENTIONS:
             raise InputError("attention", attention, f"use one of {', '.join(ATTENTIONS)}", "is not known")
-        if not isinstance(max_rows, int) or isinstance(max_rows, bool) or not 1 <= max_rows <= 65_536:
+        check_process()
+        if not isinstance(max_rows, Integral) or isinstance(max_rows, bool) or not 1 <= max_rows <= 65_536:
             raise InputError("max_rows", max_rows, "use a whole number from 1 to 65536")
         where = resolve_device(device)
         backend.check("attention", attention, where.type)
         loaded = load(BUILT_IN if checkpoint is None else checkpoint)
         what = resolve_dtype(dtype, where, loaded.config.model)
-        return cls(loaded, where, what, max_rows, attention, compile, graphs)
+        return cls(loaded, where, what, int(max_rows), attention, compile, graphs)
 
     def __enter__(self) -> "Engine":
         return self
@@ -136,6 +140,7 @@ class Engine:
                   samples took part in, the steps of all samples counted; raise from it to cancel
         Returns a Result, or a list of them in the requests' order. Raises as `submit` and its future.
         """
+        self._sampler.worker.check_waiting()
         counts: SimpleQueue = SimpleQueue()
         future = self.submit(requests, None if callback is None else lambda *count: counts.put(count))
         try:
@@ -153,7 +158,10 @@ class Engine:
         """Starts sampling one request, or several of any tasks together, and returns a future of what `generate` does.
 
         progress  called on the engine's thread as `progress(steps done, steps in all)`; it has to return at once, since
-                  all samples wait for it, and may not wait for the engine. What it raises, the future raises
+                  all samples wait for it. What it raises, the future raises
+
+        Callbacks of the future (`add_done_callback`) run on the engine's thread too. Like `progress` they may `submit`,
+        but not wait for the engine.
 
         Cancelling the future, at any time before it is done, frees its slots before the next step. Requests are read
         and checked in this thread: raises InputError before anything is computed if one of them cannot be served, and
@@ -162,6 +170,8 @@ class Engine:
         is closed meanwhile, and what the model raised where it fails; other calls' samples are not affected.
         """
         alone, started = isinstance(requests, Request), time.perf_counter()
+        if not alone and not isinstance(requests, Iterable):
+            raise InputError("requests", requests, "give a Request or a list of them", "is not a Request")
         listed = [requests] if alone else list(requests)
         for other in listed:
             if not isinstance(other, Request):
@@ -241,11 +251,12 @@ class Engine:
         """
         from tqdm import tqdm
 
-        if not isinstance(batch, int) or not 1 <= batch <= self.max_rows:
+        if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= self.max_rows:
             raise InputError("batch", batch, f"use 1 to max_rows, {self.max_rows}", "is out of range")
+        self._sampler.worker.check_waiting()
         self._sampler.worker.check()
         # The largest first: the smaller ones fit into its memory.
-        sizes = [batch, *(rows for rows in reversed(self._sizes) if rows < batch)]
+        sizes = [batch, *(rows for rows in reversed(self._warm_sizes) if rows < batch)]
         kinds = [(rows, given, order, w) for rows in sizes for given, order in self._patterns() for w in (1.0, 2.0)]
         for codec in self.codecs.values():
             codec.build()

@@ -8,12 +8,11 @@ import argparse
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from engine.command import Parser, check_writable, path, refuse
+from engine.command import Parser, check_writable, path, refuse, run
 from engine.errors import InputError
 from engine.request import ATTENTIONS, GUIDANCE_KINDS, MAX_NUM, SOLVERS, TASKS, Request, Result, Sample
 
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         return refuse(COMMAND, error, vars(options))
     if options.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print(_json(report))
     elif not options.quiet:
         timing = report[-1]["timing"]
         print(f"{len(report) - 1} samples in {options.out} ({', '.join(listed)}); "
@@ -116,7 +115,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
         "step_cache", "order", "eta", "guidance_kind",
     )}  # fmt: skip
     interval = tuple(options.guidance_interval) if options.guidance_interval else None
-    given = {"inputs": dict(options.input), "masks": dict(options.input_mask)}
+    given = {"inputs": _once("input", options.input), "masks": _once("input_mask", options.input_mask)}
     return [
         Request(prompt, num=num, guidance_interval=interval, **given, **same) for prompt in options.prompt or [None]
     ]
@@ -127,6 +126,13 @@ def _about_options(error: InputError) -> InputError:
     options = {"inputs": "input", "masks": "input_mask"}
     names = [options.get(name.partition("[")[0], name) for name in error.argument.split(", ")]
     return InputError(", ".join(dict.fromkeys(names)), error.value, error.remedy, error.problem)
+
+
+def _once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
+    for name, value in pairs:
+        if sum(name == other for other, _ in pairs) > 1:
+            raise InputError(option, f"{name}={value}", "give each modality once", "is given twice")
+    return dict(pairs)
 
 
 def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dict], list[str]]:
@@ -169,18 +175,23 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
 
 
 def _described(i: int, result: Result, sample: Sample) -> dict:
-    """A sample's entry in samples.json: texts as they are, images as file names."""
-    outputs = {name: value if isinstance(value, str) else _file(i, name) for name, value in sample.outputs.items()}
+    """A sample's entry in samples.json: images as file names; `outputs` has all modalities."""
+    outputs = {name: _file(i, name) if _is_image(value) else value for name, value in sample.outputs.items()}
     return {
         "task": result.task,
         "prompt": result.request.prompt,
-        **outputs,
+        **{name: outputs[name] for name in ("image", "text") if name in outputs},
+        "outputs": outputs,
         "seed": sample.seed,
         "steps": result.request.steps,
         "solver": result.request.solver,
         "order": list(result.order) or "together",
         "guidance": result.guidance,
     }
+
+
+def _is_image(value) -> bool:
+    return hasattr(value, "save")  # without importing Pillow
 
 
 def _log_speed(engine) -> None:
@@ -214,10 +225,12 @@ def _write(out: Path, samples: list[Sample], report: list[dict]) -> list[str]:
         with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as folder:
             for i, sample in enumerate(samples):
                 for name, value in sample.outputs.items():
-                    if not isinstance(value, str):
+                    if _is_image(value):
                         value.save(Path(folder, _file(i, name)))
             _write_grid(samples, Path(folder, "grid.png"))
-            Path(folder, "samples.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            Path(folder, "samples.json").write_text(
+                json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8"
+            )
             files = sorted(Path(folder).iterdir())
             for file in files:
                 os.replace(file, out / file.name)
@@ -226,14 +239,18 @@ def _write(out: Path, samples: list[Sample], report: list[dict]) -> list[str]:
     return [file.name for file in files if file.name in ("grid.png", "samples.json")]
 
 
+def _json(report: list[dict]) -> str:
+    return json.dumps(report, indent=2, ensure_ascii=False, default=str)
+
+
 def _write_grid(samples: list[Sample], file: Path) -> None:
     """All images with their texts, those of one sample side by side; nothing for a model without images."""
     from engine.images import grid
 
     images, captions = [], []
     for sample in samples:
-        texts = [value for value in sample.outputs.values() if isinstance(value, str)]
-        own = [value for value in sample.outputs.values() if not isinstance(value, str)]
+        texts = [str(value) for value in sample.outputs.values() if not _is_image(value)]
+        own = [value for value in sample.outputs.values() if _is_image(value)]
         images += own
         captions += [" · ".join(texts), *[""] * len(own)][: len(own)]
     if images:
@@ -242,4 +259,4 @@ def _write_grid(samples: list[Sample], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(COMMAND, main)

@@ -5,11 +5,10 @@ command again resumes an interrupted run. RUN/checkpoint is what `engine.sample 
 """
 
 import argparse
-import sys
 
 from safetensors import SafetensorError
 
-from engine.command import Parser, name, path, refuse
+from engine.command import Parser, name, path, refuse, run
 from engine.errors import InputError
 from engine.presets import PRESETS
 from engine.training.options import DTYPES, TrainOptions
@@ -55,4 +54,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(COMMAND, main)

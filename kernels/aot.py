@@ -7,6 +7,7 @@ compiled is what a launch would compile, the arguments' divisibility and the blo
 """
 
 import argparse
+import gc
 import re
 import struct
 import subprocess
@@ -207,12 +208,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"D 512, {dtype}", partial(timestep._table, times.float(), tensors)
     for batch, passes, live, dtype in (
         (1, 1, 1, "bf16"), (1, 2, 2, "bf16"), (16, 1, 1, "bf16"), (16, 2, 2, "bf16"), (16, 2, 1, "bf16"),
-        (16, 3, 3, "bf16"), (16, 2, 2, "fp32"),
+        (16, 2, 2, "fp32"),
     ):  # fmt: skip
         inputs = cfg_step.example_inputs(batch, passes=passes, live=live, dtype=DTYPES[dtype])
         yield f"B {batch}, N 8192, {live} of {passes} passes, {dtype}", partial(cfg_step._triton_step, *inputs)
-    three = cfg_step.example_inputs(16, ((128, 16), (128, 16), (64, 64)), dtype=torch.bfloat16)
-    yield "B 16, N 8192, 2 of 2 passes, 3 modalities, bf16", partial(cfg_step._triton_step, *three)
+    inputs = cfg_step.example_inputs(16, ((128, 16), (128, 16), (64, 64)), passes=3, dtype=torch.bfloat16)
+    yield "B 16, N 8192, 3 of 3 passes, 3 modalities, bf16", partial(cfg_step._triton_step, *inputs)
 
 
 def _run_attention(qkv: torch.Tensor) -> None:
@@ -256,6 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all of them")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args(arguments)
+    gc.disable()  # every collection walks through all of PyTorch's and Triton's objects: a sixth of the time
     table = markdown([u for target in options.target or TARGETS for u in compile_all(target)])
     print(table, end="")
     if options.out:

@@ -1,6 +1,7 @@
 """What every test file shares: optional data, GPU tests and hypothesis settings."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,14 @@ if not torch.cuda.is_available():
 # Deadlines measure the machine; a fixed order of examples makes a failure in CI one that a developer can repeat.
 settings.register_profile("engine", deadline=None, derandomize=True)
 settings.load_profile("engine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """Measurements that `dtype="auto"` keeps are this test run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -73,16 +82,6 @@ def random_checkpoint(folder: Path, config) -> Path:
     TextCodec((END, *words.split()), vectors).save(folder / "text")
     ImageCodec(autoencoder, **config.codecs["image"].settings).save(folder / "image")
     return folder
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup: a file's tests, which share fixtures, run on one worker.
-
-    Those of a file that sets SPREAD, whose tests share nothing that takes long, run on any.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None and not getattr(item.module, "SPREAD", False):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

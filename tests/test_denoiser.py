@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from engine.checkpoint import BUILT_IN
-from engine.config import Modality
+from engine.config import Modality, ModelConfig
+from engine.errors import InputError
 from engine.model.denoiser import Denoiser, build
 from engine.presets import PRESETS
 
@@ -228,3 +229,9 @@ def test_names_of_weights_stay_so_that_saved_checkpoints_load(config):
     with torch.device("meta"):
         network = build(config)
     assert set(network.state_dict()) == names_of_weights(config)
+
+
+@pytest.mark.parametrize("name", ["forward", "keys", "type"])
+def test_modalities_with_names_that_pytorch_needs_are_refused(name):
+    with pytest.raises(InputError, match="^modalities.name: .* is reserved; give the modality another name"):
+        build(ModelConfig((Modality(name, 4, 4, depth=1),), shared_depth=1, dim=64))

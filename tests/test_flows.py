@@ -7,13 +7,13 @@ from concurrent.futures import Future
 import pytest
 from denoisers import SECONDS
 
-from engine.sampling.worker import drive, settle
+from engine.sampling.worker import drive, finish_future
 
 
 def test_settling_a_cancelled_future_tells_who_waits():
     future = Future()
     future.cancel()
-    settle(future, 1)
+    finish_future(future, 1)
     assert future.cancelled() and concurrent.futures.wait([future], SECONDS).done == {future}
 
 

@@ -279,7 +279,8 @@ def test_a_transparent_colour_of_a_palette_is_kept(tmp_path):
     "mask, says",
     [
         (Image.fromarray(LEFT.astype(np.uint8)), "has no white: its brightest level is 1"),
-        (Image.fromarray(LEFT.astype(np.uint16) * 200), "has no white: its brightest level is 1"),
+        (Image.fromarray(LEFT.astype(np.uint16) * 200), "has no white: its brightest level is 1 of 255"),
+        (Image.fromarray(LEFT.astype(np.uint16)), "has no white: its brightest level is 1 of 255"),  # of 65535
         (Image.fromarray(LEFT.astype(np.uint8) * 127), "has no white: its brightest level is 127"),
         (layers((255, 255, 255), 30), "has no white: its brightest level is 30"),
         (layers((255, 0, 0), 255), "has pixels of other colours, such as rgb(255, 0, 0)"),
@@ -288,7 +289,7 @@ def test_a_transparent_colour_of_a_palette_is_kept(tmp_path):
             "has pixels of other colours, such as rgb(255, 255, 0)",
         ),
     ],
-    ids=["0 and 1", "16 bits of 200", "grey", "nearly transparent", "red", "yellow"],
+    ids=["0 and 1", "16 bits of 200", "16 bits of 1", "grey", "nearly transparent", "red", "yellow"],
 )
 def test_a_mask_that_means_neither_white_nor_black_is_refused(mask, says):
     error = refusal(open_mask, mask, (12, 12), 12, "masks.sketch")

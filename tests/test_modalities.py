@@ -180,12 +180,12 @@ def test_the_command_line_takes_and_writes_every_modality(three_modality_checkpo
     names = ["0000-sketch.png", "0000.png", "0001-sketch.png", "0001.png", "grid.png", "samples.json"]
     assert sorted(path.name for path in (files / "samples").iterdir()) == names
     for i, line in enumerate(report):
-        assert (line["image"], line["sketch"]) == (f"000{i}.png", f"000{i}-sketch.png")
+        assert (line["image"], line["outputs"]["sketch"]) == (f"000{i}.png", f"000{i}-sketch.png")
         assert (line["task"], line["order"], line["prompt"]) == ("infill", ["text", "sketch"], None)
         assert isinstance(line["text"], str)
         with Image.open(files / "samples" / line["image"]) as image:
             assert difference(image, noise(2)) == 0
-        with Image.open(files / "samples" / line["sketch"]) as sketch:
+        with Image.open(files / "samples" / line["outputs"]["sketch"]) as sketch:
             after, before = levels(sketch), levels(noise(1))
         assert np.array_equal(after[:, 16:], before[:, 16:]) and not np.array_equal(after[:, :16], before[:, :16])
 

@@ -157,7 +157,8 @@ def test_requests_are_values():
 
 @pytest.mark.parametrize("interval", [None, (0, 1), (0.25, 0.75), [0.0, 0.5], (np.float32(0), np.float64(0.5))])
 def test_a_guidance_interval_is_two_fractions(interval):
-    assert Request(guidance_interval=interval).guidance_interval == interval
+    kept = Request(guidance_interval=interval).guidance_interval
+    assert kept == (None if interval is None else tuple(interval))
 
 
 @pytest.mark.parametrize(
@@ -238,3 +239,16 @@ def test_what_is_given_twice_is_refused(given, argument):
 def test_inputs_and_masks_are_mappings_from_names(argument, value):
     with pytest.raises(InputError, match=f"^{argument}: .*; give a mapping from names of modalities"):
         Request(**{argument: value})
+
+
+def test_resampling_does_not_make_more_steps_than_can_be_prepared():
+    assert Request(steps=1000, resample=20, jump=10).resample == 20
+    with pytest.raises(InputError, match="^resample: 21 makes too many steps; use at most 20"):
+        Request(steps=1000, resample=21, jump=10)
+
+
+@pytest.mark.parametrize("text", ["!!!", "\ud800", 5])
+def test_a_text_given_by_name_is_checked_as_a_prompt_is(text):
+    with pytest.raises(InputError, match=r"^inputs\['text'\]: "):
+        Request(inputs={"text": text})
+    assert Request(inputs={"text": ""}).given == {"text": ""}, "known to be empty"

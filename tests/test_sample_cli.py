@@ -19,7 +19,7 @@ from engine.images import fit_image
 from engine.sample import main
 
 REMEDIES = ("use ", "give ", "put ", "leave ", "copy ", "restore ", "name ", "see --help", "the modalities are ")
-KEYS = ["task", "prompt", "image", "text", "seed", "steps", "solver", "order", "guidance"]
+KEYS = ["task", "prompt", "image", "text", "outputs", "seed", "steps", "solver", "order", "guidance"]
 
 
 class Run(NamedTuple):
@@ -573,3 +573,8 @@ def test_compiled_it_makes_the_same_images(run, tiny_checkpoint, tmp_path):
     assert compiled.report[0] == plain.report[0]
     difference = plain.images()[0].astype(int) - compiled.images()[0]
     assert abs(difference).max() <= 2
+
+
+def test_an_input_that_is_given_twice_is_refused(run):
+    done = run("--input", "text=red cat", "--input", "text=blue dog")
+    assert done.code == 2 and "--input: 'text=red cat' is given twice; give each modality once" in done.err

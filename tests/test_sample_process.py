@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -94,8 +95,8 @@ with Engine.from_pretrained(sys.argv[1], dtype="float32") as engine:
     expected = engine.generate(Request(num=2, steps=2))
     endless = Request(num=2, steps=1000, resample=5)
     for callback in (None, lambda done, total: None):
-        threading.Timer(0.3, print, ("sampling",), {"flush": True}).start()
         try:
+            threading.Timer(0.3, print, ("sampling",), {"flush": True}).start()
             engine.generate(endless, callback)
         except KeyboardInterrupt:
             interrupted = time.perf_counter()
@@ -113,6 +114,8 @@ with Engine.from_pretrained(sys.argv[1], dtype="float32") as engine:
 def test_ctrl_c_cancels_promptly_and_the_engine_can_be_used(tiny_checkpoint):
     command = [sys.executable, "-c", INTERRUPTED, tiny_checkpoint]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        killer = threading.Timer(120, process.kill)  # a process that hangs fails the test, and does not hang it
+        killer.start()
         for _ in range(2):
             assert process.stdout.readline() == "sampling\n"
             process.send_signal(signal.SIGINT)
@@ -121,5 +124,6 @@ def test_ctrl_c_cancels_promptly_and_the_engine_can_be_used(tiny_checkpoint):
         process.send_signal(signal.SIGINT)
         began = time.perf_counter()
         _, error = process.communicate(timeout=30)
+        killer.cancel()
     assert process.returncode not in (0, None) and error.strip().endswith("KeyboardInterrupt")
     assert time.perf_counter() - began < 10, "nor does a worker thread keep the process"

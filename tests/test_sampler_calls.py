@@ -43,7 +43,8 @@ def calls_at_once(buckets, *posts):
         futures = [sampler.call(*post) for post in posts]
         denoiser.release()
         concurrent.futures.wait([*futures, run], SECONDS)
-        assert run.done() and len(denoiser.rows) == 2, "calls come between the steps of samples"
+        assert all(future.done() for future in [*futures, run])
+        assert len(denoiser.rows) == 2, "calls come between the steps of samples"
     return futures
 
 

@@ -275,9 +275,9 @@ def test_out_of_memory_in_the_smallest_batch_fails_those_in_it_and_goes_on_with_
     assert torch.equal(found[2], alone(spec(3)))
 
 
-def test_out_of_memory_frees_what_the_failed_step_held():
+def test_out_of_memory_frees_what_the_failed_step_held_before_it_goes_on(monkeypatch):
     """The exception's traceback would hold it, and so would whoever keeps the exception."""
-    held = []
+    held, freed = [], []
 
     def limited(inputs, times, outputs):
         work = inputs * 2
@@ -288,10 +288,12 @@ def test_out_of_memory_frees_what_the_failed_step_held():
 
     sampler = Sampler(FunctionDenoiser(limited), MODEL, buckets=(1, 2))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *_: freed.append(held[0]() is None))
         error = sampler.submit([spec(1), spec(2)]).exception(SECONDS)
+    assert isinstance(error, torch.OutOfMemoryError) and freed == [True]
     gc.collect()
-    assert isinstance(error, torch.OutOfMemoryError) and len(held) == 2 and not any(ref() is not None for ref in held)
+    assert len(held) == 2 and held[1]() is None
 
 
 class NoMemoryToClone(TorchDispatchMode):

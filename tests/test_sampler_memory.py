@@ -61,6 +61,16 @@ def test_a_long_table_takes_memory_only_as_long_as_it_is_there(tensors):
     assert long[1] - before[1] == LINES * line and tensors(sampler) == before
 
 
+def test_only_the_batch_in_use_takes_memory(tensors):
+    sampler, specs = Sampler(CountingDenoiser(MODEL), MODEL, buckets=POWERS), mixed_specs()
+    sampler.run(specs[3:4])
+    before = tensors(sampler)
+    sampler.run([specs[3]] * 8)
+    assert tensors(sampler) > before
+    sampler.run(specs[3:4])
+    assert tensors(sampler) == before
+
+
 def test_nothing_is_kept_of_samples_that_are_done(tensors):
     sampler, specs = Sampler(CountingDenoiser(MODEL), MODEL, buckets=POWERS), mixed_specs()
     sampler.run(specs)

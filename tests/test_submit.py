@@ -283,3 +283,44 @@ def test_a_thousand_cancels_at_random_moments_disturb_nobody(engine, mixed, alon
     assert_same(engine.generate(mixed[0]), alone[0], rounding=0)
     assert engine.stats().forwards <= before + 9, "no sample of a cancelled request is left"
     assert time.perf_counter() - began < 60
+
+
+@pytest.mark.parametrize("where", ["progress", "callback"])
+@pytest.mark.parametrize("wait", ["generate", "warmup"])
+def test_waiting_for_the_engine_on_its_own_thread_is_refused_and_submitting_is_not(engine, mixed, alone, where, wait):
+    errors, later = [], []
+
+    def misuse(*_):
+        try:
+            engine.generate(mixed[0]) if wait == "generate" else engine.warmup()
+        except RuntimeError as error:
+            errors.append(str(error))
+        if not later:
+            later.append(engine.submit(mixed[1]))
+
+    future = engine.submit(mixed[1], misuse if where == "progress" else None)
+    if where == "callback":
+        future.add_done_callback(misuse)
+    assert_same(future.result(60), alone[1])
+    for _ in range(600):  # a future's result is there before its callbacks have run
+        if later:
+            break
+        time.sleep(0.1)
+    assert_same(later[0].result(60), alone[1])
+    assert errors and "cannot wait for the engine" in errors[0]
+
+
+def test_a_future_that_its_caller_has_touched_does_not_stop_the_others(engine, mixed, alone):
+    touched = engine.submit(mixed[1])
+    touched.set_running_or_notify_cancel()
+    ended = engine.submit(mixed[1])
+    ended.set_result("mine")
+    assert_same(engine.generate(mixed[1]), alone[1])
+    assert_same(touched.result(60), alone[1])
+    assert ended.result(0) == "mine"
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"red cat"])
+def test_what_is_not_a_request_is_refused(engine, wrong):
+    with pytest.raises(InputError, match="^requests: .*; give a Request or a list of them"):
+        engine.submit(wrong)

@@ -18,7 +18,7 @@ import torch
 from denoisers import SECONDS
 
 import engine.sampling.worker as module
-from engine.sampling.worker import Worker, settle
+from engine.sampling.worker import Worker, finish_future
 
 CLOSED = "this engine is closed"
 
@@ -37,13 +37,13 @@ class Doer:
         if not self.inbox:
             return False
         item = self.inbox.popleft()
-        settle(item.future, item.function())
+        finish_future(item.future, item.function())
         return True
 
     def abort(self, error):
         self.aborted.append(error)
         while self.inbox:
-            settle(self.inbox.popleft().future, error=error)
+            finish_future(self.inbox.popleft().future, error=error)
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def process():
 
 
 def test_a_forked_process_is_told_to_make_its_own_sampler_and_can(process):
-    refused = "this engine was made before the process forked; make one in the child process instead"
+    refused = "an engine was made before this process was forked; start processes with multiprocessing's spawn instead"
     assert process.child == {"refused": [refused] * 4, "own": process.expected, "status": 3}
     assert process.parent == process.expected, "the parent goes on"
 

@@ -127,7 +127,6 @@ def spaced_table(
     return solver_table(diffusion, timesteps(diffusion.timesteps, steps), modalities, solver, guidance)
 
 
-@lru_cache(maxsize=1024)
 def constant_since(table: StepTable, modality: int, generated: bool, known: bool) -> tuple[int, ...]:
     """For each step the first of the steps, without a break, at which a modality enters the model as it does there.
 
@@ -250,6 +249,7 @@ def _update(schedule: NoiseSchedule, solver: str, eta: float, t_prev: int | None
     if solver == "ddpm":  # Ho et al. 2020 (arXiv 2006.11239), eq. 7, fixed small variance
         return np.sqrt(ratio) * sigma_s**2 / sigma_t**2, alpha_s * (1 - ratio) / sigma_t**2, 0.0, posterior
 
+    assert solver == "dpm++", solver
     # DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2; λ is infinite at s = 0: first order there
     h = schedule.half_log_snr(s) - schedule.half_log_snr(t)
     a, b = sigma_s / sigma_t, -alpha_s * np.expm1(-h)
@@ -297,4 +297,4 @@ def _check_guidance(guidance: GuidanceOptions, solver: SolverOptions, modalities
     if not set(guidance.modalities) <= set(range(modalities)):
         raise InputError("guided_modalities", guidance.modalities, f"number the {modalities} modalities from 0")
     if guidance.kind != "masked" and len(solver.order) > 1:
-        raise InputError("guidance_kind", guidance.kind, "use masked where modalities are generated in an order")
+        raise InputError("guidance_kind", guidance.kind, "use masked, or order together")

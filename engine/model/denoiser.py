@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.errors import InputError
 from engine.model.blocks import InnerCache, one_by_one
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 
 
 def build(config: ModelConfig) -> PSUNet | UViT:
-    """A network of this config, initialised for training."""
-    return PSUNet(config) if config.uvit is None else UViT(config)
+    """A network of this config, initialised for training; raises InputError for a modality with a reserved name."""
+    try:
+        return PSUNet(config) if config.uvit is None else UViT(config)
+    except KeyError as error:  # submodules have the modalities' names, and PyTorch's modules have some of their own
+        raise InputError("modalities.name", error.args[0], "give the modality another name", "is reserved") from None
 
 
 class Denoiser:
@@ -25,7 +29,7 @@ class Denoiser:
     network       in evaluation mode, on its device and in its dtype; changing either later needs another Denoiser
     timesteps     N of the diffusion: times are 0, clean, to N, pure noise
     run_branches  runs the modalities' branches, calls that need nothing of each other, and returns their results in
-                  order; `StepGraphs.side_by_side` gives each a CUDA stream
+                  order; `StepGraphs.run_branches` gives each a CUDA stream
 
     The table is made here, without gradients. Calls record gradients unless the caller turns them off.
     """

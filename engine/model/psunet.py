@@ -37,8 +37,10 @@ class Branch(nn.Module):
         super().__init__()
         dim, self.token_time = config.dim, config.time_conditioning == "token"
         self.shape = modality.tokens, modality.channels
-        self.elements = config.state_slices[modality.name]  # of the packed state
-        self.tokens = config.token_slices[modality.name]  # of the token sequence
+        # (start, length) in the packed state and in the token sequence, for `narrow`: Dynamo cannot trace slices of
+        # fake CUDA tensors in builds without CUDA.
+        self.elements = config.state_slices[modality.name].start, modality.size
+        self.tokens = config.token_slices[modality.name].start, modality.tokens
         self.embed = nn.Linear(modality.channels, dim)
         self.position = nn.Parameter(torch.zeros(modality.tokens + self.token_time, dim))
         self.in_blocks = nn.ModuleList(Block.from_config(config, skip=False) for _ in range(modality.depth))
@@ -59,8 +61,8 @@ class Branch(nn.Module):
         if features is not None:
             skips = list(features.unbind())  # depth × [R, L, D]
             return skips[-1], skips
-        x = inputs[:, self.elements].unflatten(1, self.shape).to(self.embed.weight.dtype)  # [R, L, C]
-        index = index[:, self.tokens]  # [R, L]
+        x = inputs.narrow(1, *self.elements).unflatten(1, self.shape).to(self.embed.weight.dtype)  # [R, L, C]
+        index = index.narrow(1, *self.tokens)  # [R, L]
         x = self.embed(x)  # [R, L, D]
         if self.token_time:
             x = torch.cat([table[index[:, :1].long()].to(x.dtype), x], dim=1)  # [R, 1+L, D]
@@ -73,7 +75,7 @@ class Branch(nn.Module):
 
     def leave(self, x: Tensor, skips: list[Tensor], table: Tensor, index: Tensor) -> Tensor:
         """Tokens from the shared stack [R, L, D] → prediction [R, L·C]."""
-        index = index[:, self.tokens]  # [R, L]
+        index = index.narrow(1, *self.tokens)  # [R, L]
         for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
             x = block(x, skip, table, index)  # [R, L, D]
         if self.token_time:

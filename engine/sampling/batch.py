@@ -11,7 +11,8 @@ from engine.config import ModelConfig
 from engine.diffusion.masks import token_mask
 from engine.diffusion.solver_table import StepTable
 from engine.errors import InputError
-from engine.kernels.cfg_step import BatchConstants, SamplerState, init_state
+from engine.kernels.cfg_step import init_state
+from engine.kernels.sampler_state import BatchConstants, new_state
 from engine.kernels.step_table import NOOP_STEP, PassKind, StepColumn
 
 
@@ -143,20 +144,6 @@ def batch_constants(
         indices=torch.from_numpy(indices),
     )
     return BatchConstants(*(upload(tensor, device) for tensor in constants))
-
-
-def new_state(constants: BatchConstants) -> SamplerState:
-    """The buffers in which these samples are made; `init_state` fills them."""
-    batch, size = constants.known.shape
-    passes, tokens = constants.indices.shape[3] - StepColumn.PASS + 1, constants.token_modality.shape[0]
-    return SamplerState(
-        step=torch.zeros_like(constants.seeds),
-        state=torch.empty_like(constants.known),
-        x0_prev=torch.empty_like(constants.known),
-        inputs=constants.known.new_empty(passes * batch, size),
-        times=constants.indices.new_empty(passes * batch, tokens),
-        arrived=constants.indices.new_zeros(batch),
-    )
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.sampling.worker import settle
+from engine.sampling.worker import finish_future
 
 
 @dataclass(eq=False)
@@ -38,25 +38,25 @@ class Calls:
         self._waiting = deque(call for call in self._waiting if call.function != function)
         for call in calls:
             if call.future.cancelled():
-                settle(call.future)
+                finish_future(call.future)
         calls = [call for call in calls if not call.future.cancelled()]
         items = [item for call in calls for item in call.items]
         try:
             results = iter(_applied(function, items, most))
         except Exception as error:
             if len(calls) == 1:
-                settle(calls[0].future, error=error)
+                finish_future(calls[0].future, error=error)
             else:  # whose items are at fault shows when each is done by itself
                 alone = [Call(_Alone(function, i), call.items, call.future) for i, call in enumerate(calls)]
                 self._waiting.extendleft(reversed(alone))
             return
         for call in calls:
-            settle(call.future, [next(results) for _ in call.items])
+            finish_future(call.future, [next(results) for _ in call.items])
 
     def abort(self, error: BaseException) -> None:
         """Ends all calls with this error."""
         while self._waiting:
-            settle(self._waiting.popleft().future, error=error)
+            finish_future(self._waiting.popleft().future, error=error)
 
 
 @dataclass(frozen=True)

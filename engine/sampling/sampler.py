@@ -17,14 +17,15 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.kernels.cfg_step import BatchConstants, write_inputs
+from engine.kernels.cfg_step import write_inputs
+from engine.kernels.sampler_state import BatchConstants
 from engine.model.denoiser import Denoiser
 from engine.sampling.batch import Batch, SampleSpec, batch_constants, upload
 from engine.sampling.calls import Call, Calls
 from engine.sampling.graphs import StepGraphs
 from engine.sampling.scheduler import Arrangement, CacheMode, Job, Scheduler, StepPlan
 from engine.sampling.step import denoise_step
-from engine.sampling.worker import Worker, settle
+from engine.sampling.worker import Worker, finish_future
 
 
 class NotFiniteError(FloatingPointError):
@@ -99,8 +100,10 @@ class Sampler:
         result is not finite, torch.OutOfMemoryError if memory does not suffice for a single sample, and RuntimeError if
         the sampler is closed meanwhile.
         """
+        denoiser = self.denoiser
+        self.worker.check()
         jobs = [self.scheduler.job(spec) for spec in specs]
-        if not self.denoiser.can_cache and not all(all(job.refresh) for job in jobs):
+        if not denoiser.can_cache and any(job.needs.uses_cache for job in jobs):
             raise InputError("step_cache", "a value above 1", "use 1", "needs inner blocks, which this model has not")
         return self.worker.post(_Run(jobs, Future(), progress, {}), self._inbox)
 
@@ -114,6 +117,7 @@ class Sampler:
 
     def run(self, specs: Sequence[SampleSpec], progress: Callable[[int, int], None] | None = None) -> Tensor:
         """`submit`, and wait: the final states [B, N] float32. Interrupted, it cancels."""
+        self.worker.check_waiting()
         future = self.submit(specs, progress)
         try:
             return future.result()
@@ -134,7 +138,7 @@ class Sampler:
             self._receive()  # what followed from them
         for run in [run for run in self._runs if run.future.cancelled()]:
             self._drop(run)
-            settle(run.future)  # `concurrent.futures.wait` waits for this
+            finish_future(run.future)  # `concurrent.futures.wait` waits for this
         if self.scheduler.idle:
             return False
         try:
@@ -164,7 +168,7 @@ class Sampler:
             self._runs.append(item)
             self._run_of |= {job: (item, i) for i, job in enumerate(item.jobs)}
             for i, job in enumerate(item.jobs):
-                if not any(job.outputs):  # all of it is known
+                if not any(job.needs.outputs):  # all of it is known
                     job.step, item.states[i] = job.steps, job.spec.known.float()
             self.scheduler.add(job for job in item.jobs if not job.done)
             self._finish(item)
@@ -237,7 +241,8 @@ class Sampler:
             at = upload(torch.tensor(slots), self.device)
             state, generate = batch.state.state[at, part], batch.constants.generate[at, part]  # [n, L·C] each
             tokens = function(state.unflatten(1, (m.tokens, m.channels)))  # [n, L, C]
-            batch.state.state[at, part] = torch.where(generate, tokens.flatten(1), state)
+            # What is not finite stays, to be reported as such at the end.
+            batch.state.state[at, part] = torch.where(generate & state.isfinite(), tokens.flatten(1), state)
         if arrived:
             write_inputs(batch.constants, batch.state)
 
@@ -265,14 +270,14 @@ class Sampler:
         self._drop(run)
         broken = [i for i, finite in enumerate(states.isfinite().all(dim=1).tolist()) if not finite]
         if broken:
-            settle(run.future, error=NotFiniteError(broken))
+            finish_future(run.future, error=NotFiniteError(broken))
         else:
-            settle(run.future, states)
+            finish_future(run.future, states)
 
     def _reject(self, run: _Run, error: BaseException) -> None:
         if run in self._runs:
             self._drop(run)
-            settle(run.future, error=error)
+            finish_future(run.future, error=error)
 
     def _drop(self, run: _Run) -> None:
         """Forgets a run; its samples leave their slots before the next step."""

@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
+from typing import NamedTuple
 
 from engine.config import ModelConfig
 from engine.diffusion.masks import token_mask, whole_tokens
-from engine.diffusion.solver_table import constant_since
+from engine.diffusion.solver_table import StepTable, constant_since
 from engine.errors import InputError
 from engine.kernels.step_table import StepColumn
 from engine.sampling.batch import SampleSpec
@@ -44,10 +46,7 @@ class Job:
     """A sample on its way through the steps."""
 
     spec: SampleSpec
-    passes: list[int]  # that each step needs
-    refresh: list[bool]  # whether the inner blocks have to run at each step
-    outputs: list[frozenset[str]]  # modalities whose prediction each step uses
-    constant: dict[str, tuple[int, ...]]  # of modalities with in-blocks, `constant_since`
+    needs: "_Steps"
     arrivals: dict[int, list[str]]  # by steps done: modalities that have arrived then, while others are to come
     step: int = 0  # done so far
     features: dict[str, int] = field(default_factory=dict)  # the step from which on the slot's features are valid
@@ -57,6 +56,10 @@ class Job:
     @property
     def steps(self) -> int:
         return self.spec.table.steps
+
+    def constant_since(self, name: str) -> int:
+        """The step from which on a modality enters the model as it does now; −1: only at this step, or no in-blocks."""
+        return self.needs.constant[name][self.step] if name in self.needs.constant else -1
 
     @property
     def done(self) -> bool:
@@ -96,23 +99,15 @@ class Scheduler:
     def job(self, spec: SampleSpec) -> Job:
         """A sample as a job; raises InputError if it does not fit the model."""
         _check(spec, self.model)
-        table, model = spec.table, self.model
-        generated, constant = {}, {}
-        for i, m in enumerate(model.modalities):
-            part = spec.generate[model.state_slices[m.name]]
-            generated[m.name] = bool(part.any())
-            if m.depth > 0:
-                constant[m.name] = constant_since(table, i, generated[m.name], not bool(part.all()))
-        moving = [
-            frozenset(m.name for m, moves in zip(model.modalities, line, strict=True) if moves and generated[m.name])
-            for line in table.moving.tolist()
-        ]
+        parts = [spec.generate[part] for part in self.model.state_slices.values()]
+        generated, known = tuple(bool(part.any()) for part in parts), tuple(not bool(part.all()) for part in parts)
+        steps = _steps(spec.table, self.model, generated, known)
         arrivals: dict[int, list[str]] = {}
         for name in spec.on_arrival:
-            last = max((step for step, names in enumerate(moving) if name in names), default=table.steps)
-            if last + 1 < table.steps:
+            last = max((step for step, names in enumerate(steps.outputs) if name in names), default=spec.table.steps)
+            if last + 1 < spec.table.steps:
                 arrivals.setdefault(last + 1, []).append(name)
-        return Job(spec, table.passes.tolist(), table.refresh.tolist(), moving, constant, arrivals)
+        return Job(spec, steps, arrivals)
 
     def add(self, jobs: Iterable[Job]) -> None:
         """The longest first: short ones fill the slots that are free at the end."""
@@ -151,15 +146,17 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """What the next step of the samples in slots computes."""
         live = self.live
-        used = frozenset().union(*(job.outputs[job.step] for job in live))
+        used = frozenset().union(*(job.needs.outputs[job.step] for job in live))
         names = [m.name for m in self.model.modalities]
         cached = tuple(
-            name for name in names if all(name in job.constant and job.constant[name][job.step] >= 0 for job in live)
+            name
+            for name in names
+            if all(name in job.needs.constant and job.needs.constant[name][job.step] >= 0 for job in live)
         )
         mode = CacheMode.OFF
-        if not all(all(job.refresh) for job in live):
-            mode = CacheMode.REFRESH if any(job.refresh[job.step] for job in live) else CacheMode.REUSE
-        passes = max(job.passes[job.step] for job in live)
+        if any(job.needs.uses_cache for job in live):
+            mode = CacheMode.REFRESH if any(job.needs.refresh[job.step] for job in live) else CacheMode.REUSE
+        passes = max(job.needs.passes[job.step] for job in live)
         return StepPlan(len(self.slots), passes, tuple(n for n in names if n in used), cached, mode)
 
     def missing_features(self, plan: StepPlan) -> dict[str, list[int]]:
@@ -167,8 +164,8 @@ class Scheduler:
         missing: dict[str, list[int]] = {}
         for name in plan.cached:
             for i, job in enumerate(self.slots):
-                if job is not None and job.features.get(name) != job.constant[name][job.step]:
-                    job.features[name] = job.constant[name][job.step]
+                if job is not None and job.features.get(name) != job.constant_since(name):
+                    job.features[name] = job.constant_since(name)
                     missing.setdefault(name, []).append(i)
         return missing
 
@@ -239,6 +236,29 @@ class Scheduler:
                 lines *= 2
             passes = max(passes, 1 + job.spec.table.kinds.shape[2])
         return lines, passes
+
+
+class _Steps(NamedTuple):
+    """What each step of a sample needs; samples with the same table that know the same modalities share it."""
+
+    passes: list[int]
+    refresh: list[bool]  # whether the inner blocks have to run
+    outputs: list[frozenset[str]]  # modalities whose prediction is used
+    constant: dict[str, tuple[int, ...]]  # of modalities with in-blocks, `constant_since`
+    uses_cache: bool  # whether there is a step at which the inner blocks need not run
+
+
+@lru_cache(maxsize=64)
+def _steps(table: StepTable, model: ModelConfig, generated: tuple[bool, ...], known: tuple[bool, ...]) -> _Steps:
+    """generated, known: whether each modality has elements of either kind."""
+    modalities = list(zip(model.modalities, generated, known, strict=True))
+    outputs = [
+        frozenset(m.name for (m, some, _), moves in zip(modalities, line, strict=True) if moves and some)
+        for line in table.moving.tolist()
+    ]
+    constant = {m.name: constant_since(table, i, *kinds) for i, (m, *kinds) in enumerate(modalities) if m.depth > 0}
+    refresh = table.refresh.tolist()
+    return _Steps(table.passes.tolist(), refresh, outputs, constant, not all(refresh))
 
 
 def _check(spec: SampleSpec, model: ModelConfig) -> None:

@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 
 CLOSED = "this engine is closed; make another with Engine.from_pretrained"
-FORKED = "this engine was made before the process forked; make one in the child process instead"
+FORKED = "an engine was made before this process was forked; start processes with multiprocessing's spawn instead"
+WAITS_FOR_ITSELF = "the engine's own thread cannot wait for the engine; call from another thread, or use submit"
+AT_EXIT = 10.0  # seconds that the interpreter waits for a worker to end
 
 
 class Owner(Protocol):
@@ -42,6 +44,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self.closed = False
         _ALL.add(self)
+        _FIRST[:] = _FIRST or [self._pid]
 
     def post(self, item, inbox: list) -> Future:
         """Appends an item to an inbox that the owner reads in its turns; returns the item's future.
@@ -64,17 +67,22 @@ class Worker:
         return item.future
 
     def check(self) -> None:
-        """Raises RuntimeError if the worker is closed, or if it was made before this process was forked.
-
-        Neither threads nor the state of OpenMP survive a fork.
-        """
+        """Raises RuntimeError if the worker is closed, or if it was made before this process was forked."""
         if self._pid != os.getpid():
             raise RuntimeError(FORKED)
         if self.closed:
             raise RuntimeError(CLOSED)
 
-    def close(self) -> None:
-        """Ends the thread after the turn that it is in; the owner's `abort` is called with RuntimeError."""
+    def check_waiting(self) -> None:
+        """Raises RuntimeError on the worker's own thread, on which waiting for it would never end."""
+        if self._thread is threading.current_thread():
+            raise RuntimeError(WAITS_FOR_ITSELF)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Ends the thread after the turn that it is in; the owner's `abort` is called with RuntimeError.
+
+        timeout  seconds to wait for it at most
+        """
         if self._pid != os.getpid():
             return
         with self._lock:
@@ -82,7 +90,7 @@ class Worker:
             thread = self._thread
         self._wake.set()
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(timeout)
         _ALL.discard(self)
 
     def _run(self) -> None:
@@ -110,9 +118,11 @@ class Worker:
         return owner.turn()
 
 
-def settle(future: Future, result=None, error: BaseException | None = None) -> None:
-    """Ends a future with a result or an error, unless it was cancelled."""
-    if not future.set_running_or_notify_cancel():
+def finish_future(future: Future, result=None, error: BaseException | None = None) -> None:
+    """Ends a future with a result or an error, unless it was cancelled, or ended by somebody else."""
+    if future.done() and not future.cancelled():
+        return
+    if not future.running() and not future.set_running_or_notify_cancel():
         return
     if error is not None:
         future.set_exception(error)
@@ -134,9 +144,9 @@ def drive(flow: Generator) -> Future:
         try:
             waited = step(argument)
         except StopIteration as end:
-            settle(future, end.value)
+            finish_future(future, end.value)
         except BaseException as error:
-            settle(future, error=error)
+            finish_future(future, error=error)
         else:
             current[:] = [waited]
             if future.cancelled():
@@ -158,6 +168,16 @@ def drive(flow: Generator) -> Future:
     return future
 
 
+def check_process() -> None:
+    """Raises RuntimeError in a process that was forked from one in which there had been a worker.
+
+    Neither threads nor the state of OpenMP survive a fork: the first parallel operation would never end.
+    """
+    if _FIRST and _FIRST[0] != os.getpid():
+        raise RuntimeError(FORKED)
+
+
+_FIRST: list[int] = []  # the process in which the first worker was made
 _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
@@ -165,4 +185,4 @@ _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 def _close_all() -> None:
     """So that no thread computes while the interpreter is taken apart."""
     for worker in list(_ALL):
-        worker.close()
+        worker.close(AT_EXIT)
