@@ -10,15 +10,13 @@ import pytest
 aot = pytest.importorskip("engine.kernels.aot", reason="no Triton for this platform")
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "aot.md"
-# Each target's tests run on one worker of pytest-xdist, which compiles for it; the targets are spread over all of them.
-TARGETS = [pytest.param(target, marks=pytest.mark.xdist_group(f"aot {target}")) for target in aot.TARGETS]
 
 
 def is_the_tables_compiler():
     return f"triton {aot.triton.__version__}." in COMMITTED.read_text()
 
 
-@pytest.fixture(scope="session", params=TARGETS)
+@pytest.fixture(scope="session", params=list(aot.TARGETS))
 def target(request):
     return request.param
 
