@@ -296,6 +296,33 @@ def test_out_of_memory_frees_what_the_failed_step_held_before_it_goes_on(monkeyp
     assert len(held) == 2 and held[1]() is None
 
 
+class Eager:
+    """Stands in for CUDA graphs: counts how often they were dropped."""
+
+    def __init__(self):
+        self.cleared = []
+
+    def __call__(self, key, step):
+        step()
+
+    def clear(self):
+        self.cleared.append(1)
+
+
+def test_a_failed_step_drops_the_memory_of_all_batches_and_what_was_captured_in_it():
+    errors = iter([None, ZeroDivisionError()])
+
+    def stumble(inputs, times, outputs):
+        if (error := next(errors, None)) is not None:
+            raise error
+        return predict(inputs, times, outputs)
+
+    graphs = Eager()
+    sampler = Sampler(FunctionDenoiser(stumble), MODEL, buckets=POWERS, graphs=graphs)
+    assert torch.equal(sampler.run([spec(1), spec(2)]), alone(spec(1), spec(2)))
+    assert len(graphs.cleared) == 2, "where memory was first made, and after the failure"
+
+
 class NoMemoryToClone(TorchDispatchMode):
     """The first clone of a tensor runs out of memory."""
 

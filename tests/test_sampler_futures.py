@@ -174,6 +174,15 @@ def test_an_interrupted_run_cancels_its_samples():
         signal.signal(signal.SIGINT, before)
 
 
+def test_the_worker_s_own_thread_is_not_let_wait_for_itself():
+    sampler = Sampler(FunctionDenoiser(predict), MODEL, buckets=(1,))  # not closed where it fails: that would hang
+    future = sampler.submit([spec(1)], lambda done, total: sampler.run([spec(2)]))
+    with pytest.raises(RuntimeError, match="own thread"):
+        future.result(SECONDS)
+    assert torch.equal(sampler.run([spec(3)]), alone(spec(3)))
+    sampler.close()
+
+
 # --- Progress ------------------------------------------------------------------------------------------------------
 
 

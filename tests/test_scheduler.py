@@ -127,12 +127,23 @@ def test_a_sample_that_has_to_be_alone_shares_no_step():
 
 
 def test_a_sample_that_has_to_be_alone_waits_until_the_others_are_done():
-    scheduler, (together,) = scheduler_of(spec(3))
-    alone, last = scheduler.job(spec(2)), scheduler.job(spec(1))
+    scheduler, (together,) = scheduler_of(spec(9))
+    beside, alone, last = (scheduler.job(spec(n)) for n in (4, 2, 1))
     alone.alone = True
     step(scheduler)
-    scheduler.add([alone, last])
-    assert [job for _, _, done in steps(scheduler) for _, job in done] == [together, alone, last]
+    scheduler.add([beside, alone, last])
+    assert [job for _, _, done in steps(scheduler) for _, job in done] == [beside, together, alone, last]
+
+
+def test_a_sample_that_has_to_be_alone_stays_so_when_memory_runs_out_too():
+    scheduler, jobs = scheduler_of(spec(3))
+    step(scheduler)
+    scheduler.restart(alone=True)
+    step(scheduler)
+    scheduler.restart()
+    scheduler.add([scheduler.job(spec(3))])
+    step(scheduler)
+    assert scheduler.live == jobs
 
 
 def test_samples_that_restart_go_before_those_that_wait_and_from_their_first_step():

@@ -320,6 +320,9 @@ def test_a_modality_enters_anew_when_an_extra_pass_starts_to_drop_it():
     assert constant_since(lines, 0, True, True) == (0, 0, 0, 0, -1, -1), "what is known of it is dropped all along"
     late = table(3, order=((1,), (0,)), guidance=GuidanceOptions("masked", 2.0, first_stage=1))
     assert constant_since(late, 0, True, True) == (0, 0, 0, -1, -1, -1)
+    interval = GuidanceOptions("masked", 2.0, interval=(0, 500), first_stage=1)
+    lines = table([900, 600, 400, 300], order=((1,), (0,)), guidance=interval)
+    assert constant_since(lines, 1, True, False) == (-1, -1, -1, -1, 4, 4, 6, 6), "what has arrived is dropped later on"
     fresh = table(4, conditioning="renoise", guidance=GuidanceOptions("masked", 2.0))
     assert constant_since(fresh, 0, False, True) == (-1,) * 4
 

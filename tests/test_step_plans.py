@@ -111,6 +111,10 @@ def test_features_are_computed_anew_when_a_modality_enters_otherwise_and_after_a
     assert [missing(scheduler) for _ in range(3)] == [{"image": [0]}, {}, {"image": [0]}]
     scheduler.restart()
     assert [missing(scheduler) for _ in range(4)] == [{"image": [0]}, {}, {"image": [0]}, {}]
+    scheduler, _ = scheduler_of(spec(4, "text"))
+    assert [missing(scheduler) for _ in range(2)] == [{"image": [0]}, {}]
+    scheduler.restart()
+    assert missing(scheduler) == {"image": [0]}, "they were lost with the slot"
 
 
 def test_features_that_a_step_cannot_use_are_computed_when_one_can():

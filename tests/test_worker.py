@@ -129,6 +129,18 @@ def test_closing_waits_for_the_turn_under_way_and_ends_what_is_left():
         doer.worker.close()
 
 
+def test_closing_waits_no_longer_than_it_is_told():
+    go, began = threading.Event(), threading.Event()
+    with doing() as doer:
+        thread = doer.post(threading.current_thread).result(SECONDS)
+        future = doer.post(lambda: began.set() or go.wait(SECONDS))
+        assert began.wait(SECONDS)
+        doer.worker.close(timeout=0.01)
+        assert thread.is_alive() and not future.done()
+        go.set()
+        assert ended(thread)
+
+
 def test_closing_while_the_thread_starts_ends_what_was_posted(monkeypatch):
     go, inference_mode = threading.Event(), torch.inference_mode
 
@@ -193,14 +205,16 @@ def test_the_thread_wakes_for_a_cancelled_future():
 # --- The process ---------------------------------------------------------------------------------------------------
 
 PROCESS = """
-import json, os, sys, warnings
+import json, os, sys, time, warnings
 warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
 import torch
 from denoisers import FunctionDenoiser, table
 from engine.config import Modality, ModelConfig
 from engine.sampling.batch import SampleSpec
 from engine.sampling.sampler import Sampler
+from engine.sampling.worker import check_process
 
+check_process()
 model = ModelConfig((Modality("image", 3, 2, depth=0),), shared_depth=1, dim=64)
 denoiser = FunctionDenoiser(lambda inputs, times, outputs: inputs * 0.5)
 spec = lambda steps: SampleSpec(1, table(steps, 1), torch.ones(6, dtype=torch.bool), torch.zeros(6))
@@ -211,15 +225,16 @@ reading, writing = os.pipe()
 child = os.fork()
 if child == 0:
     refused = []
+    posts = [check_process]
     for sampler in (used, fresh):
-        for post in (lambda: sampler.submit([spec(3)]), lambda: sampler.call(list, [1])):
-            try:
-                post()
-            except RuntimeError as error:
-                refused.append(str(error))
-        sampler.close()
-    own = Sampler(denoiser, model, buckets=(1,)).run([spec(3)])
-    os.write(writing, json.dumps({"refused": refused, "own": own.tolist()}).encode())
+        posts += [lambda s=sampler: s.submit([spec(3)]), lambda s=sampler: s.call(list, [1])]
+    for post in posts:
+        try:
+            post()
+        except RuntimeError as error:
+            refused.append(str(error))
+    used.close()
+    os.write(writing, json.dumps({"refused": refused}).encode())
     sys.exit(3)
 os.close(writing)
 with os.fdopen(reading) as pipe:
@@ -229,7 +244,7 @@ report["expected"], report["parent"] = expected.tolist(), used.run([spec(3)]).to
 
 futures = [sampler.submit([spec(1000)] * 20) for sampler in (used, fresh)]
 while not fresh.forwards:
-    pass
+    time.sleep(0.001)
 print(json.dumps(report))
 for future in futures:
     future.add_done_callback(lambda done: print(done.exception()))
@@ -248,10 +263,10 @@ def process():
     return SimpleNamespace(code=done.returncode, errors=done.stderr, messages=messages, **json.loads(report))
 
 
-def test_a_forked_process_is_told_to_make_its_own_sampler_and_can(process):
+def test_a_forked_process_is_refused_and_its_parent_goes_on(process):
     refused = "an engine was made before this process was forked; start processes with multiprocessing's spawn instead"
-    assert process.child == {"refused": [refused] * 4, "own": process.expected, "status": 3}
-    assert process.parent == process.expected, "the parent goes on"
+    assert process.child == {"refused": [refused] * 5, "status": 3}
+    assert process.parent == process.expected
 
 
 def test_a_process_that_ends_while_samples_are_under_way_ends_cleanly_with_its_exit_code(process):
