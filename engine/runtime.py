@@ -27,7 +27,7 @@ from engine.sampling.batch import SampleSpec
 from engine.sampling.graphs import StepGraphs, compile_blocks
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
-from engine.sampling.worker import check_process, drive
+from engine.sampling.worker import check_process, drive, in_own_thread
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Engine:
     ):
         self.config, self.device, self.dtype, self.max_rows = loaded.config, device, dtype, max_rows
         self.codecs: dict[str, Codec] = {name: loaded.codec(name, device) for name in loaded.config.codecs}
-        self._lock, self._seconds = threading.Lock(), [0.0, 0.0, 0.0]
+        self._lock, self._seconds, self._built = threading.Lock(), [0.0, 0.0, 0.0], False
         network = loaded.network.to(device, dtype)
         for block in network.blocks():
             block.attention = attention
@@ -112,9 +112,13 @@ class Engine:
             raise InputError("max_rows", max_rows, "use a whole number from 1 to 65536")
         where = resolve_device(device)
         backend.check("attention", attention, where.type)
-        loaded = load(BUILT_IN if checkpoint is None else checkpoint)
-        what = resolve_dtype(dtype, where, loaded.config.model)
-        return cls(loaded, where, what, int(max_rows), attention, compile, graphs)
+
+        def make() -> Engine:
+            loaded = load(BUILT_IN if checkpoint is None else checkpoint)
+            what = resolve_dtype(dtype, where, loaded.config.model)
+            return cls(loaded, where, what, int(max_rows), attention, compile, graphs)
+
+        return in_own_thread(make)
 
     def __enter__(self) -> "Engine":
         return self
@@ -179,8 +183,7 @@ class Engine:
         denoiser, codecs = self._denoiser, self.codecs  # first, since the engine may be closed at any moment
         self._sampler.worker.check()
         prepared = [prepare(r, self.config, codecs, denoiser.can_cache) for r in listed]
-        for codec in codecs.values():
-            codec.build()  # now, since a damaged file is to be reported before the sampling, not after
+        self._build(codecs)  # now, since a damaged file is to be reported before the sampling, not after
         return drive(self._flow(prepared, codecs, progress, alone, started))
 
     def _flow(self, prepared: list[PreparedRequest], codecs: dict[str, Codec], progress, alone: bool, started: float):
@@ -258,8 +261,7 @@ class Engine:
         # The largest first: the smaller ones fit into its memory.
         sizes = [batch, *(rows for rows in reversed(self._warm_sizes) if rows < batch)]
         kinds = [(rows, given, order, w) for rows in sizes for given, order in self._patterns() for w in (1.0, 2.0)]
-        for codec in self.codecs.values():
-            codec.build()
+        self._build(self.codecs)
         for rows, given, order, w in tqdm(kinds, desc="warm-up", unit="kind of step", disable=None):
             parts = [min(MAX_NUM, rows - i) for i in range(0, rows, MAX_NUM)]
             requests = [Request(num=num, steps=2, guidance=w, order=order) for num in parts]
@@ -292,6 +294,11 @@ class Engine:
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Stats(sampler.forwards, replays, sampler.finished, flops, moved, *self._seconds, memory)
+
+    def _build(self, codecs: dict[str, Codec]) -> None:
+        if not self._built:
+            in_own_thread(lambda: [codec.build() for codec in codecs.values()])
+            self._built = True
 
     def _count(self, stage: int, since: float) -> float:
         """Adds the seconds since then to a stage's; returns the time."""

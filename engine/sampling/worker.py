@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -116,6 +116,16 @@ class Worker:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         return owner.turn()
+
+
+def in_own_thread(function: Callable, *arguments):
+    """function(*arguments), run in a thread that then ends, and its OpenMP threads with it.
+
+    Once a process has more OpenMP threads than cores, libgomp hardly spins at barriers: one parallel operation on the
+    caller's thread, such as loading weights, would slow down everything that the worker does afterwards.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(contextvars.copy_context().run, function, *arguments).result()
 
 
 def finish_future(future: Future, result=None, error: BaseException | None = None) -> None:
