@@ -98,7 +98,7 @@ def approximations(data: Data, options: ExperimentOptions) -> dict:
 
 
 def _checkpoint(data: Data, options: ExperimentOptions) -> Checkpoint:
-    """The model to measure: one that is trained for so many steps, or one that exists."""
+    """The model to measure: one that is trained here for --steps, or one that exists."""
     if options.checkpoint is None and options.steps is not None:
         return trained("PS-U-Net", data.config, options.steps, options.seeds[0], data, options)
     return checkpoint.load(options.checkpoint or BUILT_IN)

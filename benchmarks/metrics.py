@@ -33,7 +33,7 @@ def features_of(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The network of a Python file with `load()`, as a function from images [B, 3, H, W] in −1..1 to [B, d].
 
     `load()` returns a module that takes images in 0..1; of several outputs the first is used. Raises InputError about
-    "features" if there is no such file or function.
+    "features" if the file or the function is missing.
     """
     spec = importlib.util.spec_from_file_location("given_features", path)
     if spec is None or not path.is_file():

@@ -277,7 +277,7 @@ INTRODUCTION = (
 def write(results: Path, out: Path) -> list[Path]:
     """Writes RESULTS.md, and the plots beside the stored runs; returns what was written.
 
-    Raises InputError about "results" if there is no stored run or one cannot be read.
+    Raises InputError about "results" if the folder has no stored run, or one that cannot be read.
     """
     from benchmarks.plots import plot_experiment, plot_run
 

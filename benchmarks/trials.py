@@ -138,7 +138,7 @@ def _folder(name: str, config: Config, total: int, seed: int, data: Data, option
 def measured(
     name: str, config: Config, points: list[int], seed: int, data: Data, options: ExperimentOptions
 ) -> list[dict[str, float]]:
-    """The metrics of a run after so many steps each; they are stored beside it, so that they are measured once.
+    """The metrics of a run after each of `points` steps; they are stored beside it, so that they are measured once.
 
     Those of samples are measured at the last point, on photos at every one.
     """

@@ -32,7 +32,7 @@ def presets(full: bool) -> str:
 
 
 def u_vit_multi(model: ModelConfig, blocks: int) -> ModelConfig:
-    """A U-ViT-multi of so many blocks, with the modalities and the width of another model."""
+    """A U-ViT-multi of `blocks` blocks, with the modalities and the width of another model."""
     names = tuple(m.name for m in model.modalities)
     modalities = tuple(replace(m, depth=0) for m in model.modalities)
     uvit = UViTConfig(names, names)

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
-    """Prints why in one line, whatever line breaks the message holds; returns the exit status.
+    """Prints why in one line, without the message's line breaks; returns the exit status.
 
     error    an exception or a message. One that has an `argument`, such as an InputError, is about that argument, or
              about several, separated by ", "
@@ -41,7 +41,7 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
 
 
 def run(command: str, main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the command's exit status; an interruption, or a reader that has gone, is no traceback."""
+    """Runs a command and exits with its status; without a traceback where it is interrupted or its output is closed."""
     try:
         status = main()
         sys.stdout.flush()
@@ -49,12 +49,17 @@ def run(command: str, main: Callable[[], int]) -> NoReturn:
         print(f"{command}: interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be written at the exit
         status = 1
-    except OSError as error:  # standard output on a full disk
-        status = refuse(command, f"the output cannot be written ({error.strerror})")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+    except OSError as error:  # such as standard output on a full disk
+        status = refuse(command, error)
+        _discard_output()
     sys.exit(status)
+
+
+def _discard_output() -> None:
+    """The interpreter flushes standard output when it exits, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def name(text: str) -> str:
@@ -65,7 +70,7 @@ def name(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """A path, which is never the current folder by mistake: an argparse type."""
+    """A path: an argparse type. Refuses the empty name, which `Path` would take as the current folder."""
     return Path(name(text))
 
 

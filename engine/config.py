@@ -13,11 +13,8 @@ TIME_SAMPLINGS = ("shared", "independent", "masked", "conditional")
 TIME_CONDITIONINGS = ("adaln", "token")
 NORMS = ("pre", "post")
 KINDS = {int: "a whole number", str: "a string"}
-# What checkpoints of version 0.1, which have no `sampling` section, are sampled with.
-SAMPLING_OF_VERSION_0_1 = {
-    "guidance": {"joint": 3.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0},
-    "feather": 2,
-}
+# Scales by task for models of images and texts; also those of checkpoints of version 0.1, which name none.
+GUIDANCE = {"joint": 3.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0}
 # Far above all that has been trained, and low enough that a slip in a file neither fills the memory nor takes hours.
 MAX_TOKENS = MAX_CHANNELS = MAX_PIXELS = 65_536  # also blocks' width
 MAX_BLOCKS, MAX_TIMESTEPS = 1000, 10_000
@@ -54,7 +51,7 @@ class UViTConfig:
             right = isinstance(names, list | tuple) and len(set(names)) == len(names) >= 1
             _require(right, f"uvit.{key}", names, "give a list of different modalities")
             object.__setattr__(self, key, tuple(names))
-        _require(self.norm in NORMS, "uvit.norm", self.norm, f"use one of {NORMS}")
+        _require_one_of("uvit.norm", self.norm, NORMS)
         for key in ("patch", "extra_tokens"):
             _require_within(f"uvit.{key}", getattr(self, key), 0, MAX_TOKENS)
 
@@ -162,14 +159,14 @@ class DiffusionConfig:
             ("conditioning", CONDITIONINGS),
             ("time_sampling", TIME_SAMPLINGS),
         ):
-            _require(getattr(self, key) in allowed, key, getattr(self, key), f"use one of {allowed}")
+            _require_one_of(key, getattr(self, key), allowed)
         _require_within("timesteps", self.timesteps, 2, MAX_TIMESTEPS)
         fits = {"shared": ("renoise",), "independent": CONDITIONINGS}.get(self.time_sampling, ("clean",))
         _require(
             self.conditioning in fits,
             "conditioning",
             self.conditioning,
-            f"time_sampling {self.time_sampling!r} needs {fits}",
+            f"time_sampling {self.time_sampling!r} needs {' or '.join(fits)}",
         )
 
 
@@ -294,7 +291,7 @@ def _from_version_0_1(values):
             diffusion = values.get("diffusion")
             clean = isinstance(diffusion, dict) and diffusion.get("conditioning") == "clean"
             order = {"order": ["text", "image"]} if clean else {}
-            values.setdefault("sampling", SAMPLING_OF_VERSION_0_1 | order)
+            values.setdefault("sampling", {"guidance": GUIDANCE} | order)
     return values
 
 

@@ -20,12 +20,7 @@ class InputError(ValueError):
         super().__init__(argument, value, remedy, problem)
 
     def __str__(self) -> str:
-        return f"{self.argument}: {self.sentence}"
-
-    @property
-    def sentence(self) -> str:
-        """The message without the argument's name."""
-        return f"{shown(self.value)} {self.problem}; {self.remedy}"
+        return f"{self.argument}: {shown(self.value)} {self.problem}; {self.remedy}"
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def word_f1(text: str, reference: str) -> float:
     return 2 * common / (words.total() + wanted.total()) if common else 0.0
 
 
-def image_and_text(config: Config) -> tuple[str, str]:
+def evaluated_modalities(config: Config) -> tuple[str, str]:
     """Names of the modalities to evaluate: of several images or texts the one named so, else the first.
 
     Raises InputError for a checkpoint without an image or without a text.
@@ -118,7 +118,7 @@ def image_and_text(config: Config) -> tuple[str, str]:
 
 def skipped_tasks(config: Config) -> dict[str, str]:
     """What the model cannot do, and why: by task, a sentence."""
-    image, text = image_and_text(config)
+    image, text = evaluated_modalities(config)
     conditions = {m.name for m in config.model.modalities} - set(config.model.predicted)
     tasks = {"text-to-image": ({text}, image), "image-to-text": ({image}, text), "infill": ({text}, image)}
     skipped = {}
@@ -134,7 +134,7 @@ def skipped_tasks(config: Config) -> dict[str, str]:
 
 def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, steps: int, seed: int) -> Scores:
     """Scores of images and their names, against a gallery that contains them; sample i has the seed seed + i."""
-    (image, text), skipped = image_and_text(engine.config), skipped_tasks(engine.config)
+    (image, text), skipped = evaluated_modalities(engine.config), skipped_tasks(engine.config)
     size = engine.config.codecs[image].settings["size"]
     names = [item.captions[0] for item, _ in pairs]
     prompts = [" ".join(tokenize(name)) for name in names]
@@ -174,7 +174,7 @@ def evaluate_joint(
     """Scores of `count` ≥ 1 joint samples with seeds seed, seed + 1, …; None for a model that has no joint samples."""
     if "joint" in skipped_tasks(engine.config):
         return None
-    image, text = image_and_text(engine.config)
+    image, text = evaluated_modalities(engine.config)
     firsts = range(0, count, CHUNK)
     requests = [Request(num=min(CHUNK, count - i), steps=steps, seed=seed + i) for i in firsts]
     results = _generate(engine, "joint", requests, chunk=1)
@@ -253,7 +253,7 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Scores], JointScores | 
             raise InputError(key, getattr(options, key), "use a whole number from 0", "is out of range")
     Request(steps=options.steps, seed=options.seed)  # checks both before the model is loaded
     with Engine.from_pretrained(options.checkpoint, device=options.device, dtype=options.dtype) as engine:
-        size = engine.config.codecs[image_and_text(engine.config)[0]].settings["size"]
+        size = engine.config.codecs[evaluated_modalities(engine.config)[0]].settings["size"]
         with errors_named("data"):
             splits = {split: list(CocoCaptions.open(options.data, split).read(size)) for split in ("train", "test")}
         for split, pairs in splits.items():

@@ -31,8 +31,8 @@ TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-WHITE = 127.5  # of 255: masks are white from here on
-COLOURED = 64  # levels between a pixel's highest and lowest channel: above, a mask's pixel is neither black nor white
+WHITE = 127.5  # of 255; a mask is white above it
+COLOURED = 64  # a mask's pixel is refused if its highest and lowest channel differ by more levels
 MARGIN, FONT_SIZE = 8, 12  # of a grid, in pixels
 
 
@@ -153,7 +153,7 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     levels = np.nan_to_num(levels, nan=0.0).clip(0, highest)
     # A level above 0 stays above 0: whether a mask is black must not depend on its depth.
     grey = Image.fromarray(np.maximum((levels * (255 / highest)).round(), levels > 0).astype(np.uint8))
-    transparent = image.info.get("transparency")  # the one level that is, of 16-bit PNGs
+    transparent = image.info.get("transparency")  # 16-bit PNGs may name one level that is transparent
     if not isinstance(transparent, int):
         return grey.convert("RGB")
     alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8))

@@ -1,10 +1,19 @@
 """`PRESETS`: named configurations to train."""
 
-from engine.config import CodecConfig, Config, DiffusionConfig, Modality, ModelConfig, SamplingConfig, UViTConfig
+from engine.config import (
+    GUIDANCE,
+    CodecConfig,
+    Config,
+    DiffusionConfig,
+    Modality,
+    ModelConfig,
+    SamplingConfig,
+    UViTConfig,
+)
 
 
 def _codecs(size: int, patch: int) -> dict[str, CodecConfig]:
-    """An autoencoder for images of so many pixels a side, word vectors for text."""
+    """An autoencoder for images of `size` pixels a side, word vectors for text."""
     return {"image": CodecConfig("image", settings={"size": size, "patch": patch}), "text": CodecConfig("text")}
 
 
@@ -25,7 +34,6 @@ CONDITIONAL = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "condit
 MASKED = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked")
 COSINE_INDEPENDENT = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent")
 
-GUIDANCE = {"joint": 3.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0}
 TEXT_FIRST = SamplingConfig(GUIDANCE, order=("text", "image"))
 TOGETHER = SamplingConfig(GUIDANCE)
 

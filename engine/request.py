@@ -32,9 +32,9 @@ class Request:
     mask      a PIL image or a file, white where `image` is to be regenerated, black where it is kept
     task      "auto" is told from what is given; another value only checks that the request is that task
     num       samples, with seeds seed, seed + 1, …
-    steps     steps of the solver; where modalities are generated in an order, each takes so many
+    steps     steps of the solver; where modalities are generated in an order, each takes as many
     solver    "dpm++" (DPM-Solver++(2M)), "ddim" or "ddpm"
-    guidance  scale w of classifier-free guidance, 1 is none; None: the checkpoint's default for the task
+    guidance  scale w of classifier-free guidance, 1 means none; None: the checkpoint's default for the task
     seed      0 … 2⁶⁴ − num
     resample  how often each stretch of `jump` steps is done (RePaint); 1: once, no resampling
     jump      steps of such a stretch

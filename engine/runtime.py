@@ -154,7 +154,7 @@ class Engine:
                     callback(*count)
             return future.result()
         finally:
-            future.cancel()  # means nothing to one that is done
+            future.cancel()  # without effect on one that is done
 
     def submit(
         self, requests: Request | Sequence[Request], progress: Callable[[int, int], None] | None = None

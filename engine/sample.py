@@ -49,7 +49,7 @@ def _add_solver(add) -> None:
     add("--eta", type=float, default=0.0, help="of solver ddim: 0 deterministic, 1 as noisy as ddpm (default: 0)")
     text = "together, or modalities in the order in which they are generated, such as text,image (default: the model's)"
     add("--order", type=_order, help=text)
-    add("--guidance", type=float, metavar="W", help="guidance scale, 1 is none (default: by task)")
+    add("--guidance", type=float, metavar="W", help="guidance scale, 1 for no guidance (default: by task)")
     text = "what the second pass drops (default: masked; alternate for --order together with nothing given)"
     add("--guidance-kind", choices=GUIDANCE_KINDS, help=text)
     text = "guide only this part of the way, 0 to 1; the rest takes one pass instead of two (default: all of it)"
@@ -228,9 +228,7 @@ def _write(out: Path, samples: list[Sample], report: list[dict]) -> list[str]:
                     if _is_image(value):
                         value.save(Path(folder, _file(i, name)))
             _write_grid(samples, Path(folder, "grid.png"))
-            Path(folder, "samples.json").write_text(
-                json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8"
-            )
+            Path(folder, "samples.json").write_text(_json(report) + "\n", "utf-8")
             files = sorted(Path(folder).iterdir())
             for file in files:
                 os.replace(file, out / file.name)

@@ -30,7 +30,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--accumulate", type=int, help="micro-batches per step of the denoiser")
     add("--autoencoder-steps", type=int, help="optimiser steps of the autoencoder")
     add("--save-every", type=int, default=250, metavar="STEPS",
-        help="save the state and sample images every so many steps (default: %(default)s)")  # fmt: skip
+        help="save the state and sample images every N steps (default: %(default)s)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
     add("--seed", type=int, default=0, help="32 bits, as gensim's generator (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

@@ -166,9 +166,9 @@ def adaln_backward_table(
     for first in range(piece * slice_tokens, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         b, position = (token // L).to(tl.int64), token % L
-        mine = tl.load(INDEX + b * stride_ib + position, mask=token < end, other=-1) == row
-        if tl.max(mine.to(tl.int32), 0) > 0:
-            real = mine[:, None] & (channel[None, :] < D)
+        selected = tl.load(INDEX + b * stride_ib + position, mask=token < end, other=-1) == row
+        if tl.max(selected.to(tl.int32), 0) > 0:
+            real = selected[:, None] & (channel[None, :] < D)
             at = token[:, None].to(tl.int64) * D + channel[None, :]
             if GATED:
                 y = Y + (b * stride_yb + position * stride_yl)[:, None] + channel[None, :]
@@ -177,7 +177,8 @@ def adaln_backward_table(
             if NORMED:
                 x = STREAM + (b * stride_xb + position * stride_xl)[:, None] + channel[None, :]
                 x = tl.load(x, mask=real, other=0.0).to(tl.float32)
-                mean, rstd = tl.load(MEAN + token, mask=mine, other=0.0), tl.load(RSTD + token, mask=mine, other=0.0)
+                mean = tl.load(MEAN + token, mask=selected, other=0.0)
+                rstd = tl.load(RSTD + token, mask=selected, other=0.0)
                 dh = tl.load(DH + at, mask=real, other=0.0).to(tl.float32)
                 dshift += tl.sum(dh, 0)
                 dscale += tl.sum(dh * (x - mean[:, None]) * rstd[:, None], 0)

@@ -126,7 +126,7 @@ def _nvidia_usage(case: str, target: str, kernel: CompiledKernel, code: list[str
         file.write(kernel.asm["cubin"])
         file.flush()
         resources = _output_of(TOOLS / "cuobjdump", "-res-usage", file.name)
-    # Local memory alone is no spill: the slow path of cos and sin, for huge angles only, has an array there.
+    # Local memory alone does not mean a spill: cos and sin have an array there, which only huge angles use.
     has_local_stores = any(instruction.startswith("STL") for instruction in code)
     return Usage(
         case,

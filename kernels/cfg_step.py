@@ -28,25 +28,21 @@ from torch import Tensor
 
 from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
 from engine.kernels.cfg_step_kernels import cfg_step_kernel
-from engine.kernels.philox import STATE_STREAM, normals, step_noise
+from engine.kernels.philox import step_noise
 from engine.kernels.sampler_state import BatchConstants, SamplerState, at_step, example_constants, new_state
 from engine.kernels.step_table import Coefficient, PassKind, StepColumn
 
 # ---------------------------------------------------------------------------------------------- reference
 
 
-def initial_noise(seeds: Tensor, size: int) -> Tensor:
-    """The state [B, size] float32 from which samples with these seeds ([B] int64) start."""
-    return normals(seeds, torch.zeros_like(seeds), STATE_STREAM, size)[0]
-
-
 def init_state(constants: BatchConstants, state: SamplerState) -> None:
     """Sets every sample to its step 0: initial noise, and the inputs and times of the first forward. In place."""
     state.step.zero_()
-    noise = initial_noise(constants.seeds, constants.known.shape[1])
+    coefficients, indices = at_step(constants, state)
+    noise, xi, *eta = _noise(constants, state, indices)
     state.state.copy_(torch.where(constants.generate, noise, constants.known))
     state.x0_prev.zero_()
-    write_inputs(constants, state)
+    _write_inputs(constants, state, coefficients, indices, xi, eta)
 
 
 def write_inputs(constants: BatchConstants, state: SamplerState) -> None:
@@ -79,7 +75,7 @@ def _torch_step(prediction: Tensor, constants: BatchConstants, state: SamplerSta
 
 
 def _noise(constants: BatchConstants, state: SamplerState, indices: Tensor) -> tuple[Tensor, ...]:
-    """z of the step before, ξ and all η of the present one, whose line is `indices`: (P + 1) × [B, N]."""
+    """z of the step before (at step 0 the initial state), ξ and all η of the present one: (P + 1) × [B, N]."""
     drop_draw = indices[:, 0, StepColumn.DROP_DRAW].long()  # all modalities have the same
     passes = state.inputs.shape[0] // state.state.shape[0]
     return step_noise(constants.seeds, state.step, drop_draw, constants.known.shape[1], passes)

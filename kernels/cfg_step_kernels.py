@@ -7,7 +7,9 @@ Shapes: B samples, N elements of packed state, L tokens, M modalities, P passes,
 
 from engine.kernels import step_table
 from engine.kernels.backend import jit, tl
-from engine.kernels.philox import sample_normals
+from engine.kernels.philox import DROP_STREAM, STATE_STREAM, sample_normals
+
+FROM_STATE_STREAM, FROM_DROP_STREAM = tl.constexpr(STATE_STREAM), tl.constexpr(DROP_STREAM)
 
 
 @jit
@@ -89,7 +91,7 @@ def _write_next_inputs(
     drop_draw = tl.load(indices + step_table.DROP_DRAW)  # all modalities have the same
     for k in tl.static_range(PASSES - 1):
         kind = _column(indices, step_table.PASS + k, modality, M, WIDTH)
-        eta, _ = sample_normals(seed, element, drop_draw, 1 + k)  # DROP_STREAM + k
+        eta, _ = sample_normals(seed, element, drop_draw, FROM_DROP_STREAM + k)
         nulled = ((kind & step_table.NULLS_KNOWN) != 0) & ~generate
         null = tl.load(NULL + at, mask=real, other=0.0)
         kept = tl.where(nulled, known_alpha * null + known_noise, conditional)
@@ -160,7 +162,7 @@ def cfg_step_kernel(
 
     x = tl.load(STATE + at, mask=real, other=0.0)
     x0 = _clean_estimate(PREDICTION, at, real, batch * N, table, indices, modality, x, M, WIDTH, LIVE)
-    z, xi = sample_normals(seed, element, (step + 1).to(tl.int32), 0)  # STATE_STREAM
+    z, xi = sample_normals(seed, element, (step + 1).to(tl.int32), FROM_STATE_STREAM)
     x = _column(table, step_table.A, modality, M, COLUMNS) * x + _column(table, step_table.B, modality, M, COLUMNS) * x0
     x += _column(table, step_table.C, modality, M, COLUMNS) * tl.load(X0_PREV + at, mask=real, other=0.0)
     x += _column(table, step_table.D, modality, M, COLUMNS) * z

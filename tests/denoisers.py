@@ -1,4 +1,4 @@
-"""What the tests of sampling share: small denoisers that count their calls, and tables and runs in one line."""
+"""What the tests of networks and sampling share: small denoisers that count their calls, tables, runs in one line."""
 
 import threading
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import torch
 from engine.config import DiffusionConfig, ModelConfig
 from engine.diffusion.schedule import timesteps
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, solver_table
+from engine.kernels.philox import STATE_STREAM, normals
 from engine.model.denoiser import Denoiser, build
 from engine.sampling.sampler import Sampler
 
@@ -106,6 +107,26 @@ def table(
     times = timesteps(N, times) if isinstance(times, int) else times
     config = diffusion(conditioning, schedule, prediction)
     return solver_table(config, times, modalities, SolverOptions(**options), guidance or GuidanceOptions())
+
+
+def predict(model, parts, times):
+    """Predictions by modality; parts [B, L, C] and times [B] by modality."""
+    config = model.config
+    inputs = torch.cat([parts[m.name].flatten(1) for m in config.modalities], 1)
+    index = torch.cat([times[m.name][:, None].expand(-1, m.tokens) for m in config.modalities], 1).int()
+    with torch.inference_mode():
+        out = model(inputs, model.time_table(torch.arange(1001)), index)
+    return {m.name: out[:, config.state_slices[m.name]].unflatten(1, (m.tokens, m.channels)) for m in config.modalities}
+
+
+def drawn(*shape, seed=3):
+    """Normal random numbers that are the same whenever they are drawn."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def initial_noise(seeds: torch.Tensor, size: int) -> torch.Tensor:
+    """The state [B, size] from which samples with these seeds [B] start."""
+    return normals(seeds, torch.zeros_like(seeds), STATE_STREAM, size)[0]
 
 
 def sample(denoiser, specs, model, progress=None, **options) -> torch.Tensor:

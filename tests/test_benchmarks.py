@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import experiments, report
 from benchmarks.descriptions import DESCRIPTIONS
 from benchmarks.metrics import bleu4, diversity, features_of, frechet_distance
-from benchmarks.race import Contender, Replay, Timing, record, time_in_turns
+from benchmarks.race import Contender, Replay, time_in_turns
 from benchmarks.sweeps import reconditioned
 from benchmarks.test_handover import StepsInThisThread
 from benchmarks.test_loop import PASSES, STEPS, products_of
@@ -96,16 +96,6 @@ def test_what_a_contender_runs_within_is_entered_before_the_clock_starts():
     assert seen == ["in", "run", "out"] * (len(seen) // 3)
 
 
-def test_a_record_has_the_rates_at_the_median_and_a_run_their_share_of_the_ceilings():
-    contender = Contender(lambda: None, flops=1e10, moved=1e9, images=4, facts={"rows": 2})
-    found = record(contender, Timing([0.5, 0.2, 0.2], None), "float32")
-    run = stored_run({"a": 0.2})
-    run["benchmarks"][0]["extra_info"] |= found
-    (row,) = report.rows_by_group(run)["attention, 2 rows"]
-    assert row["percent_of_matmul"] == pytest.approx(50) and row["percent_of_copy"] == pytest.approx(50)
-    assert found["images_per_second"] == pytest.approx(20) and found["p95"] == 0.5 and found["rows"] == 2
-
-
 def test_sampling_flops_count_the_in_blocks_of_known_modalities_once():
     denoiser = random_denoiser(TINY, CPU, torch.float32)
     inputs, times = forward_inputs(TINY.model, 2, CPU)
@@ -179,125 +169,6 @@ def test_features_come_from_a_file_and_others_are_refused(tmp_path):
     for wrong in (tmp_path / "other.py", tmp_path / "nowhere.py", tmp_path / "weights.pt"):
         with pytest.raises(InputError, match=f"features: {wrong} (is not a Python file|has no function)"):
             features_of(wrong, CPU)
-
-
-def stored_run(medians, device="a processor"):
-    statistics = {"iqr": 0.01, "min": 0.1, "rounds": 5}
-    benchmarks = [
-        {
-            "group": "attention, 2 rows", "name": name, "fullname": f"benchmarks/test_kernels.py::{name}",
-            "extra_info": {"contender": name, "dtype": "float32", "p95": median, "peak_bytes": None, "flops": 1e6,
-                           "bytes": 1e5, "flops_per_second": 1e6 / median,
-                           "bytes_per_second": 1e5 / median},
-            "stats": {"median": median, "q1": 0.9 * median, "q3": 1.1 * median, **statistics},
-        }
-        for name, median in medians.items()
-    ]  # fmt: skip
-    engine = {"device": device, "threads": 1, "torch": "2", "ceilings": CEILINGS}
-    return {
-        "machine_info": {"engine": engine}, "commit_info": {"id": "abc", "dirty": True}, "benchmarks": benchmarks,
-        "datetime": "2026-01-02T03:04:05",
-    }  # fmt: skip
-
-
-def test_a_run_is_compared_by_ratios_divided_by_the_machines_drift():
-    old = stored_run({"a": 1.0, "b": 2.0, "c": 3.0})
-    lines, none_slower = report.compare(stored_run({"a": 2.0, "b": 4.0, "c": 6.0}), old, 1.25)
-    assert none_slower and "median ratio is 2.000" in lines[0]
-    lines, none_slower = report.compare(stored_run({"a": 1.0, "b": 2.0, "c": 6.0}), old, 1.25)
-    assert not none_slower and "SLOWER" in lines[1] and lines[1].endswith("c") and "SLOWER" not in lines[2]
-    with pytest.raises(InputError, match="another.*different machines"):
-        report.compare(stored_run({"a": 1.0}, device="another"), old, 1.25)
-    with pytest.raises(InputError, match="runs have in common"):
-        report.compare(stored_run({"z": 1.0}), old, 1.25)
-    with pytest.raises(InputError, match="an experiment.* has no times"):
-        report.compare({"experiment": "depths"}, old, 1.25)
-
-
-def test_results_name_the_machine_the_ceilings_and_what_is_missing(tmp_path, capsys):
-    results = tmp_path / "results"
-    results.mkdir()
-    (results / "cpu.json").write_text(json.dumps(stored_run({"a": 1e-3, "b": 2e-3})))
-    assert report.main(["--results", str(results), "--out", str(tmp_path / "RESULTS.md")]) == 0
-    text = (tmp_path / "RESULTS.md").read_text()
-    for part in ("a processor", "with uncommitted changes", "copy 10.0 GB/s", "| b | 2 ms |", "| 2.00 |"):
-        assert part in text
-    assert "**Not measured:** Anything on a GPU" in text and "experiments on approximations, architecture" in text
-    plots = {path.name for path in results.glob("*.png")}
-    assert plots == {"cpu-bars-kernels.png", "cpu-roofline.png"} and all(plot in text for plot in plots)
-    for wrong in ("{}", "not json"):
-        (results / "cpu.json").write_text(wrong)
-        assert report.main(["--results", str(results)]) == 2
-        assert "cpu.json" in capsys.readouterr().err
-
-
-def test_keys_of_earlier_runs_are_read_by_their_present_names(tmp_path):
-    run = stored_run({"a": 1e-3})
-    run["benchmarks"][0]["extra_info"]["pictures_per_second"] = 12.5
-    (tmp_path / "old.json").write_text(json.dumps(run))
-    text = report.markdown("old", report.read(tmp_path / "old.json"), [])
-    assert "images/s" in text and "| 12.5 |" in text and "picture" not in text
-
-
-def test_a_loop_is_compared_with_a_plain_one_and_with_its_products():
-    run = stored_run({"plain, float32": 4.0, "plain": 3.0, "eager": 2.0, "compiled": 1.0,
-                      "matrix products and attention alone": 0.8})  # fmt: skip
-    for benchmark in run["benchmarks"]:
-        benchmark["group"] = "loop, batch 1"
-    text = report.markdown("cpu", run, [])
-    assert "fastest loop is compiled: 4.00 times as fast" in text and "1.25 times as long" in text and "80 %" in text
-
-
-def test_a_loop_that_lacks_a_contender_is_reported_without_the_comparison():
-    run = stored_run({"eager": 2.0, "matrix products and attention alone": 0.8})
-    for benchmark in run["benchmarks"]:
-        benchmark["group"] = "loop, batch 1"
-    assert "| eager | 2 s |" in report.markdown("cpu", run, []) and "fastest loop" not in report.markdown(
-        "cpu", run, []
-    )
-
-
-@pytest.mark.parametrize(
-    "ours, verdict", [(2.0, "| 0.50 | yes |"), (3.7, "| 0.93 | undecided |"), (9, "| 2.25 | no |")]
-)
-def test_the_papers_claims_about_speed_are_tested_by_medians_and_quartiles(ours, verdict):
-    run = stored_run({"PS-U-Net, eager": ours, "U-ViT-multi, eager": 4.0})
-    for benchmark in run["benchmarks"]:
-        benchmark["group"] = "training, batch 64"
-    text = report.markdown("cpu", run, [])
-    claim = "PS-U-Net trains faster than a U-ViT-multi with as many parameters."
-    assert f"| {claim} | training, batch 64 {verdict}" in text and "samples faster" not in text
-
-
-def test_a_request_is_compared_with_the_same_work_without_a_worker():
-    run = stored_run({"calling thread": 2.0, "Sampler.run and Sampler.call": 2.0, "Engine.generate": 2.0})
-    rounds = [1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [1.01, 2.01, 4.0]
-    for benchmark, data in zip(run["benchmarks"], rounds, strict=True):
-        benchmark["group"] = "hand-over, text-to-image, one request, 10 steps"
-        benchmark["stats"]["data"] = data
-    assert "takes 100.5 % of the time" in report.markdown("cpu", run, [])
-    del run["benchmarks"][0]
-    assert "of the time" not in report.markdown("cpu", run, [])
-
-
-def test_the_calls_of_joint_samples_stand_beside_their_times():
-    run = stored_run({"PS-U-Net, together": 1.0, "PS-U-Net, text first": 2.0})
-    for benchmark, calls in zip(run["benchmarks"], (10, 20), strict=True):
-        benchmark["group"] = "joint order, batch 1, 10 steps"
-        benchmark["extra_info"]["calls"] = calls
-    text = report.markdown("cpu", run, [])
-    assert "| calls |" in text and "| 1.00 | 10 |" in text and "| 2.00 | 20 |" in text
-
-
-def test_two_passes_are_compared_with_three_in_a_batch_and_one_by_one():
-    run = stored_run({"UniDiffuser, 3 passes in a batch": 2.0, "UniDiffuser, 3 passes one by one": 5.0,
-                      "alternate, 2 passes": 1.0})  # fmt: skip
-    for benchmark in run["benchmarks"]:
-        benchmark["group"] = "sampling, guided joint of the U-ViT-multi, batch 1"
-    text = report.markdown("cpu", run, [])
-    assert "| 0.50 | yes |" in text and "| 0.20 | yes |" in text
-    del run["benchmarks"][:2]
-    assert "claim" not in report.markdown("cpu", run, [])
 
 
 @pytest.fixture

@@ -12,36 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import ENDLESS, assert_same, mixed_requests, noise
+from engine_cases import ENDLESS, assert_same, noise
 
 from engine import Engine, Request
 from engine.checkpoint import load
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_checkpoint):
-    with Engine.from_pretrained(tiny_checkpoint, dtype="float32") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def mixed() -> list[Request]:
-    return mixed_requests()
-
-
-@pytest.fixture(scope="module")
-def alone(engine, mixed):
-    return [engine.generate(request) for request in mixed]
-
-
-@pytest.fixture
-def own(tiny_checkpoint):
-    """An engine of the test's own, with its network to tamper with."""
-    checkpoint = load(tiny_checkpoint)
-    with Engine(checkpoint, CPU, torch.float32) as engine:
-        yield engine, checkpoint.network
 
 
 def test_a_result_that_is_not_finite_names_its_request_and_seed_and_no_other_fails(own, mixed, alone):

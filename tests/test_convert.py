@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from denoisers import drawn, predict
 
 from engine.config import Modality, ModelConfig, UViTConfig
 from engine.errors import InputError
@@ -142,20 +143,6 @@ def published_weights(joint=False, depth=4, conv=True):
         if conv:
             weights["final_layer.weight"], weights["final_layer.bias"] = random(LATENTS, LATENTS, 3, 3), random(LATENTS)
     return weights
-
-
-def predict(model, parts, times):
-    """Predictions by modality; parts [B, L, C] and times [B] by modality."""
-    config = model.config
-    inputs = torch.cat([parts[m.name].flatten(1) for m in config.modalities], 1)
-    index = torch.cat([times[m.name][:, None].expand(-1, m.tokens) for m in config.modalities], 1).int()
-    with torch.inference_mode():
-        out = model(inputs, model.time_table(torch.arange(1001)), index)
-    return {m.name: out[:, config.state_slices[m.name]].unflatten(1, (m.tokens, m.channels)) for m in config.modalities}
-
-
-def drawn(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 IMAGE, TEXT, CLIP = drawn(2, TOKENS, PATCH**2 * LATENTS), drawn(2, WORDS, 7), drawn(2, 1, 9)

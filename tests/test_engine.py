@@ -12,7 +12,6 @@ from engine_cases import (
     difference,
     left_half,
     levels,
-    mixed_requests,
     noise,
     one_block_checkpoint,
 )
@@ -26,22 +25,6 @@ from engine.errors import InputError
 from engine.images import fit_image
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_checkpoint):
-    with Engine.from_pretrained(tiny_checkpoint, dtype="float32") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def mixed() -> list[Request]:
-    return mixed_requests()
-
-
-@pytest.fixture(scope="module")
-def alone(engine, mixed):
-    return [engine.generate(request) for request in mixed]
 
 
 def test_the_task_is_told_from_what_is_given(alone):

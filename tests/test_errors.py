@@ -18,7 +18,6 @@ def test_an_error_is_one_sentence_of_its_fields():
     assert isinstance(error, ValueError)
     assert fields(error) == ("steps", 0, "use 1 or more", "is out of range")
     assert str(error) == "steps: 0 is out of range; use 1 or more"
-    assert error.sentence == "0 is out of range; use 1 or more"
     assert str(InputError("steps", "x", "use 1")) == "steps: 'x' is not valid; use 1"
 
 

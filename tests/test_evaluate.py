@@ -22,7 +22,7 @@ from engine.evaluate import (
     Scores,
     evaluate,
     evaluate_joint,
-    image_and_text,
+    evaluated_modalities,
     main,
     skipped_tasks,
     word_f1,
@@ -230,10 +230,12 @@ def test_skipped_tasks_are_not_requested_and_have_no_scores(pairs):
 
 
 def test_of_several_images_the_one_named_image_is_evaluated_else_the_first():
-    assert image_and_text(predicting("image", "text", modalities=("sketch", "image", "text"))) == ("image", "text")
-    assert image_and_text(predicting("text", "sketch", modalities=("sketch", "photo", "text"))) == ("sketch", "text")
+    config = predicting("image", "text", modalities=("sketch", "image", "text"))
+    assert evaluated_modalities(config) == ("image", "text")
+    config = predicting("text", "sketch", modalities=("sketch", "photo", "text"))
+    assert evaluated_modalities(config) == ("sketch", "text")
     with pytest.raises(InputError, match="^checkpoint: .* has no modality with codec 'text'; give a model"):
-        image_and_text(predicting("image", "sketch", modalities=("image", "sketch")))
+        evaluated_modalities(predicting("image", "sketch", modalities=("image", "sketch")))
 
 
 @pytest.fixture

@@ -1,95 +1,24 @@
-"""Images to tokens and back with each of the autoencoders, what is known of an image, and damaged folders."""
-
-import json
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+"""Images to tokens and back with each of the autoencoders, and what is known of a masked image."""
 
 import numpy as np
 import pytest
 import torch
+from autoencoder_cases import KINDS, SIZE, autoencoder_of, latents_of, load, save_autoencoders, some_pixels
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, autoencoder_class
 from engine.codecs.image import ImageCodec, image_elements, patchify, unpatchify
 from engine.config import Modality
 from engine.errors import InputError
 from engine.images import composite, fill_masked, fit_image, load_image, to_image
 
-SIZE = 32
-
-
-def autoencoder_of(kind):
-    """A tiny diffusers autoencoder with random weights and a scaling that is not 1."""
-    import diffusers
-
-    torch.manual_seed(0)
-    if kind == "AutoencoderTiny":
-        widths, layers = (8, 8, 8), (1, 1, 1)
-        return diffusers.AutoencoderTiny(
-            encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=layers,
-            num_decoder_blocks=layers, latent_channels=4, scaling_factor=2.0,
-        )  # fmt: skip
-    if kind == "AutoencoderKL":
-        return diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, sample_size=SIZE,
-            scaling_factor=0.5, shift_factor=0.25,
-        )  # fmt: skip
-    return diffusers.AutoencoderDC(
-        latent_channels=8, scaling_factor=0.5,
-        encoder_block_types="ResBlock", decoder_block_types="ResBlock",
-        encoder_block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
-        encoder_layers_per_block=(0, 1, 1), decoder_layers_per_block=(0, 1, 1),
-        encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
-    )  # fmt: skip
-
-
-KINDS = {
-    "AutoencoderTiny": (4, 4),
-    "AutoencoderKL": (2, 3),
-    "AutoencoderDC": (4, 8),
-}  # pixels a latent, latent channels
-
-
-def latents_of(autoencoder, pixels):
-    """The autoencoder's own latents, without scaling: of KL the mean."""
-    out = autoencoder.encode(pixels)
-    return out.latent_dist.mean if hasattr(out, "latent_dist") else out[0]
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Autoencoder folders as diffusers writes them."""
-    paths = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
-    for kind, path in paths.items():
-        autoencoder_of(kind).save_pretrained(path)
-    return paths
-
-
-@pytest.fixture
-def folder(folders, tmp_path):
-    """A copy of the DC autoencoder's folder, to be damaged."""
-    for file in folders["AutoencoderDC"].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-def load(folder, size=SIZE, patch=1, **settings):
-    """The codec of a folder, for a modality that fits."""
-    latents = SavedAutoencoder.open(folder).latents
-    side = size // (latents.factor * patch) if isinstance(size, int) and isinstance(patch, int) and patch else 1
-    modality = Modality("sketch", side**2, latents.channels * patch**2 if isinstance(patch, int) else 1, depth=0)
-    return ImageCodec.load(folder, {"size": size, "patch": patch, **settings}, modality)
-
-
-def pixels(batch=2):
-    return torch.rand(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return save_autoencoders(tmp_path_factory)
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3])
@@ -121,10 +50,10 @@ def test_tokens_of_no_square_grid_are_refused():
 def test_each_autoencoder_gives_scaled_latents_as_tokens(folders, kind, patch):
     codec = load(folders[kind], patch=patch)
     factor, channels = KINDS[kind]
-    tokens = codec.encode_pixels(pixels())
+    tokens = codec.encode_pixels(some_pixels())
     assert tokens.shape == (2, codec.tokens, codec.channels) == (2, (SIZE // factor // patch) ** 2, channels * patch**2)
     with torch.no_grad():
-        latents = latents_of(autoencoder_of(kind), pixels())
+        latents = latents_of(autoencoder_of(kind), some_pixels())
     shift, scale = {"AutoencoderTiny": (0, 2.0), "AutoencoderKL": (0.25, 0.5), "AutoencoderDC": (0, 0.5)}[kind]
     torch.testing.assert_close(unpatchify(tokens, patch), (latents - shift) * scale)
 
@@ -132,10 +61,10 @@ def test_each_autoencoder_gives_scaled_latents_as_tokens(folders, kind, patch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_autoencoder_decodes_what_it_encoded(folders, kind):
     codec = load(folders[kind], patch=2)
-    decoded = codec.decode_pixels(codec.encode_pixels(pixels()))
+    decoded = codec.decode_pixels(codec.encode_pixels(some_pixels()))
     autoencoder = autoencoder_of(kind).eval()
     with torch.no_grad():
-        expected = autoencoder.decode(latents_of(autoencoder, pixels())).sample.clamp(-1, 1)
+        expected = autoencoder.decode(latents_of(autoencoder, some_pixels())).sample.clamp(-1, 1)
     assert decoded.dtype == torch.float32 and decoded.shape == (2, 3, SIZE, SIZE)
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
 
@@ -155,7 +84,7 @@ def test_a_saved_codec_comes_back(folders, tmp_path, kind, dtype):
         dtype
     }
     again = load(str(tmp_path / "a" / "b"))
-    tokens, expected = again.encode_pixels(pixels()), codec.encode_pixels(pixels())
+    tokens, expected = again.encode_pixels(some_pixels()), codec.encode_pixels(some_pixels())
     assert (tokens - expected).norm() <= (0 if dtype == torch.float32 else 0.01) * expected.norm()
     assert not any(p.requires_grad for p in again.autoencoder.parameters())
 
@@ -197,159 +126,6 @@ def test_tokens_and_channels_other_than_the_modalitys_are_refused(folders):
             ImageCodec.load(folder, {"size": SIZE, "patch": 1}, modality)
         expected = f"64 tokens of 8 channels from images of 32 pixels, the model takes {modality.tokens} of "
         assert str(folder) in str(error.value) and expected in str(error.value)
-
-
-def refusal(folder):
-    """Why a folder's codec is not loaded, or not built."""
-    with pytest.raises(InputError) as error:
-        load(folder).build()
-    assert error.value.argument == "checkpoint" and "\n" not in str(error.value)
-    return str(error.value)
-
-
-@pytest.mark.parametrize("file", ["config.json", "diffusion_pytorch_model.safetensors"])
-@pytest.mark.parametrize("keep", [None, 0, 100, -1], ids=str)
-def test_missing_and_truncated_files_are_named(folder, file, keep):
-    data = (folder / file).read_bytes()
-    (folder / file).unlink()
-    if keep is not None:
-        (folder / file).write_bytes(data.rstrip()[:keep])
-    assert str(folder / file) in refusal(folder)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"_class_name": "UNet2DModel"}', '{"_class_name": "os"}', "3"])
-def test_a_config_of_something_else_is_named(folder, content):
-    (folder / "config.json").write_text(content)
-    message = refusal(folder)
-    assert str(folder / "config.json") in message and "AutoencoderKL" in message
-
-
-@pytest.mark.parametrize("damage", ["other shape", "left out", "added"])
-def test_weights_of_another_autoencoder_are_named(folder, damage):
-    path = folder / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    name = "decoder.conv_in.weight"
-    if damage == "other shape":
-        weights[name] = weights[name][:1].clone()
-    elif damage == "left out":
-        del weights[name]
-    else:
-        name = "added"
-        weights[name] = torch.zeros(1)
-    save_file(weights, path)
-    message = refusal(folder)
-    assert str(folder) in message and name in message
-
-
-@pytest.mark.parametrize("key", ["latent_channels", "encoder_block_out_channels"])
-def test_a_config_that_builds_another_autoencoder_is_refused(folder, key):
-    config = json.loads((folder / "config.json").read_text())
-    config[key] = 5 if key == "latent_channels" else [8, 8, 32]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert str(folder) in refusal(folder)
-
-
-@pytest.mark.parametrize("key", ["scaling_factor", "shift_factor"])
-@pytest.mark.parametrize("value", ["x", float("nan"), float("inf"), 10**400, []], ids=lambda value: str(value)[:9])
-def test_scales_that_are_not_moderate_numbers_are_named(folder, key, value):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {key: value}))
-    message = refusal(folder)
-    assert str(folder / "config.json") in message and key in message and "; use a number" in message
-
-
-@pytest.mark.parametrize("value", [0, -0.5])
-def test_a_scale_that_leaves_nothing_of_the_latents_is_refused(folder, value):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": value}))
-    assert f"scaling_factor {value}, which cannot be used" in refusal(folder)
-
-
-def test_a_config_nested_deeper_than_python_reads_is_named(folder):
-    (folder / "config.json").write_text("[" * 100_000)
-    assert str(folder / "config.json") in refusal(folder)
-
-
-def test_weights_of_eight_bits_are_named(folder):
-    path = folder / "diffusion_pytorch_model.safetensors"
-    save_file({name: w.to(torch.float8_e5m2) for name, w in load_file(path).items()}, path)
-    assert str(path) in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("latent_channels", 0),
-        ("latent_channels", 10**12),
-        ("latent_channels", "8"),
-        ("latent_channels", None),
-        ("encoder_block_out_channels", []),
-        ("encoder_block_out_channels", 8),
-        ("encoder_block_out_channels", [8] * 1000),
-    ],
-    ids=lambda value: str(value)[:9],
-)
-def test_a_config_that_no_tokens_can_be_counted_from_is_named(folder, key, value):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(InputError) as error:
-        SavedAutoencoder.open(folder)
-    assert str(folder / "config.json") in str(error.value) and key in str(error.value)
-
-
-@pytest.mark.parametrize("kind", AUTOENCODERS)
-def test_what_a_config_leaves_out_is_as_diffusers_has_it(tmp_path, kind):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
-    with torch.device("meta"):
-        autoencoder = autoencoder_class(kind)()
-    assert SavedAutoencoder.open(tmp_path).latents == LatentSpace.of(autoencoder.config, kind)
-
-
-def test_loading_neither_imports_diffusers_nor_reads_weights(folder):
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    code = f"""
-import sys
-from engine.codecs.image import ImageCodec
-from engine.config import Modality
-codec = ImageCodec.load({str(folder)!r}, {{"size": 32, "patch": 1}}, Modality("image", 64, 8, 0))
-codec.read(None, "image"), codec.null(), codec.tokens
-sys.exit("diffusers" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_threads_that_need_the_autoencoder_at_once_build_it_once(folders, monkeypatch):
-    codec, builds, barrier = load(folders["AutoencoderDC"]), [], threading.Barrier(4)
-    build = SavedAutoencoder.build
-
-    def counted(saved):
-        builds.append(saved)
-        return build(saved)
-
-    def autoencoder():
-        barrier.wait()
-        return codec.autoencoder
-
-    monkeypatch.setattr(SavedAutoencoder, "build", counted)
-    with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(autoencoder) for _ in range(4)]
-    assert len({id(future.result()) for future in futures}) == len(builds) == 1
-
-
-def test_an_autoencoder_that_is_built_in_inference_mode_can_be_saved_and_moved(folders, tmp_path):
-    codec = load(folders["AutoencoderDC"])
-    with torch.inference_mode():
-        codec.build()
-    codec.save(tmp_path / "again")
-    assert not any(p.is_inference() for p in codec.autoencoder.parameters())
-
-
-def test_a_failed_build_is_reported_every_time(folder):
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    codec = load(folder)
-    for _ in range(2):
-        with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors does not exist"):
-            codec.build()
 
 
 @pytest.fixture(scope="module")

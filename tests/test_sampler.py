@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from denoisers import FunctionDenoiser, N, sample, table
+from denoisers import FunctionDenoiser, N, initial_noise, sample, table
 
 from engine.config import Modality, ModelConfig
 from engine.diffusion.solver_table import GuidanceOptions
 from engine.errors import InputError
-from engine.kernels.cfg_step import cfg_step, init_state, initial_noise
+from engine.kernels.cfg_step import cfg_step, init_state
 from engine.sampling.batch import SampleSpec, batch_constants, new_state
 
 SMALL = ModelConfig((Modality("image", 6, 4, depth=0), Modality("text", 5, 2, depth=0)), shared_depth=1, dim=64)

@@ -44,7 +44,9 @@ def step(scheduler):
     plan = scheduler.plan()
     missing = scheduler.missing_features(plan)
     assert all(scheduler.slots[i] is not None for slots in missing.values() for i in slots)
-    return arrangement, plan, scheduler.advance()
+    finished = scheduler.finishing()
+    scheduler.advance()
+    return arrangement, plan, finished
 
 
 def steps(scheduler, most=10_000):
@@ -121,7 +123,8 @@ def test_a_sample_that_has_to_be_alone_shares_no_step():
     while not scheduler.idle:
         scheduler.arrange()
         sharing.append(len(scheduler.live))
-        order += [job for _, job in scheduler.advance()]
+        order += [job for _, job in scheduler.finishing()]
+        scheduler.advance()
     assert order == jobs + late
     assert sharing == [1] * 10 + [2] * 5
 
@@ -291,7 +294,8 @@ def test_whatever_happens_every_sample_is_done_once_and_within_the_slots(events,
         assert len(live) <= 1 or not any(job.alone for job in live)
         if live:
             scheduler.plan()
-            finished.update(job for _, job in scheduler.advance())
+            finished.update(job for _, job in scheduler.finishing())
+            scheduler.advance()
 
     for what, value in events:
         if what == "add":

@@ -9,7 +9,7 @@ from engine.config import Modality, ModelConfig
 from engine.diffusion.schedule import NoiseSchedule, timesteps
 from engine.diffusion.solver_table import GuidanceOptions, constant_since
 from engine.errors import InputError
-from engine.kernels.cfg_step import STATE_STREAM, normals
+from engine.kernels.philox import STATE_STREAM, normals
 from engine.kernels.step_table import NOOP_STEP, Coefficient, PassKind, StepColumn
 from engine.sampling.batch import SampleSpec
 

@@ -7,38 +7,10 @@ import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed, wait
 
 import pytest
-import torch
-from engine_cases import ENDLESS, STEPS, assert_same, mixed_requests, noise
+from engine_cases import ENDLESS, STEPS, assert_same, noise
 
 from engine import Engine, Request
-from engine.checkpoint import load
 from engine.errors import InputError
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_checkpoint):
-    with Engine.from_pretrained(tiny_checkpoint, dtype="float32") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def mixed() -> list[Request]:
-    return mixed_requests()
-
-
-@pytest.fixture(scope="module")
-def alone(engine, mixed):
-    return [engine.generate(request) for request in mixed]
-
-
-@pytest.fixture
-def own(tiny_checkpoint):
-    """An engine of the test's own, with its network to tamper with."""
-    checkpoint = load(tiny_checkpoint)
-    with Engine(checkpoint, CPU, torch.float32) as engine:
-        yield engine, checkpoint.network
 
 
 def started(engine: Engine, request: Request = ENDLESS):

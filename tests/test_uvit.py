@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from denoisers import drawn, predict
 
 from engine import Engine, Request, checkpoint
 from engine.config import Config, DiffusionConfig, Modality, ModelConfig, UViTConfig
@@ -14,21 +15,6 @@ from engine.errors import InputError
 from engine.model.blocks import InnerCache
 from engine.model.denoiser import build
 from engine.presets import PRESETS
-
-
-def predict(model, parts, times):
-    """Predictions by modality; parts [B, L, C] and times [B] by modality."""
-    config = model.config
-    inputs = torch.cat([parts[m.name].flatten(1) for m in config.modalities], 1)
-    index = torch.cat([times[m.name][:, None].expand(-1, m.tokens) for m in config.modalities], 1).int()
-    with torch.inference_mode():
-        out = model(inputs, model.time_table(torch.arange(1001)), index)
-    return {m.name: out[:, config.state_slices[m.name]].unflatten(1, (m.tokens, m.channels)) for m in config.modalities}
-
-
-def drawn(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 T_IMAGE, T_TEXT = torch.tensor([1, 1000]), torch.tensor([700, 250])
 

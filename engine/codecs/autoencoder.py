@@ -75,7 +75,7 @@ class SavedAutoencoder:
 
     @classmethod
     def open(cls, source: str | Path) -> "SavedAutoencoder":
-        """Reads config.json of a local folder or, where there is no such folder, of a hub id.
+        """Reads config.json of a local folder or, if that does not exist, of a model on the hub.
 
         Raises InputError about "checkpoint", naming the file.
         """
@@ -168,7 +168,7 @@ def _hub_config(name: str) -> dict:
 
 
 def _read_config(path: Path):
-    """What the JSON holds, whatever that is."""
+    """The parsed JSON, of any type."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

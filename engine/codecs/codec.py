@@ -1,4 +1,4 @@
-"""Codecs: a modality's values to tokens and back. What every codec can do, and the registry of those there are.
+"""Codecs: a modality's values to tokens and back. The methods that every codec has, and their registry.
 
 A new kind of modality is a class with the methods of `Codec` and a line in `CODECS`. Codecs know nothing of diffusion
 or tasks.
@@ -92,9 +92,10 @@ class Codec(Protocol):
         """
 
     def project(self, tokens: Tensor, given: Given) -> Tensor:
-        """Generated tokens [n, L, C] as `encode` would give the values that they are decoded as; same shape and device.
+        """Generated tokens [n, L, C] replaced by the encoding of what they decode to; same shape and device.
 
-        Modalities that are generated later are given these: the model was trained on values, not on what is near them.
+        Modalities that are generated later are conditioned on these. A codec of discrete values, such as words, returns
+        the tokens of the nearest values, since the model was trained on no others.
         """
 
     def null(self) -> Given:

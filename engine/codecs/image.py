@@ -63,7 +63,7 @@ class ImageCodec:
 
     @classmethod
     def load(cls, folder: str | Path, settings: Mapping, modality: Modality, device="cpu") -> "ImageCodec":
-        """Reads config.json of a diffusers autoencoder's folder or, where there is no such folder, of a hub id.
+        """Reads config.json of a diffusers autoencoder's folder or, if that does not exist, of a model on the hub.
 
         settings  size (pixels a side) and patch (latents a side of a token)
         Raises InputError: about "checkpoint", naming the file, or about a setting such as "codecs.image.size".
@@ -119,7 +119,7 @@ class ImageCodec:
         masked = np.zeros((self.size, self.size), bool)
         if mask is not None:
             masked = open_mask(mask, image.size, self.size, mask_argument)
-        levels = fit_image(image, self.size).numpy()  # numpy all the way: it runs on this thread alone
+        levels = fit_image(image, self.size).numpy()  # numpy from here on, which starts no threads
         pixels = torch.from_numpy(levels.astype(np.float32) / np.float32(127.5) - np.float32(1))  # [3, S, S]
         return self._given(GivenImage(fill_masked(pixels, masked), masked, feather))
 

@@ -85,7 +85,7 @@ class TextCodec:
 
     @classmethod
     def load(cls, folder: str | Path, settings: Mapping, modality: Modality, device="cpu") -> "TextCodec":
-        """The inverse of `save`; takes no settings, and stays on the CPU whatever the device.
+        """The inverse of `save`; takes no settings, and stays on the CPU for any device.
 
         Raises InputError about "checkpoint", naming the file that is missing, corrupt or does not fit.
         """
@@ -275,7 +275,7 @@ def spread(vectors: Tensor, ridge: float = 1e-3) -> Tensor:
 def separate(x: Tensor, least: float = 0.5, steps: int = 100) -> Tensor:
     """Scale vectors [V, C] to norm √C, that of unit Gaussian noise, and push them to least·√C from their nearest.
 
-    Stops after `steps` rounds where so many vectors do not fit into so few channels. Returns float32 [V, C].
+    Stops after `steps` rounds: many vectors do not fit into few channels. Returns float32 [V, C].
     """
     radius = math.sqrt(x.shape[1])
     x = torch.nn.functional.normalize(x.float()) * radius  # [V, C]

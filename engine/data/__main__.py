@@ -1,15 +1,15 @@
 """Make a data set: `python -m engine.data emoji --out data/emoji`."""
 
-import sys
-
-from engine.command import Parser, path, refuse
+from engine.command import Parser, path, refuse, run
 from engine.data.emoji import FONT, NAMES, render_emoji
 from engine.errors import InputError
+
+COMMAND = "python -m engine.data"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: bad input, reported in one line)."""
-    parser = Parser("python -m engine.data", description="Make a data set.")
+    parser = Parser(COMMAND, description="Make a data set.")
     emoji = parser.add_subparsers(dest="dataset", required=True).add_parser(
         "emoji", help="render Noto Color Emoji with its CLDR names and keywords"
     )
@@ -30,4 +30,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(COMMAND, main)

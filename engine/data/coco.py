@@ -40,7 +40,7 @@ class CocoCaptions:
         """Lists the images of `split` without decoding them.
 
         Captions are in `captions_SPLIT.json` (for "train" also `captions.json`), images in `SPLIT/` or `images/`.
-        Raises InputError about `folder` if there is no such file or folder, if the file is not in this layout, or if no
+        Raises InputError about `folder` if a file or folder is missing, the captions are not in this layout, or no
         listed image has both a file and a caption.
         """
         folder = Path(folder)

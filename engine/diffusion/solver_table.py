@@ -128,10 +128,10 @@ def spaced_table(
 
 
 def constant_since(table: StepTable, modality: int, generated: bool, known: bool) -> tuple[int, ...]:
-    """For each step the first of the steps, without a break, at which a modality enters the model as it does there.
+    """For each step, the first step of the unbroken run of steps at which a modality has the same inputs and times.
 
-    Entering alike is to have the same inputs and times in every pass, so that what the model makes of this modality
-    alone can be reused. −1 for a step that has no such neighbour.
+    The same in every pass: then the features of its in-blocks are the same too and can be reused. −1 for a step that
+    shares them with neither neighbour.
     generated, known  whether the modality has elements of either kind
     """
     values, indices = table.coefficients[:, modality], table.indices[:, modality]
@@ -291,7 +291,7 @@ def _check_guidance(guidance: GuidanceOptions, solver: SolverOptions, modalities
     if guidance.kind not in GUIDANCE_KINDS:
         raise InputError("guidance_kind", guidance.kind, f"use one of {', '.join(GUIDANCE_KINDS)}", "is not known")
     if not np.isfinite(guidance.scale):
-        raise InputError("guidance", guidance.scale, "use a finite number; 1 is no guidance")
+        raise InputError("guidance", guidance.scale, "use a finite number; 1 means no guidance")
     if guidance.kind in ("alternate", "unidiffuser") and not guidance.modalities:
         raise InputError("guided_modalities", (), f"guidance {guidance.kind!r} needs some", "is empty")
     if not set(guidance.modalities) <= set(range(modalities)):

@@ -44,7 +44,7 @@ class SampleSpec:
 class Batch:
     """The memory of some slots: constants and state of the samples in them, side by side.
 
-    An idle slot runs no-op steps, or goes on with a sample that has left; its output is ignored.
+    An empty slot runs no-op steps, or further steps of a sample that was cancelled; its output is ignored.
     """
 
     def __init__(self, constants: BatchConstants):
@@ -60,7 +60,7 @@ class Batch:
 
     @property
     def passes(self) -> int:
-        """P, those that there is memory for."""
+        """P, the passes that there is memory for."""
         return len(self.state.inputs) // self.slots
 
     def copy(self, source: "Batch", pairs: Sequence[tuple[int, int]]) -> None:

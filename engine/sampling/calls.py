@@ -39,19 +39,7 @@ class Calls:
         for call in calls:
             if call.future.cancelled():
                 finish_future(call.future)
-        calls = [call for call in calls if not call.future.cancelled()]
-        items = [item for call in calls for item in call.items]
-        try:
-            results = iter(_applied(function, items, most))
-        except Exception as error:
-            if len(calls) == 1:
-                finish_future(calls[0].future, error=error)
-            else:  # whose items are at fault shows when each is done by itself
-                alone = [Call(_Alone(function, i), call.items, call.future) for i, call in enumerate(calls)]
-                self._waiting.extendleft(reversed(alone))
-            return
-        for call in calls:
-            finish_future(call.future, [next(results) for _ in call.items])
+        _finish([call for call in calls if not call.future.cancelled()], most)
 
     def abort(self, error: BaseException) -> None:
         """Ends all calls with this error."""
@@ -59,19 +47,25 @@ class Calls:
             finish_future(self._waiting.popleft().future, error=error)
 
 
-@dataclass(frozen=True)
-class _Alone:
-    """A function that equals no other call's, so that it is not shared."""
-
-    function: Callable[[Sequence], Sequence]
-    number: int
-
-    def __call__(self, items: Sequence) -> Sequence:
-        return self.function(items)
+def _finish(calls: list[Call], most: int) -> None:
+    """Ends calls of one function with their results; if it fails, applies it to each call's items separately."""
+    if not calls:
+        return
+    try:
+        results = iter(_applied(calls[0].function, [item for call in calls for item in call.items], most))
+    except Exception as error:
+        if len(calls) == 1:
+            finish_future(calls[0].future, error=error)
+            return
+        for call in calls:
+            _finish([call], most)
+        return
+    for call in calls:
+        finish_future(call.future, [next(results) for _ in call.items])
 
 
 def _applied(function: Callable[[Sequence], Sequence], items: list, most: int) -> list:
-    """function(items), at most so many at a time, fewer where memory runs out."""
+    """function(items), in parts of at most `most` items, of fewer where memory runs out."""
     results = []
     while len(results) < len(items):
         part = items[len(results) : len(results) + most]

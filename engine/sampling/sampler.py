@@ -44,16 +44,16 @@ class _Run:
     future: Future
     progress: Callable[[int, int], None] | None
     states: dict[int, Tensor]  # by position among the jobs, [N] float32 on the device; of those that are done
-    reported: int = 0  # steps that `progress` was last told of
+    reported: int = 0  # steps at the last call of `progress`
 
 
 class Sampler:
     """Makes samples with a denoiser, all of them on one thread, which starts with the first of them.
 
     What a sample becomes depends on its own seed, table and masks only (as far as the denoiser's arithmetic does), not
-    on its slot, the batch or its neighbours. When memory runs out the slots are halved, with a warning, samples under
-    way start again, and the slots grow back later. When a step fails for another reason its samples start again, each
-    alone, and only those that fail again raise.
+    on its slot, the batch or its neighbours. When memory runs out the slots are halved, with a warning, samples in
+    progress start again, and the slots grow back later. When a step fails for another reason its samples start again,
+    one at a time, and only those that fail again raise.
 
     buckets  numbers of slots that a batch may have, ascending; the smallest that holds the samples is used
     graphs   captures and replays the steps; None: they run eagerly
@@ -71,7 +71,7 @@ class Sampler:
         self.denoiser, self.device, self.graphs = denoiser, torch.device(device), graphs
         self.scheduler = Scheduler(model, buckets, keep=graphs is not None)
         self.plans: Counter[StepPlan] = Counter()  # steps done so far
-        self.feature_rows: Counter[str] = Counter()  # rows whose branch features were computed apart, by modality
+        self.feature_rows: Counter[str] = Counter()  # rows of `Denoiser.branch_features` so far, by modality
         self.finished = 0  # samples
         self._batches: dict[int, Batch] = {}  # by slots; only the one in use, unless graphs use their memory
         self._current: Batch | None = None
@@ -191,10 +191,11 @@ class Sampler:
         # Before the step counts as done, since memory may not suffice for it.
         self._arrive(batch)
         states = {job: batch.state.state[i].clone() for i, job in self.scheduler.finishing()}
-        for _, job in self.scheduler.advance():
+        self.scheduler.advance()
+        for job, state in states.items():
             run, position = self._run_of[job]
-            run.states[position] = states[job]
-            self.finished += 1
+            run.states[position] = state
+        self.finished += len(states)
         for run in dict.fromkeys(self._run_of[job][0] for job in live):
             self._report(run)
             self._finish(run)
@@ -224,7 +225,7 @@ class Sampler:
         return batch_constants(specs, self.scheduler.model, self.device, slots, *self._shape)
 
     def _compute_features(self, batch: Batch, plan: StepPlan) -> None:
-        """Runs the in-blocks of modalities that enter the following steps alike, for the slots that need it."""
+        """Runs the in-blocks of modalities whose inputs stay the same for some steps, in the slots that need it."""
         for name, slots in self.scheduler.missing_features(plan).items():
             size = next(size for size in self.scheduler.buckets if size >= len(slots))  # shapes that were compiled
             rows = batch.rows(upload(torch.tensor(slots + slots[:1] * (size - len(slots))), self.device))
@@ -283,7 +284,7 @@ class Sampler:
         """Forgets a run; its samples leave their slots before the next step."""
         self._runs.remove(run)
         for job in run.jobs:
-            job.cancelled = True  # means nothing to those that are done
+            job.cancelled = True  # without effect on those that are done
             del self._run_of[job]
 
     def _failed(self, error: Exception) -> None:
@@ -310,7 +311,7 @@ class Sampler:
         self._drop_batches()
         self._current = None
         if self.device.type == "cuda":
-            with suppress(RuntimeError):  # on a device that has failed, which whoever waits is told anyway
+            with suppress(RuntimeError):  # on a failed device; the futures report that
                 torch.cuda.empty_cache()
 
     def _drop_batches(self) -> None:

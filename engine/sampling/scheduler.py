@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from engine.config import ModelConfig
-from engine.diffusion.masks import token_mask, whole_tokens
+from engine.diffusion.masks import whole_tokens
 from engine.diffusion.solver_table import StepTable, constant_since
 from engine.errors import InputError
 from engine.kernels.step_table import StepColumn
@@ -35,7 +35,7 @@ class StepPlan:
     """What a step computes; steps with equal plans differ in values only, so a plan is the key of its CUDA graph."""
 
     slots: int  # B
-    passes: int  # P′ of the P that there is memory for
+    passes: int  # P′ ≤ P, the passes that are computed
     outputs: tuple[str, ...]  # modalities whose prediction is used
     cached: tuple[str, ...]  # modalities whose branch features are read instead of running their in-blocks
     cache_mode: CacheMode
@@ -50,7 +50,7 @@ class Job:
     arrivals: dict[int, list[str]]  # by steps done: modalities that have arrived then, while others are to come
     step: int = 0  # done so far
     features: dict[str, int] = field(default_factory=dict)  # the step from which on the slot's features are valid
-    alone: bool = False  # shares no step: one with it in the batch has failed
+    alone: bool = False  # shares no step with other samples, because a step that it was part of has failed
     cancelled: bool = False
 
     @property
@@ -101,13 +101,15 @@ class Scheduler:
         _check(spec, self.model)
         parts = [spec.generate[part] for part in self.model.state_slices.values()]
         generated, known = tuple(bool(part.any()) for part in parts), tuple(not bool(part.all()) for part in parts)
-        steps = _steps(spec.table, self.model, generated, known)
+        needs = _steps(spec.table, self.model, generated, known)
+        if needs.clean and not bool((whole_tokens(spec.generate, self.model) == spec.generate).all()):
+            raise InputError("generate", "a token", "use whole_tokens for clean conditioning", "is partly known")
         arrivals: dict[int, list[str]] = {}
         for name in spec.on_arrival:
-            last = max((step for step, names in enumerate(steps.outputs) if name in names), default=spec.table.steps)
-            if last + 1 < spec.table.steps:
-                arrivals.setdefault(last + 1, []).append(name)
-        return Job(spec, steps, arrivals)
+            done = needs.arrival.get(name, spec.table.steps)
+            if done < spec.table.steps:
+                arrivals.setdefault(done, []).append(name)
+        return Job(spec, needs, arrivals)
 
     def add(self, jobs: Iterable[Job]) -> None:
         """The longest first: short ones fill the slots that are free at the end."""
@@ -132,7 +134,8 @@ class Scheduler:
         before = self.slots
         if (size, lines, passes) == (len(before), self.lines, self.passes):
             stay = []
-            self.slots = [job if i in set(staying) else None for i, job in enumerate(before)]
+            kept = set(staying)
+            self.slots = [job if i in kept else None for i, job in enumerate(before)]
         else:
             stay = [(slot, i) for i, slot in enumerate(staying)]
             self.slots = [before[slot] for slot in staying] + [None] * (size - len(staying))
@@ -148,11 +151,7 @@ class Scheduler:
         live = self.live
         used = frozenset().union(*(job.needs.outputs[job.step] for job in live))
         names = [m.name for m in self.model.modalities]
-        cached = tuple(
-            name
-            for name in names
-            if all(name in job.needs.constant and job.needs.constant[name][job.step] >= 0 for job in live)
-        )
+        cached = tuple(name for name in names if all(job.constant_since(name) >= 0 for job in live))
         mode = CacheMode.OFF
         if any(job.needs.uses_cache for job in live):
             mode = CacheMode.REFRESH if any(job.needs.refresh[job.step] for job in live) else CacheMode.REUSE
@@ -170,23 +169,20 @@ class Scheduler:
         return missing
 
     def finishing(self) -> list[tuple[int, Job]]:
-        """The (slot, sample) that the next step finishes."""
+        """The (slot, sample) that the present step finishes."""
         return [(i, job) for i, job in enumerate(self.slots) if job is not None and job.step + 1 == job.steps]
 
-    def advance(self) -> list[tuple[int, Job]]:
-        """Counts a step that was done; returns the (slot, sample) that have finished and leaves their slots empty."""
-        finished = []
+    def advance(self) -> None:
+        """Counts a step that was done, and empties the slots of the samples that it has finished."""
         for i, job in enumerate(self.slots):
             if job is not None:
                 job.step += 1
                 if job.done:
-                    finished.append((i, job))
                     self.slots[i] = None
         self._calm += 1
         if self.capacity < self.buckets[-1] and self._calm >= self._patience:
             self.capacity = next(size for size in self.buckets if size >= min(2 * self.capacity, self.buckets[-1]))
             self._calm = 0
-        return finished
 
     def arriving(self) -> dict[tuple[str, Callable], list[int]]:
         """Slots in which a modality arrives with the present step, by its name and its sample's `on_arrival`."""
@@ -246,6 +242,8 @@ class _Steps(NamedTuple):
     outputs: list[frozenset[str]]  # modalities whose prediction is used
     constant: dict[str, tuple[int, ...]]  # of modalities with in-blocks, `constant_since`
     uses_cache: bool  # whether there is a step at which the inner blocks need not run
+    arrival: dict[str, int]  # steps after which each generated modality is done
+    clean: bool  # whether known tokens have a time other than that of generated ones
 
 
 @lru_cache(maxsize=64)
@@ -258,7 +256,9 @@ def _steps(table: StepTable, model: ModelConfig, generated: tuple[bool, ...], kn
     ]
     constant = {m.name: constant_since(table, i, *kinds) for i, (m, *kinds) in enumerate(modalities) if m.depth > 0}
     refresh = table.refresh.tolist()
-    return _Steps(table.passes.tolist(), refresh, outputs, constant, not all(refresh))
+    arrival = {name: step for step, names in enumerate(outputs, 1) for name in names}
+    clean = bool((table.indices[..., StepColumn.KNOWN_TIME] != table.indices[..., StepColumn.TIME]).any())
+    return _Steps(table.passes.tolist(), refresh, outputs, constant, not all(refresh), arrival, clean)
 
 
 def _check(spec: SampleSpec, model: ModelConfig) -> None:
@@ -269,7 +269,3 @@ def _check(spec: SampleSpec, model: ModelConfig) -> None:
     found, wanted = spec.table.indices.shape[1], len(model.modalities)
     if found != wanted:
         raise InputError("table", found, f"make it for the model's {wanted}", "is the wrong number of modalities")
-    clean = (spec.table.indices[..., StepColumn.KNOWN_TIME] != spec.table.indices[..., StepColumn.TIME]).any()
-    tokens = token_mask(spec.generate, model) if clean else None
-    if tokens is not None and not bool((whole_tokens(spec.generate, model) == spec.generate).all()):
-        raise InputError("generate", "a token", "use whole_tokens for clean conditioning", "is partly known")

@@ -44,7 +44,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self.closed = False
         _ALL.add(self)
-        _FIRST[:] = _FIRST or [self._pid]
+        _FIRST_PID[:] = _FIRST_PID or [self._pid]
 
     def post(self, item, inbox: list) -> Future:
         """Appends an item to an inbox that the owner reads in its turns; returns the item's future.
@@ -98,14 +98,14 @@ class Worker:
             while True:
                 self._wake.wait()
                 self._wake.clear()
-                # Held only while there is work: an owner that nobody uses can be freed.
+                # Held only while there is work, so that an unused owner can be freed.
                 owner, self._posted_by = self._owner(), None
                 if owner is None:
                     return
                 try:
                     while not self.closed and self._turn(owner):
                         pass
-                except BaseException as error:  # a fault of our own must not leave callers waiting for ever
+                except BaseException as error:  # the callers must not wait for results that never come
                     owner.abort(error)
                 if self.closed:
                     owner.abort(RuntimeError(CLOSED))
@@ -129,7 +129,7 @@ def in_own_thread(function: Callable, *arguments):
 
 
 def finish_future(future: Future, result=None, error: BaseException | None = None) -> None:
-    """Ends a future with a result or an error, unless it was cancelled, or ended by somebody else."""
+    """Ends a future with a result or an error, unless it was cancelled or has ended."""
     if future.done() and not future.cancelled():
         return
     if not future.running() and not future.set_running_or_notify_cancel():
@@ -183,16 +183,16 @@ def check_process() -> None:
 
     Neither threads nor the state of OpenMP survive a fork: the first parallel operation would never end.
     """
-    if _FIRST and _FIRST[0] != os.getpid():
+    if _FIRST_PID and _FIRST_PID[0] != os.getpid():
         raise RuntimeError(FORKED)
 
 
-_FIRST: list[int] = []  # the process in which the first worker was made
+_FIRST_PID: list[int] = []  # at most one: of the process in which the first worker was made
 _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """So that no thread computes while the interpreter is taken apart."""
+    """A thread that computes while the interpreter shuts down would crash it."""
     for worker in list(_ALL):
         worker.close(AT_EXIT)

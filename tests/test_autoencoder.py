@@ -1,0 +1,181 @@
+"""Saved autoencoders: damaged folders, configs that cannot be, and building the network when it is first needed."""
+
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from autoencoder_cases import load, save_autoencoders
+from safetensors.torch import load_file, save_file
+
+from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, autoencoder_class
+from engine.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_autoencoders(tmp_path_factory)
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A copy of the DC autoencoder's folder, to be damaged."""
+    for file in folders["AutoencoderDC"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def refusal(folder):
+    """Why a folder's codec is not loaded, or not built."""
+    with pytest.raises(InputError) as error:
+        load(folder).build()
+    assert error.value.argument == "checkpoint" and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("keep", [None, 0, 100, -1], ids=str)
+def test_missing_and_truncated_files_are_named(folder, file, keep):
+    data = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if keep is not None:
+        (folder / file).write_bytes(data.rstrip()[:keep])
+    assert str(folder / file) in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"_class_name": "UNet2DModel"}', '{"_class_name": "os"}', "3"])
+def test_a_config_of_something_else_is_named(folder, content):
+    (folder / "config.json").write_text(content)
+    message = refusal(folder)
+    assert str(folder / "config.json") in message and "AutoencoderKL" in message
+
+
+@pytest.mark.parametrize("damage", ["other shape", "left out", "added"])
+def test_weights_of_another_autoencoder_are_named(folder, damage):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name = "decoder.conv_in.weight"
+    if damage == "other shape":
+        weights[name] = weights[name][:1].clone()
+    elif damage == "left out":
+        del weights[name]
+    else:
+        name = "added"
+        weights[name] = torch.zeros(1)
+    save_file(weights, path)
+    message = refusal(folder)
+    assert str(folder) in message and name in message
+
+
+@pytest.mark.parametrize("key", ["latent_channels", "encoder_block_out_channels"])
+def test_a_config_that_builds_another_autoencoder_is_refused(folder, key):
+    config = json.loads((folder / "config.json").read_text())
+    config[key] = 5 if key == "latent_channels" else [8, 8, 32]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("key", ["scaling_factor", "shift_factor"])
+@pytest.mark.parametrize("value", ["x", float("nan"), float("inf"), 10**400, []], ids=lambda value: str(value)[:9])
+def test_scales_that_are_not_moderate_numbers_are_named(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    message = refusal(folder)
+    assert str(folder / "config.json") in message and key in message and "; use a number" in message
+
+
+@pytest.mark.parametrize("value", [0, -0.5])
+def test_a_scale_that_leaves_nothing_of_the_latents_is_refused(folder, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": value}))
+    assert f"scaling_factor {value}, which cannot be used" in refusal(folder)
+
+
+def test_a_config_nested_deeper_than_python_reads_is_named(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    assert str(folder / "config.json") in refusal(folder)
+
+
+def test_weights_of_eight_bits_are_named(folder):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: w.to(torch.float8_e5m2) for name, w in load_file(path).items()}, path)
+    assert str(path) in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("latent_channels", 0),
+        ("latent_channels", 10**12),
+        ("latent_channels", "8"),
+        ("latent_channels", None),
+        ("encoder_block_out_channels", []),
+        ("encoder_block_out_channels", 8),
+        ("encoder_block_out_channels", [8] * 1000),
+    ],
+    ids=lambda value: str(value)[:9],
+)
+def test_a_config_that_no_tokens_can_be_counted_from_is_named(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError) as error:
+        SavedAutoencoder.open(folder)
+    assert str(folder / "config.json") in str(error.value) and key in str(error.value)
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_what_a_config_leaves_out_is_as_diffusers_has_it(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    with torch.device("meta"):
+        autoencoder = autoencoder_class(kind)()
+    assert SavedAutoencoder.open(tmp_path).latents == LatentSpace.of(autoencoder.config, kind)
+
+
+def test_loading_neither_imports_diffusers_nor_reads_weights(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    code = f"""
+import sys
+from engine.codecs.image import ImageCodec
+from engine.config import Modality
+codec = ImageCodec.load({str(folder)!r}, {{"size": 32, "patch": 1}}, Modality("image", 64, 8, 0))
+codec.read(None, "image"), codec.null(), codec.tokens
+sys.exit("diffusers" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_threads_that_need_the_autoencoder_at_once_build_it_once(folders, monkeypatch):
+    codec, builds, barrier = load(folders["AutoencoderDC"]), [], threading.Barrier(4)
+    build = SavedAutoencoder.build
+
+    def counted(saved):
+        builds.append(saved)
+        return build(saved)
+
+    def autoencoder():
+        barrier.wait()
+        return codec.autoencoder
+
+    monkeypatch.setattr(SavedAutoencoder, "build", counted)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(autoencoder) for _ in range(4)]
+    assert len({id(future.result()) for future in futures}) == len(builds) == 1
+
+
+def test_an_autoencoder_that_is_built_in_inference_mode_can_be_saved_and_moved(folders, tmp_path):
+    codec = load(folders["AutoencoderDC"])
+    with torch.inference_mode():
+        codec.build()
+    codec.save(tmp_path / "again")
+    assert not any(p.is_inference() for p in codec.autoencoder.parameters())
+
+
+def test_a_failed_build_is_reported_every_time(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    codec = load(folder)
+    for _ in range(2):
+        with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors does not exist"):
+            codec.build()
