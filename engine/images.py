@@ -118,8 +118,13 @@ def fit_image(image: Image.Image, size: int) -> Tensor:
     image = _eight_bits(image)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(size, size, 3).permute(2, 0, 1)
+    return to_levels(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+
+
+def to_levels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return levels.reshape(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:

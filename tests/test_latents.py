@@ -1,11 +1,14 @@
 """The latent cache: correct latents, encoded once, resumed where it was killed."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from engine.data.augment import Augmentation
 from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
 from engine.errors import InputError
@@ -42,18 +45,24 @@ def dataset(tmp_path):
     return CocoCaptions.open(tmp_path)
 
 
-def cache(dataset, folder, encode, fingerprint="a", **options):
-    return cache_latents(dataset, encode, folder, fingerprint, size=8, shard_size=2, **options)
+def everything(cache):
+    """[n, L, C] of all images as they are."""
+    return cache.latents(list(range(len(cache))), [0] * len(cache))
+
+
+def cache(dataset, folder, encode, fingerprint="a", shard_size=2, **options):
+    return cache_latents(dataset, encode, folder, fingerprint, size=8, shard_size=shard_size, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_latents_belong_to_their_captions(dataset, tmp_path, dtype):
     latents = cache(dataset, tmp_path / "cache", Encoder(), dtype=dtype)
-    assert latents.image_ids == [100, 101, 102, 104, 105, 106] and len(latents) == 6
-    assert latents.captions == [[f"grey {i}"] for i in (0, 1, 2, 4, 5, 6)]
-    assert (latents.latents.dtype, latents.latents.shape) == (dtype, (6, 4, 3))
+    assert latents.captions == [[f"grey {i}"] for i in (0, 1, 2, 4, 5, 6)] and len(latents) == 6
+    assert {shard.dtype for shard in latents.shards} == {dtype} and latents.versions == 1
     grey = torch.tensor([0, 30, 60, 120, 150, 180]) / 127.5 - 1
-    assert torch.allclose(latents.latents.float(), grey[:, None, None].expand(6, 4, 3), atol=1e-3)
+    assert torch.allclose(everything(latents), grey[:, None, None].expand(6, 4, 3), atol=1e-3)
+    some = latents.latents([5, 0, 2, 5], [0] * 4)
+    assert some.dtype == torch.float32 and torch.allclose(some[:, 0, 0], grey[[5, 0, 2, 5]], atol=1e-3)
 
 
 def test_images_are_encoded_once_and_skipped_ones_are_remembered(dataset, tmp_path):
@@ -61,7 +70,7 @@ def test_images_are_encoded_once_and_skipped_ones_are_remembered(dataset, tmp_pa
     again, encode = CocoCaptions.open(tmp_path), Encoder()
     second = cache(again, tmp_path / "cache", encode)
     assert encode.images == 0
-    assert torch.equal(first.latents, second.latents) and first.image_ids == second.image_ids
+    assert torch.equal(everything(first), everything(second)) and first.captions == second.captions
     assert "1 damaged (3.png first)" in again.summary() and again.skipped == dataset.skipped
 
 
@@ -71,23 +80,38 @@ def test_a_killed_run_resumes_at_its_last_shard(dataset, tmp_path):
     encode = Encoder()
     resumed = cache(dataset, tmp_path / "cache", encode)
     assert encode.images == 3  # shards of 2, 1 (one damaged), 2 and 1 images
-    assert torch.equal(resumed.latents, cache(dataset, tmp_path / "other", Encoder()).latents)
+    assert torch.equal(everything(resumed), everything(cache(dataset, tmp_path / "other", Encoder())))
 
 
 def test_a_truncated_shard_is_replaced(dataset, tmp_path):
-    expected = cache(dataset, tmp_path / "cache", Encoder()).latents
+    expected = everything(cache(dataset, tmp_path / "cache", Encoder()))
     shard = tmp_path / "cache" / "latents-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
     encode = Encoder()
-    assert torch.equal(cache(dataset, tmp_path / "cache", encode).latents, expected)
+    assert torch.equal(everything(cache(dataset, tmp_path / "cache", encode)), expected)
     assert encode.images == 2
 
 
-@pytest.mark.parametrize("change", ["fingerprint", "dtype", "images", "index"])
-def test_shards_of_another_origin_are_replaced(dataset, tmp_path, change):
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ("fingerprint", "encoder"),
+        ("dtype", "dtype"),
+        ("images", "images"),
+        ("in place", "images"),
+        ("index", "encoder"),
+    ],
+)
+def test_shards_of_another_origin_are_replaced(dataset, tmp_path, capsys, change, named):
     cache(dataset, tmp_path / "cache", Encoder())
     options = {}
-    if change == "fingerprint":
+    if change == "in place":  # with equal size and time of modification
+        file = tmp_path / "images" / "6.png"
+        status = file.stat()
+        Image.new("L", (8, 8), 181).save(file)
+        assert file.stat().st_size == status.st_size
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif change == "fingerprint":
         options["fingerprint"] = "b"
     elif change == "dtype":
         options["dtype"] = torch.float32
@@ -99,11 +123,12 @@ def test_shards_of_another_origin_are_replaced(dataset, tmp_path, change):
     latents = cache(dataset, tmp_path / "cache", encode, **options)
     assert encode.images == len(latents) == (2 if change == "images" else 6)
     assert len(list((tmp_path / "cache").glob("latents-*"))) == (1 if change == "images" else 4)
+    assert f"again, since these have changed: {named}" in capsys.readouterr().out
 
 
 def test_a_shard_without_an_intact_image_is_passed_over(dataset, tmp_path):
     (tmp_path / "images" / "2.png").write_bytes(b"")
-    assert cache(dataset, tmp_path / "cache", Encoder()).image_ids == [100, 101, 104, 105, 106]
+    assert cache(dataset, tmp_path / "cache", Encoder()).captions == [[f"grey {i}"] for i in (0, 1, 4, 5, 6)]
 
 
 def test_a_data_set_without_an_intact_image_is_refused(dataset, tmp_path):
@@ -111,3 +136,37 @@ def test_a_data_set_without_an_intact_image_is_refused(dataset, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="^dataset: .*0 usable images; skipped 7 damaged"):
         cache(dataset, tmp_path / "cache", Encoder())
+
+
+CHANGES = Augmentation(background=0.0, jpeg=0.0, colour=0.3, variants=3)
+
+
+def test_changed_versions_follow_an_images_own(dataset, tmp_path):
+    plain = everything(cache(dataset, tmp_path / "plain", Encoder()))
+    changed = cache(dataset, tmp_path / "cache", Encoder(), augmentation=CHANGES)
+    assert changed.versions == 4 and torch.equal(everything(changed), plain)
+    versions = torch.stack([changed.latents(list(range(6)), [v] * 6) for v in range(4)])  # [V, n, L, C]
+    assert all(not torch.equal(versions[i, 2], versions[j, 2]) for i in range(4) for j in range(i))
+    again = cache(dataset, tmp_path / "again", Encoder(), augmentation=CHANGES, shard_size=5)
+    assert torch.equal(again.latents([5, 1], [3, 2]), versions[[3, 2], [5, 1]])  # whatever the size of shards
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"augmentation": replace(CHANGES, shift=0.2)}, {"augmentation": None}])
+def test_other_changes_are_encoded_anew(dataset, tmp_path, change):
+    options = {"augmentation": CHANGES}
+    cache(dataset, tmp_path / "cache", Encoder(), **options)
+    encode = Encoder()
+    cache(dataset, tmp_path / "cache", encode, **options | change)
+    assert encode.images == (6 if change == {"augmentation": None} else 24)
+
+
+def test_latents_stay_on_disk_until_they_are_asked_for(dataset, tmp_path):
+    """A shard is a map of its file: what is written there shows in a tensor that was made before."""
+    latents = cache(dataset, tmp_path / "cache", Encoder(), dtype=torch.float32)
+    file = tmp_path / "cache" / "latents-00000.safetensors"
+    content = file.read_bytes()
+    with open(file, "r+b") as open_file:
+        position = content.rfind(latents.shards[0].numpy().tobytes())
+        open_file.seek(position)
+        open_file.write(b"\0\0\xe0\x40")  # 7.0
+    assert latents.latents([0], [0])[0, 0, 0] == 7

@@ -115,6 +115,22 @@ def test_known_tokens_are_clean_at_time_0_and_dropped_ones_are_noise_at_time_n()
     assert (dropped == ~generate)[dropped.any(1)].all()  # a sample drops all of its known tokens
 
 
+def test_whole_known_modalities_are_those_without_a_generated_token():
+    loss = DenoisingLoss(Config(MODEL, MASKED))
+    draws = loss.draw(BATCH, generator())
+    image, text = loss.known(draws, "image"), loss.known(draws, "text")
+    assert torch.equal(image, ~draws[1][:, :6].any(1)) and torch.equal(text, ~draws[1][:, 6:].any(1))
+    assert 0.2 * BATCH < image.sum() < 0.6 * BATCH and not (image & text).any()
+
+
+def test_a_batch_may_be_drawn_before_its_data_are():
+    loss, x0 = DenoisingLoss(Config(MODEL, MASKED)), data()
+    oracle = Oracle(x0, MASKED, error=0.5)
+    draws = loss.draw(BATCH, generator(3))
+    loss(oracle, x0, generator(4), draws=draws)
+    assert torch.equal(oracle.times, draws[0])
+
+
 def test_predictions_of_known_tokens_do_not_affect_the_loss():
     times, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(BATCH, generator())
     exact, _ = loss_and_oracle(MASKED)

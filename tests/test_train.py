@@ -1,6 +1,7 @@
 """`engine.train` from end to end: three stages on twelve random images, killed, resumed and refused."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from engine import checkpoint, train
 from engine.config import UViTConfig
 from engine.data.latents import LatentCache
 from engine.presets import PRESETS
-from engine.training import stages
+from engine.training import autoencoder, stages
 from engine.training.options import TrainOptions
 from engine.training.recipes import RECIPES, TINY
 from engine.training.stage import CURVE, STATE, run_lock
@@ -95,20 +96,62 @@ def test_repeating_a_finished_run_changes_nothing(images, run):
     assert weights_of(run) == before and (run / "denoiser" / STATE).read_bytes() == state
 
 
+def another_image(data):
+    file = data / "images" / "3.png"
+    status = file.stat()
+    Image.new("RGB", (40, 36), "red").save(file)
+    file.write_bytes(file.read_bytes().ljust(status.st_size, b"\0"))  # of equal size
+    assert file.stat().st_size == status.st_size
+
+
+def other_caption(data):
+    content = json.loads((data / "captions.json").read_text())
+    content["annotations"][8]["caption"] = "blue dog"
+    (data / "captions.json").write_text(json.dumps(content))
+
+
+def fewer_images(data):
+    content = json.loads((data / "captions.json").read_text())
+    content["images"] = content["images"][1:]
+    (data / "captions.json").write_text(json.dumps(content))
+
+
+def touched(data):
+    os.utime(data / "images" / "3.png")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (another_image, "1 images changed (id 3 first)"),
+        (other_caption, "1 images have other captions (id 4 first)"),
+        (fewer_images, "1 images were removed (id 0 first)"),
+        (touched, None),
+    ],
+)
+def test_a_run_is_not_resumed_on_other_data(images, run, tmp_path, capsys, change, named):
+    shutil.copytree(images, tmp_path / "data")
+    shutil.copytree(run, tmp_path / "run")
+    change(tmp_path / "data")
+    before = weights_of(tmp_path / "run")
+    assert train_main(tmp_path / "data", tmp_path / "run", "--steps", "6") == (2 if named else 0)
+    if named:
+        assert f"--data: {tmp_path / 'data'} is not what this run began with: {named}" in capsys.readouterr().err
+    assert (weights_of(tmp_path / "run") == before) == bool(named)
+
+
 KILLED_AT = {  # by stage, a function and the number of the call during which the run is killed
-    "autoencoder": ("autoencoder_losses", 2),
-    "words": ("TextCodec.save", 1),
-    "latents": ("cache_latents", 1),
-    "denoiser": ("DenoisingLoss.__call__", 4),
-    "export": ("checkpoint.save", 1),
+    "autoencoder": (autoencoder, "autoencoder_losses", 2),
+    "words": (stages.TextCodec, "save", 1),
+    "latents": (stages, "cache_latents", 1),
+    "denoiser": (stages.DenoisingLoss, "__call__", 4),
+    "export": (checkpoint, "save", 1),
 }
 
 
 def test_a_run_killed_in_every_stage_ends_in_the_same_model(images, run, tmp_path, monkeypatch):
-    for name, call in KILLED_AT.values():
+    for target, attribute, call in KILLED_AT.values():
         with monkeypatch.context() as patch:
-            owner, _, attribute = name.rpartition(".")
-            target = getattr(stages, owner) if owner else stages
             original, calls = getattr(target, attribute), [0]
 
             def dying(*args, original=original, calls=calls, call=call, **options):
@@ -330,7 +373,7 @@ def test_a_model_of_images_given_text_is_trained(images, run, tmp_path):
 def test_the_denoiser_is_trained_alone_with_the_codecs_of_another_run(run, tmp_path):
     config, source = PRESETS["uvit-tiny"], checkpoint.load(run / "checkpoint")
     stages.copy_codecs(run / "checkpoint", tmp_path, config)
-    cache = LatentCache(torch.randn(5, 16, 4), list(range(5)), [["red car", "night"]] * 5)
+    cache = LatentCache([torch.randn(5, 1, 16, 4)], [["red car", "night"]] * 5)
     recipe = replace(TINY, denoiser=replace(TINY.denoiser, steps=3))
     how = stages.StageOptions(torch.device("cpu"), save_every=3)
     stages.train_denoiser(tmp_path, cache, source.codec("text"), config, recipe, how)

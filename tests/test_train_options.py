@@ -146,11 +146,14 @@ WORDS = ("red", "blue", "car", "dog")
 CAPTIONS = [["red car", "car"], ["blue dog"], ["dog"], ["red _ dog", "blue"]]
 
 
+def codec() -> TextCodec:
+    return TextCodec((END, *WORDS), torch.arange(5.0)[:, None].repeat(1, 8))  # a word's vector is its index
+
+
 def examples(**recipe) -> Examples:
-    vectors = torch.arange(5.0)[:, None].repeat(1, 8)  # [V, C]: a word's vector is its index
     latents = torch.arange(10, 14).half()[:, None, None].expand(4, 16, 4).contiguous()  # of image i: 10 + i
-    cache = LatentCache(latents, [0, 1, 2, 3], CAPTIONS)
-    return Examples(cache, TextCodec((END, *WORDS), vectors), TINY_CONFIG, replace(TINY, **recipe))
+    cache = LatentCache([latents[:, None]], CAPTIONS)
+    return Examples(cache, codec(), TINY_CONFIG, replace(TINY, **recipe))
 
 
 def drawn(made: Examples, seed: int = 0, times: int = 50) -> tuple[list[int], list[str], torch.Tensor | None]:
@@ -178,6 +181,21 @@ def test_first_captions_are_drawn_as_often_as_the_recipe_says():
 
 def test_the_generator_decides_which_captions_are_drawn():
     assert drawn(examples(), seed=1)[1] == drawn(examples(), seed=1)[1] != drawn(examples(), seed=2)[1]
+
+
+def test_most_known_images_are_taken_in_a_changed_version():
+    own = torch.arange(10, 14).half()[:, None, None, None].expand(4, 1, 16, 4)  # of image i: 10 + i
+    versions = torch.cat([own, own + 10, own + 20], dim=1)  # and its two changed versions, 20 + i and 30 + i
+    made = Examples(LatentCache([versions[:3], versions[3:]], CAPTIONS), codec(), TINY_CONFIG, TINY)
+    indices, known = [0, 1, 2, 3] * 100, torch.arange(400) % 8 < 4
+    x0, _ = made.batch(indices, torch.Generator().manual_seed(0), known)
+    tens, image = (x0[:, 0] / 10).long(), (x0[:, 0] % 10).long()
+    assert image.tolist() == indices
+    assert (tens[~known] == 1).all()  # what is generated is never changed
+    assert 100 < (tens[known] > 1).sum() < 190 and {2, 3} <= set(tens.tolist())
+    again, _ = made.batch(indices, torch.Generator().manual_seed(0), known)
+    assert torch.equal(again, x0)
+    assert (made.batch(indices, torch.Generator())[0][:, 0] < 20).all()
 
 
 def test_captions_have_equal_weights_if_the_recipe_says_so():
@@ -209,6 +227,6 @@ def test_captions_are_shortened_to_what_the_model_takes():
 
 
 def test_words_outside_the_vocabulary_are_refused():
-    cache = LatentCache(torch.zeros(1, 16, 4), [0], [["green"]])
+    cache = LatentCache([torch.zeros(1, 1, 16, 4)], [["green"]])
     with pytest.raises(InputError, match="^data: 'green' is not in the vocabulary"):
         Examples(cache, TextCodec((END, *WORDS), torch.zeros(5, 8)), TINY_CONFIG, TINY)

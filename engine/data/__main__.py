@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
         "emoji", help="render Noto Color Emoji with its CLDR names and keywords"
     )
     emoji.add_argument("--out", type=path, required=True, help="folder to write")
-    emoji.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
+    emoji.add_argument("--size", type=int, default=136, help="pixels per side (default: %(default)s)")
     emoji.add_argument("--font", type=path, default=FONT, help="colour font (default: %(default)s)")
     emoji.add_argument("--names", type=path, default=NAMES, help="CLDR's `common` folder (default: %(default)s)")
     options = parser.parse_args(arguments)

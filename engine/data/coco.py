@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.images import load_image
+from engine.images import fit_image, images_up_to_the_limit, open_image
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,21 @@ class CocoCaptions:
             raise InputError("folder", file, "give a data set with images and captions", problem)
         return dataset
 
-    def read(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[CaptionedImage, Tensor]]:
-        """Pairs of `items[start:stop]` and their images, uint8 [3, size, size]; damaged ones go to `skipped`."""
+    def images(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[CaptionedImage, Image.Image]]:
+        """Pairs of `items[start:stop]` and their images, as `open_image` gives them; damaged ones go to `skipped`."""
         for item in self.items[start:stop]:
             try:
-                image = load_image(item.path, size)
+                with images_up_to_the_limit():
+                    image = open_image(item.path)
             except InputError as error:
                 self.skipped[item.path] = f"damaged: {error.problem}"
                 continue
             yield item, image
+
+    def read(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[CaptionedImage, Tensor]]:
+        """The same with images of uint8 [3, size, size], see `engine.images.fit_image`."""
+        for item, image in self.images(start, stop):
+            yield item, fit_image(image, size)
 
     def summary(self) -> str:
         """One line for a log: how many images are usable, and how many are skipped for which reason."""

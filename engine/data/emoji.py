@@ -26,7 +26,7 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/cldr/common")
 NAME_FILES = ("annotations/en.xml", "annotationsDerived/en.xml")
 STRIKE = 109  # pixels per em of the font's only bitmap size
-MAX_PIXELS = 4096  # per side; the font's bitmaps have 136
+MAX_PIXELS = 4096  # per side
 HELD_OUT = 0.05  # fraction of the multi-part names that is never trained on
 MADE_BY = "python -m engine.data emoji"  # in captions.json; only folders with this mark are overwritten
 
@@ -60,12 +60,12 @@ def held_out_names(names: Iterable[str]) -> set[str]:
     return {name for name in selected if known.issuperset(tokenize(name))}
 
 
-def render_emoji(out: Path, size: int = 64, font: Path = FONT, names: Path = NAMES) -> dict[str, int]:
+def render_emoji(out: Path, size: int = 136, font: Path = FONT, names: Path = NAMES) -> dict[str, int]:
     """Renders every emoji that both the font and CLDR have into the folder `out`; returns the images of each split.
 
-    out    then holds `images/00000.png` … (RGB, on white), `captions.json` (training) and `captions_test.json` (held
-           out). It is written beside `out` and renamed, so `out` is complete or absent
-    size   pixels per side
+    out    then holds `images/00000.png` … (RGBA, transparent around the glyph), `captions.json` (training) and
+           `captions_test.json` (held out). It is written beside `out` and renamed, so `out` is complete or absent
+    size   pixels per side; the font's bitmaps have 136
     font   a bitmap colour font
     names  CLDR's `common` folder
     Raises InputError if the font, the names or the RAQM text layout are missing, or if `out` holds anything else.
@@ -133,7 +133,7 @@ class Renderer:
         return self.font.getlength(text) == self.em and self._glyph(text) != self.missing
 
     def draw(self, text: str, size: int) -> Image.Image:
-        """RGB image, size × size, of the glyph on white."""
+        """RGBA image, size × size, of the glyph."""
         return self._glyph(text).resize((size, size), Image.Resampling.LANCZOS)
 
     def _glyph(self, text: str) -> Image.Image:
@@ -141,9 +141,10 @@ class Renderer:
         left, top, right, bottom = self.font.getbbox(text)
         side = max(right - left, bottom - top)
         origin = ((side - left - right) // 2, (side - top - bottom) // 2)
-        image = Image.new("RGB", (side, side), "white")
+        image = Image.new("RGBA", (side, side))
         ImageDraw.Draw(image).text(origin, text, font=self.font, embedded_color=True)
-        return image
+        # Drawn on transparent black, colours are multiplied by their alpha, which Pillow calls RGBa.
+        return Image.frombytes("RGBa", image.size, image.tobytes()).convert("RGBA")
 
 
 def _write_captions(folder: Path, emoji: list[Emoji], size: int) -> dict[str, int]:

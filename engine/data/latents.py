@@ -1,40 +1,56 @@
 """Latents of a data set's images, encoded once and saved as safetensors shards.
 
     folder/index.json                  what the shards were made from; for anything else they are replaced
-    folder/latents-00000.safetensors   latents [n, L, C], image_ids int64 [n]; metadata: skipped images and the reasons
+    folder/latents-00000.safetensors   latents [n, 1 + V, L, C], items int64 [n]; metadata: skipped images, the reasons
 
-A shard holds a fixed part of the data set's items and is renamed when complete, so a killed run resumes after its last
-complete shard.
+The first latents of an image are its own; the V others are those of the image as `engine.data.augment` changes it. A
+shard holds a fixed part of the data set's items and is renamed when complete, so a killed run resumes after its last
+complete shard. Shards are mapped into memory: what is read of them is what a batch takes.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.data.augment import Augmentation, augment
 from engine.data.coco import CocoCaptions
+from engine.data.record import record_of
 from engine.errors import InputError
+from engine.images import fit_image, to_levels
 
 BATCH = 64  # images encoded at a time
 
 
 @dataclass(frozen=True, eq=False)
 class LatentCache:
-    """Latents of a data set with their captions, in memory."""
+    """Latents of a data set with their captions."""
 
-    latents: Tensor  # [n, L, C], in the dtype of the shards
-    image_ids: list[int]
+    shards: list[Tensor]  # [n, 1 + V, L, C] each, of images in order
     captions: list[list[str]]  # of each image, at least one
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.captions)
+
+    @property
+    def versions(self) -> int:
+        """1 + V, of each image; the first is the image itself."""
+        return self.shards[0].shape[1]
+
+    def latents(self, images: list[int], versions: list[int]) -> Tensor:
+        """[B, L, C] float32 of one version of each of these images."""
+        ends = np.cumsum([len(shard) for shard in self.shards])
+        places = np.searchsorted(ends, images, side="right").tolist()
+        rows = [self.shards[p][i - int(ends[p]), v] for p, i, v in zip(places, images, versions, strict=True)]
+        return torch.stack(rows).float()
 
 
 def cache_latents(
@@ -43,75 +59,111 @@ def cache_latents(
     folder: str | Path,
     fingerprint: str,
     size: int,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    record: Mapping[str, list] | None = None,
     shard_size: int = 2048,
     dtype: torch.dtype = torch.float16,
 ) -> LatentCache:
-    """Encodes a data set's images, or reads the latents that an earlier run has encoded.
+    """Encodes a data set's images, or maps the latents that an earlier run has encoded.
 
-    dataset      damaged images are left out and added to its `skipped`
-    encode       images [B, 3, size, size] float32 in −1..1 → latents [B, L, C]
-    folder       of the shards
-    fingerprint  identifies the encoder's weights; shards of other encoders, data sets or settings are replaced
-    size         pixels per side
-    shard_size   images per file
-    dtype        of the shards; the error of half precision is far below an autoencoder's own
+    dataset       damaged images are left out and added to its `skipped`
+    encode        images [B, 3, size, size] float32 in −1..1 → latents [B, L, C]
+    folder        of the shards
+    fingerprint   identifies the encoder's weights; shards of other encoders, images or settings are replaced
+    size          pixels per side
+    augmentation  how many further versions of each image there are, and how they are changed; None: no further ones
+    seed          of those changes; the image's place in the data set and the version's number are added to it
+    record        of the data set, see `engine.data.record.record_of`, which is called if it is None
+    shard_size    images per file
+    dtype         of the shards; the error of half precision is far below an autoencoder's own
     Raises InputError about `dataset` if no image can be read.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    listing = json.dumps([(item.image_id, item.path.name, item.path.stat().st_size) for item in dataset.items])
+    record = record_of(dataset) if record is None else record
     origin = {
-        "fingerprint": fingerprint,
-        "dataset": hashlib.sha256(listing.encode()).hexdigest(),
+        "encoder": fingerprint,
+        "images": _digest([(image_id, digest) for image_id, (_, _, digest, _) in record.items()]),
         "size": size,
+        "changes": _digest([asdict(augmentation), seed] if augmentation else None),
         "shard_size": shard_size,
         "dtype": str(dtype),
     }
     _drop_shards_of_other_origin(folder, origin)
 
-    shards = []
+    def versions_of(start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(place in the data set, uint8 [1 + V, 3, S, S]) of each readable image."""
+        place_of = {item.image_id: start + i for i, item in enumerate(dataset.items[start:stop])}
+        for item, image in dataset.images(start, stop):
+            levels, place = [fit_image(image, size)], place_of[item.image_id]
+            for version in range(1, 1 + (augmentation.variants if augmentation else 0)):
+                random = np.random.default_rng((seed, place, version))
+                changed = augment(image, size, augmentation, random, augmentation.may_flip(item.captions))
+                levels.append(to_levels(changed))
+            yield place, torch.stack(levels)
+
+    shards, places = [], []
     with tqdm(total=len(dataset.items), desc="latents", unit="image", disable=None) as bar:
         for i, start in enumerate(range(0, len(dataset.items), shard_size)):
             path, stop = folder / f"latents-{i:05d}.safetensors", min(start + shard_size, len(dataset.items))
             if not _is_complete(path):
-                _write_shard(path, dataset, encode, size, start, stop, dtype, bar)
-            shards.append(_read_shard(path, dataset))
+                _write_shard(path, dataset, encode, versions_of(start, stop), dtype, bar)
+            latents, items = _read_shard(path, dataset)
+            if len(items):
+                shards.append(latents)
+                places += items.tolist()
             bar.update(stop - bar.n)  # also for images that were read from a shard or left out
-
-    shards = [(latents, ids) for latents, ids in shards if len(ids)]
     if not shards:
         problem = f"has no readable image ({dataset.summary()})"
         raise InputError("dataset", dataset.items[0].path.parent, "give a data set with intact images", problem)
-    captions = {item.image_id: list(item.captions) for item in dataset.items}
-    image_ids = [image_id for _, ids in shards for image_id in ids.tolist()]
-    return LatentCache(torch.cat([latents for latents, _ in shards]), image_ids, [captions[i] for i in image_ids])
+    return LatentCache(shards, [list(dataset.items[i].captions) for i in places])
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
     index = folder / "index.json"
     try:
-        if json.loads(index.read_text(encoding="utf-8")) == origin:
-            return
-    except (OSError, ValueError, RecursionError):
-        pass  # missing or truncated: the origin of the shards is unknown
-    for shard in folder.glob("latents-*.safetensors*"):
+        before = dict(json.loads(index.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        before = {}  # missing or truncated: the origin of the shards is unknown
+    if before == origin:
+        return
+    stale = list(folder.glob("latents-*.safetensors*"))
+    if stale:
+        differing = ", ".join(key for key in origin if before.get(key) != origin[key])
+        print(f"{folder}: encoding the images again, since these have changed: {differing}")
+    for shard in stale:
         shard.unlink()
     # Written last: if the run is killed before this, no new index can claim the old shards.
     index.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, dataset: CocoCaptions, encode, size: int, start: int, stop: int, dtype, bar) -> None:
+def _write_shard(path: Path, dataset: CocoCaptions, encode, images: Iterator[tuple[int, Tensor]], dtype, bar) -> None:
     before = set(dataset.skipped)
-    pairs = list(dataset.read(size, start, stop))
-    skipped = {str(image): reason for image, reason in dataset.skipped.items() if image not in before}
-    latents = [torch.empty(0)] if not pairs else []
-    for first in range(0, len(pairs), BATCH):
-        pixels = torch.stack([image for _, image in pairs[first : first + BATCH]])  # [B, 3, S, S] uint8
+    places, latents, waiting = [], [torch.empty(0, dtype=dtype)], []
+
+    def encode_waiting() -> None:
+        pixels = torch.cat(waiting)  # [B, 3, S, S] uint8
         latents.append(encode(pixels.float() / 127.5 - 1).to("cpu", dtype))  # [B, L, C]
-        bar.update(len(pixels))
+        waiting.clear()
+
+    for place, versions in images:
+        places.append(place)
+        waiting.append(versions)
+        bar.update()
+        if sum(map(len, waiting)) >= BATCH:
+            encode_waiting()
+    if waiting:
+        encode_waiting()
+    skipped = {str(image): reason for image, reason in dataset.skipped.items() if image not in before}
+    encoded = torch.cat(latents)  # [n·(1 + V), L, C]
     tensors = {
-        "latents": torch.cat(latents).contiguous(),
-        "image_ids": torch.tensor([item.image_id for item, _ in pairs], dtype=torch.int64),
+        "latents": encoded.unflatten(0, (len(places), -1)) if places else encoded,
+        "items": torch.tensor(places, dtype=torch.int64),
     }
     unfinished = path.with_name(path.name + ".unfinished")
     save_file(tensors, unfinished, metadata={"skipped": json.dumps(skipped)})
@@ -131,4 +183,4 @@ def _read_shard(path: Path, dataset: CocoCaptions) -> tuple[Tensor, Tensor]:
     with safe_open(path, framework="pt") as shard:
         for image, reason in json.loads(shard.metadata()["skipped"]).items():
             dataset.skipped.setdefault(Path(image), reason)
-        return shard.get_tensor("latents"), shard.get_tensor("image_ids")
+        return shard.get_tensor("latents"), shard.get_tensor("items")

@@ -62,12 +62,14 @@ class DenoisingLoss:
         x0: Tensor,
         generator: torch.Generator,
         token_weights: Tensor | None = None,
+        draws: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """{modality: scalar loss} for clean data x0 [B, N] float32; random numbers come from the CPU `generator`.
 
         token_weights  [B, L] float32, each token's weight in the mean; default 1
+        draws          what `draw` returned for this batch; drawn here if it is None
         """
-        model, device, draws = self.config.model, x0.device, self.draw(len(x0), generator)
+        model, device, draws = self.config.model, x0.device, draws or self.draw(len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)  # [B, N]
         times, generate, dropped = (self._per_element(x).to(device) for x in draws)  # [B, N]
         counted = generate.float() if token_weights is None else generate * self._per_element(token_weights).to(device)
@@ -109,6 +111,11 @@ class DenoisingLoss:
         dropped = ~generate & (torch.rand(batch, 1, generator=generator) < DROPPED)  # [B, L]
         times = torch.where(generate, times, torch.where(dropped, N, 0))
         return times, generate, dropped
+
+    def known(self, draws: tuple[Tensor, Tensor, Tensor], modality: str) -> Tensor:
+        """[B] bool on the CPU: whether a modality is known as a whole."""
+        _, generate, _ = draws
+        return ~generate[:, self.config.model.token_slices[modality]].any(1)
 
     def _draw_times(self, generator: torch.Generator, *shape: int) -> Tensor:
         """Times in 1 … N, int64."""

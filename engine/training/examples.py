@@ -14,9 +14,12 @@ from engine.errors import errors_named
 from engine.training.options import image_and_text
 from engine.training.recipes import Recipe
 
+# Fraction of the known images that are taken in a changed version, if the cache has such versions.
+CHANGED = 0.75
+
 
 class Examples:
-    """Captioned images as the denoiser sees them, in memory.
+    """Captioned images as the denoiser sees them: latents on disk, captions in memory.
 
     cache   latents and captions of the images
     text    the codec of the captions
@@ -26,7 +29,7 @@ class Examples:
     """
 
     def __init__(self, cache: LatentCache, text: TextCodec, config: Config, recipe: Recipe):
-        self.model, self.recipe, self.vectors, self.latents = config.model, recipe, text.vectors, cache.latents
+        self.model, self.recipe, self.vectors, self.cache = config.model, recipe, text.vectors, cache
         self.image_name, self.text_name = image_and_text(config)
         words = config.model.modality(self.text_name).tokens
         # Indices into the table of word vectors: as vectors, the captions of MS-COCO would take 10 GB.
@@ -40,8 +43,14 @@ class Examples:
         """Images of an epoch, repeated ones counted as often as they are shown."""
         return len(self.epoch)
 
-    def batch(self, indices: list[int], generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """(x0 [B, N] float32, token weights [B, L] float32 or None) of images of the epoch, on the CPU."""
+    def batch(
+        self, indices: list[int], generator: torch.Generator, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x0 [B, N] float32, token weights [B, L] float32 or None) of images of the epoch, on the CPU.
+
+        known  [B] bool, images that are known as a whole: most of these are taken as `engine.data.augment` changes
+               them. None: none
+        """
         images = [self.epoch[i] for i in indices]
         draws = torch.rand(len(images), 2, generator=generator).tolist()
         chosen = [
@@ -49,7 +58,12 @@ class Examples:
             for i, (a, b) in zip(images, draws, strict=True)
         ]
         captions = self.captions[chosen]  # [B, L of the text] int32
-        image, text = self.latents[images].float(), self.vectors[captions]  # [B, L, C] each
+        versions = torch.zeros(len(images), dtype=torch.int64)
+        if known is not None and self.cache.versions > 1:
+            changed = known & (torch.rand(len(images), generator=generator) < CHANGED)
+            drawn = torch.randint(1, self.cache.versions, (len(images),), generator=generator)
+            versions = torch.where(changed, drawn, 0)
+        image, text = self.cache.latents(images, versions.tolist()), self.vectors[captions]  # [B, L, C] each
         x0 = self._joined({self.image_name: image.flatten(1), self.text_name: text.flatten(1)})  # [B, N]
         if not self.recipe.captions_alike:
             return x0, None

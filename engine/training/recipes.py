@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from engine.data.augment import Augmentation
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -37,6 +39,7 @@ class Recipe:
     skew: float = 1.0  # draws noisier times more often, see `engine.diffusion.loss`
     first_caption: float = 0.0  # probability of taking an image's first caption; else one of all is drawn uniformly
     captions_alike: bool = False  # every caption has the same weight: `engine.codecs.text.token_weights`
+    augmentation: Augmentation | None = None  # of images that are known, and of half of those the autoencoder sees
     repeats: int = 1  # of images with rare words in an epoch: `engine.training.examples.with_repeats`
     weights_dtype: str = "float32"  # of the checkpoint
 
@@ -65,6 +68,7 @@ EMOJI = Recipe(
     skew=3.0,
     first_caption=0.9,
     captions_alike=True,
+    augmentation=Augmentation(directional=("left", "right", "clock", "thirty", "flag", "moon")),
     repeats=2,
     weights_dtype="float16",
 )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +27,16 @@ STATE, CURVE = "state.safetensors", "curve.jsonl"
 SMOOTHING = 50  # steps over which plotted losses are averaged
 
 Losses = Callable[[torch.Generator, list[int]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage computes. Its hyperparameters are in the `Recipe`."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # or bfloat16, under autocast
+    save_every: int = 250  # steps
+    compile: bool = False  # torch.compile the denoiser's blocks
 
 
 class Stage:

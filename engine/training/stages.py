@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from engine import checkpoint
-from engine.codecs.autoencoder import autoencoder_class
 from engine.codecs.codec import Codec, codec_folder, load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
@@ -27,10 +25,11 @@ from engine.command import check_writable
 from engine.config import Config
 from engine.data.coco import CocoCaptions
 from engine.data.latents import LatentCache, cache_latents
+from engine.data.record import differences, record_of
 from engine.device import DTYPES, resolve
 from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.errors import InputError, errors_named
-from engine.images import grid, to_image
+from engine.images import grid
 from engine.model.convert import initialise_from, load_uvit
 from engine.model.denoiser import build
 from engine.model.psunet import PSUNet
@@ -39,28 +38,16 @@ from engine.presets import PRESETS
 from engine.request import Request
 from engine.runtime import Engine
 from engine.sampling.graphs import compile_blocks
+from engine.training.autoencoder import train_autoencoder
 from engine.training.examples import Examples, shortened
 from engine.training.options import TrainOptions, image_and_text
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, plot_curve, run_lock, write_atomically
+from engine.training.stage import Stage, StageOptions, plot_curve, run_lock, write_atomically
 
-# Standard deviation of the noise that the autoencoder's training adds to the latents, so that its decoder tolerates the
-# small errors of a denoiser.
-LATENT_NOISE = 0.1
 PROMPTS, JOINT_SAMPLES = 24, 16  # in the denoiser's sample sheets
 # What else makes a run the same one, beside the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
-RUN_RECIPE = ("gamma", "skew", "first_caption", "captions_alike", "repeats")
-
-
-@dataclass(frozen=True)
-class StageOptions:
-    """How a stage computes. Its hyperparameters are in the `Recipe`."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.float32  # or bfloat16, under autocast
-    save_every: int = 250  # steps
-    compile: bool = False  # torch.compile the denoiser's blocks
+RUN_RECIPE = ("gamma", "skew", "first_caption", "captions_alike", "repeats", "augmentation")
 
 
 def train(options: TrainOptions) -> None:
@@ -89,12 +76,19 @@ def train(options: TrainOptions) -> None:
     run.mkdir(parents=True, exist_ok=True)
     with run_lock(run):
         _require_same_run(options)
-        _run_stages(data, options, StageOptions(device, dtype, options.save_every, options.compile), image, init)
+        record = _require_same_data(data, options)
+        how = StageOptions(device, dtype, options.save_every, options.compile)
+        _run_stages(data, record, options, how, image, init)
     print(f"checkpoint: {run / 'checkpoint'}")
 
 
 def _run_stages(
-    data: CocoCaptions, options: TrainOptions, how: StageOptions, image: ImageCodec | None, init: PSUNet | UViT | None
+    data: CocoCaptions,
+    record: dict[str, list],
+    options: TrainOptions,
+    how: StageOptions,
+    image: ImageCodec | None,
+    init: PSUNet | UViT | None,
 ) -> None:
     """The three stages; `image` has the autoencoder to use and `init` the initial weights, if they were given."""
     config, recipe, run = options.config, options.recipe, options.out
@@ -110,62 +104,10 @@ def _run_stages(
     text = train_words(run, data, config, options.seed)
 
     fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
+    changes = recipe.augmentation, options.seed
     with errors_named("data"):
-        cache = cache_latents(data, image.encode_pixels, run / "latents", fingerprint, image.size)
+        cache = cache_latents(data, image.encode_pixels, run / "latents", fingerprint, image.size, *changes, record)
     train_denoiser(run, cache, text, config, recipe, how, init)
-
-
-def train_autoencoder(
-    run: Path, data: CocoCaptions, config: Config, recipe: Recipe, options: StageOptions
-) -> ImageCodec:
-    """Trains the autoencoder of `recipe` in RUN/autoencoder, on images held in memory.
-
-    Raises InputError about `data` if no image can be read, about `out` if the stage cannot be resumed.
-    """
-    torch.manual_seed(recipe.autoencoder.seed)
-    network = autoencoder_class("AutoencoderDC")(**recipe.autoencoder_config).to(options.device)
-    settings = config.codecs[image_and_text(config)[0]].settings
-    readable = [image for _, image in data.read(settings["size"])]
-    if not readable:
-        folder = data.items[0].path.parent
-        raise InputError("data", folder, "give a folder of intact images", f"has none ({data.summary()})")
-    images = torch.stack(readable)  # uint8 [n, 3, S, S]
-    with errors_named("out"):
-        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(images), options.dtype)
-
-    def pixels_of(indices: list[int] | range) -> Tensor:
-        return (images[list(indices)].float() / 127.5 - 1).to(options.device)  # [B, 3, S, S]
-
-    @torch.inference_mode()
-    def preview(step: int) -> None:
-        pixels = pixels_of(range(0, len(images), max(1, len(images) // 32))[:32])
-        decoded = stage.average.decode(stage.average.encode(pixels).latent).sample
-        sheet = grid([to_image(p) for pair in zip(pixels, decoded, strict=True) for p in pair], columns=16)
-        write_atomically(stage.folder / "samples.png", lambda p: sheet.save(p, "PNG"))
-        plot_curve(stage.curve, stage.folder / "curve.png")
-
-    stage.run(lambda generator, i: autoencoder_losses(network, pixels_of(i), generator), options.save_every, preview)
-    with torch.inference_mode():
-        pixels = pixels_of(range(0, len(images), max(1, len(images) // 512)))
-        rms = stage.average.encode(pixels).latent.square().mean().sqrt().item()
-    stage.average.register_to_config(scaling_factor=1 / rms)
-    return ImageCodec(stage.average, settings["size"], settings["patch"])
-
-
-def autoencoder_losses(autoencoder, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Reconstruction losses, and one that pulls each latent channel to mean 0 and variance 1.
-
-    pixels  [B, 3, S, S] float32 in −1..1
-    """
-    latents = autoencoder.encode(pixels).latent.float()  # [B, c, h, w]
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    error = autoencoder.decode(latents + LATENT_NOISE * noise).sample.float() - pixels  # [B, 3, S, S]
-    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))  # [c]
-    return {
-        "squared error": error.square().mean(),
-        "absolute error": 0.1 * error.abs().mean(),  # for sharper edges than with squares alone
-        "latent moments": 0.01 * (mean.square() + variance.log().square()).mean(),
-    }
 
 
 def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> TextCodec:
@@ -195,6 +137,7 @@ def train_denoiser(
     init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
     Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
     """
+    image_name, text_name = image_and_text(config)
     torch.manual_seed(recipe.denoiser.seed)
     network = build(config.model).to(options.device)
     examples = Examples(cache, text, config, recipe)
@@ -216,10 +159,11 @@ def train_denoiser(
         return network(inputs, network.time_table(distinct), index)
 
     def losses(generator: torch.Generator, indices: list[int]) -> dict[str, Tensor]:
-        x0, weights = examples.batch(indices, generator)  # [B, N], [B, L]
-        return loss(denoise, x0.to(options.device), generator, weights)
+        draws = loss.draw(len(indices), generator)
+        x0, weights = examples.batch(indices, generator, loss.known(draws, image_name))  # [B, N], [B, L]
+        return loss(denoise, x0.to(options.device), generator, weights, draws)
 
-    words = config.model.modality(image_and_text(config)[1]).tokens
+    words = config.model.modality(text_name).tokens
     spread = range(0, len(cache), max(1, len(cache) // PROMPTS))[:PROMPTS]
     prompts = [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
 
@@ -301,16 +245,31 @@ def _initial_network(source: Path, config: Config) -> PSUNet | UViT:
 def _require_same_run(options: TrainOptions) -> None:
     """Refuses to resume a run of other settings; `Stage` checks those of the optimiser. Records the settings."""
     file = options.out / "run.json"
+    recorded = _recorded(file)
     settings = {key: str(getattr(options, key)) for key in RUN_OPTIONS}
     settings |= {key: str(getattr(options.recipe, key)) for key in RUN_RECIPE}
     if options.config != PRESETS[options.preset]:
         settings["config"] = hashlib.sha256(json.dumps(options.config.to_dict()).encode()).hexdigest()[:16]
-    if file.exists():
-        try:
-            recorded = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            remedy = "delete it to resume with these options"
-            raise InputError("out", file, remedy, f"cannot be read ({error})") from None
-        if recorded != settings:
-            raise InputError("out", options.out, "use another folder", f"holds a run with {recorded}, not {settings}")
+    if recorded not in (None, settings):
+        raise InputError("out", options.out, "use another folder", f"holds a run with {recorded}, not {settings}")
     write_atomically(file, lambda p: p.write_text(json.dumps(settings) + "\n"))
+
+
+def _require_same_data(data: CocoCaptions, options: TrainOptions) -> dict[str, list]:
+    """Refuses to resume a run whose images or captions have changed. Records them; returns the record."""
+    file = options.out / "data.json"
+    recorded = _recorded(file)
+    record = record_of(data, recorded)
+    if recorded and (changed := differences(recorded, record)):
+        remedy = "restore it, or start a run in another folder, with --init to go on from this one's checkpoint"
+        raise InputError("data", options.data, remedy, f"is not what this run began with: {changed}")
+    write_atomically(file, lambda p: p.write_text(json.dumps(record) + "\n"))
+    return record
+
+
+def _recorded(file: Path):
+    """The content of a JSON file of the run, None if there is none yet."""
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError("out", file, "delete it to resume with these options", f"cannot be read ({error})") from None

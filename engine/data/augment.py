@@ -1,0 +1,70 @@
+"""Random changes of an image that leave what it shows the same: for training on images that are known.
+
+A model that only sees a data set's images as they are learns where their pixels lie: moved by two pixels, they are
+strangers to it. Images that are to be generated are never changed, since the changes would be generated too.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How much images are changed. All draws are uniform."""
+
+    scale: tuple[float, float] = (0.8, 1.1)
+    shift: float = 0.1  # at most, along each axis, as a fraction of the side
+    flip: bool = True  # left and right, half of the images
+    directional: tuple[str, ...] = ()  # images with one of these in a caption are not flipped
+    background: float = 0.5  # of transparent images: the fraction on a random colour instead of white
+    colour: float = 0.1  # brightness, contrast and saturation change by this fraction at most
+    jpeg: float = 0.3  # fraction of the images that are compressed
+    quality: tuple[int, int] = (50, 95)  # of JPEG
+    variants: int = 16  # changed versions of each image whose latents are kept
+
+    def may_flip(self, captions: tuple[str, ...]) -> bool:
+        """Whether an image with these captions shows the same when left and right are exchanged."""
+        return self.flip and not any(part in caption.lower() for caption in captions for part in self.directional)
+
+
+def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.Generator, flip: bool) -> Image.Image:
+    """An image of mode RGB or RGBA → RGB, size × size: its centre square, changed at random.
+
+    Around the image there is more of it where the square left some out. Else its background goes on, or, where it is
+    not transparent, its outermost pixels.
+    flip  whether it may be flipped, see `Augmentation.may_flip`
+    """
+    background = None  # of a transparent image
+    if image.mode == "RGBA":
+        white = random.random() >= how.background
+        background = (255, 255, 255) if white else tuple(random.integers(0, 256, 3).tolist())
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    scale, shift = random.uniform(*how.scale), random.uniform(-how.shift, how.shift, 2)
+    image = _moved(image, size, scale, shift, background)
+    if flip and random.random() < 0.5:
+        image = ImageOps.mirror(image)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(1 + random.uniform(-how.colour, how.colour))
+    if random.random() < how.jpeg:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=int(random.integers(how.quality[0], how.quality[1] + 1)))
+        image = Image.open(file).convert("RGB")
+    return image
+
+
+def _moved(image: Image.Image, size: int, scale: float, shift: np.ndarray, background) -> Image.Image:
+    """The centre square scaled about its centre and shifted by `shift` (x, y) of its side, resampled once."""
+    square = min(image.size)
+    side = square / scale  # of the part that is shown, in pixels of the image
+    left, top = ((extent - side) / 2 - square * by for extent, by in zip(image.size, shift, strict=True))
+    margin = max(0, math.ceil(max(-left, -top, left + side - image.width, top + side - image.height)))
+    if margin and background is not None:
+        image = ImageOps.expand(image, margin, background)
+    elif margin:
+        image = Image.fromarray(np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), "edge"))
+    box = (left + margin, top + margin, left + margin + side, top + margin + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box)

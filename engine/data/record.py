@@ -1,0 +1,44 @@
+"""What a run is made from: digests of a data set's images and captions, so that a change is noticed and named."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from engine.data.coco import CaptionedImage, CocoCaptions
+
+
+def record_of(dataset: CocoCaptions, before: Mapping[str, list] | None = None) -> dict[str, list]:
+    """By image id: [size in bytes, time of modification in ns, digest of the file, digest of the captions].
+
+    A file that cannot be read has the digest "". Values are those that JSON keeps.
+    before  an earlier record: files of unchanged size and time are not read again
+    """
+    before = before or {}
+
+    def entry(item: CaptionedImage) -> list:
+        captions = hashlib.sha256(json.dumps(item.captions).encode()).hexdigest()[:16]
+        try:
+            status = os.stat(item.path)
+            facts = [status.st_size, status.st_mtime_ns]
+            known = before.get(str(item.image_id), [None, None])
+            digest = known[2] if known[:2] == facts else hashlib.sha256(item.path.read_bytes()).hexdigest()
+        except OSError:
+            facts, digest = [0, 0], ""
+        return [*facts, digest, captions]
+
+    with ThreadPoolExecutor() as threads:  # hashing and reading release Python's lock
+        return dict(zip((str(item.image_id) for item in dataset.items), threads.map(entry, dataset.items), strict=True))
+
+
+def differences(before: Mapping[str, list], now: Mapping[str, list]) -> str:
+    """What of the data has changed between two records, in words; "" if nothing has."""
+    both = before.keys() & now.keys()
+    kinds = {
+        "images changed": [i for i in both if before[i][2] != now[i][2]],
+        "images have other captions": [i for i in both if before[i][3] != now[i][3]],
+        "images were added": list(now.keys() - both),
+        "images were removed": list(before.keys() - both),
+    }
+    return ", ".join(f"{len(ids)} {kind} (id {min(ids)} first)" for kind, ids in kinds.items() if ids)

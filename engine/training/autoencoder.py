@@ -1,0 +1,89 @@
+"""Trains the autoencoder of an image codec, on images held in memory."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.codecs.autoencoder import autoencoder_class
+from engine.codecs.image import ImageCodec
+from engine.config import Config
+from engine.data.augment import augment
+from engine.data.coco import CocoCaptions
+from engine.errors import InputError, errors_named
+from engine.images import fit_image, grid, to_image, to_levels
+from engine.training.options import image_and_text
+from engine.training.recipes import Recipe
+from engine.training.stage import Stage, StageOptions, plot_curve, write_atomically
+
+# Standard deviation of the noise that training adds to the latents, so that the decoder tolerates the small errors of a
+# denoiser.
+LATENT_NOISE = 0.1
+CHANGED = 0.5  # fraction of the images that are augmented, if the recipe says how
+
+
+def train_autoencoder(
+    run: Path, data: CocoCaptions, config: Config, recipe: Recipe, options: StageOptions
+) -> ImageCodec:
+    """Trains the autoencoder of `recipe` in RUN/autoencoder.
+
+    Raises InputError about `data` if no image can be read, about `out` if the stage cannot be resumed.
+    """
+    torch.manual_seed(recipe.autoencoder.seed)
+    network = autoencoder_class("AutoencoderDC")(**recipe.autoencoder_config)
+    network.to(options.device, memory_format=torch.channels_last)  # the faster layout for convolutions
+    settings = config.codecs[image_and_text(config)[0]].settings
+    size, images = settings["size"], list(data.images())
+    if not images:
+        folder = data.items[0].path.parent
+        raise InputError("data", folder, "give a folder of intact images", f"has none ({data.summary()})")
+    with errors_named("out"):
+        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(images), options.dtype)
+
+    def batch(indices: list[int] | range, random: np.random.Generator | None = None) -> Tensor:
+        """Images [B, 3, S, S] in −1..1, some of them changed at random."""
+        levels = []
+        for item, image in (images[i] for i in indices):
+            if random is None or recipe.augmentation is None or random.random() >= CHANGED:
+                levels.append(fit_image(image, size))
+            else:
+                flip = recipe.augmentation.may_flip(item.captions)
+                levels.append(to_levels(augment(image, size, recipe.augmentation, random, flip)))
+        pixels = torch.stack(levels).float() / 127.5 - 1
+        return pixels.to(options.device, memory_format=torch.channels_last)
+
+    def losses(generator: torch.Generator, indices: list[int]) -> dict[str, Tensor]:
+        random = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
+        return autoencoder_losses(network, batch(indices, random), generator)
+
+    @torch.inference_mode()
+    def preview(step: int) -> None:
+        pixels = batch(range(0, len(images), max(1, len(images) // 32))[:32])
+        decoded = stage.average.decode(stage.average.encode(pixels).latent).sample
+        sheet = grid([to_image(p) for pair in zip(pixels, decoded, strict=True) for p in pair], columns=16)
+        write_atomically(stage.folder / "samples.png", lambda p: sheet.save(p, "PNG"))
+        plot_curve(stage.curve, stage.folder / "curve.png")
+
+    stage.run(losses, options.save_every, preview)
+    with torch.inference_mode():
+        pixels = batch(range(0, len(images), max(1, len(images) // 512)))
+        rms = stage.average.encode(pixels).latent.square().mean().sqrt().item()
+    stage.average.register_to_config(scaling_factor=1 / rms)
+    return ImageCodec(stage.average, size, settings["patch"])
+
+
+def autoencoder_losses(autoencoder, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Reconstruction losses, and one that pulls each latent channel to mean 0 and variance 1.
+
+    pixels  [B, 3, S, S] float32 in −1..1
+    """
+    latents = autoencoder.encode(pixels).latent.float()  # [B, c, h, w]
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    error = autoencoder.decode(latents + LATENT_NOISE * noise).sample.float() - pixels  # [B, 3, S, S]
+    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))  # [c]
+    return {
+        "squared error": error.square().mean(),
+        "absolute error": 0.1 * error.abs().mean(),  # for sharper edges than with squares alone
+        "latent moments": 0.01 * (mean.square() + variance.log().square()).mean(),
+    }
