@@ -20,7 +20,7 @@ from engine.config import Config
 from engine.data.coco import CaptionedImage
 from engine.data.emoji import base_name
 from engine.diffusion.schedule import NoiseSchedule
-from engine.evaluate import Gallery, pixels_of, word_f1
+from engine.evaluation import Gallery, pixels_of, word_f1
 from engine.images import to_image
 from engine.model.denoiser import Denoiser
 from engine.request import Sample

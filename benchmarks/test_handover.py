@@ -13,7 +13,7 @@ import torch
 from benchmarks.race import Contender
 from benchmarks.workloads import constant_modalities, presets, random_checkpoint, sampling_flops
 from engine import Engine, Request, checkpoint
-from engine.evaluate import pixels_of
+from engine.evaluation import pixels_of
 from engine.model.blocks import one_by_one
 from engine.model.denoiser import Denoiser
 from engine.preparation import prepare

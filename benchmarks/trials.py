@@ -25,7 +25,7 @@ from engine.config import CodecConfig, Config
 from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
 from engine.errors import errors_named
-from engine.evaluate import Gallery, evaluate, pixels_of, spread, word_f1
+from engine.evaluation import Gallery, evaluate, pixels_of, spread, word_f1
 from engine.images import to_image
 from engine.model.cost import forward_flops
 from engine.presets import PRESETS

@@ -14,16 +14,19 @@ from PIL import Image
 
 from engine.config import UViTConfig
 from engine.data.coco import CaptionedImage
+from engine.data.disturb import DISTURBANCES
 from engine.errors import InputError
-from engine.evaluate import (
+from engine.evaluate import main
+from engine.evaluation import (
     Gallery,
     JointScores,
+    NameScores,
     Pairs,
     Scores,
     evaluate,
+    evaluate_disturbed,
     evaluate_joint,
     evaluated_modalities,
-    main,
     skipped_tasks,
     word_f1,
 )
@@ -93,8 +96,8 @@ class OracleEngine:
         elif text is not None:
             outputs = {"image": self.draw(self.images[text], text), "text": text}
         else:
-            words = next(words for words, known in self.images.items() if known == image)
-            outputs = {"image": image, "text": self.describe(words)}
+            words = next((words for words, known in self.images.items() if known == image), None)
+            outputs = {"image": image, "text": self.describe(words) if words else ""}
         return SimpleNamespace(outputs=outputs)
 
 
@@ -124,6 +127,31 @@ def test_the_nearest_image_of_the_gallery_is_found(pairs):
     assert (scores.count, scores.retrieval_exact) == (2, 1.0)
 
 
+def test_scores_are_also_means_over_each_class_of_names(pairs):
+    """Of the names, two are compositions; "flag" without a colon is an object."""
+    engine = OracleEngine(pairs, describe=lambda words: "cat red" if "cat" in words else "")
+    classes = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0).classes
+    assert classes == {
+        "compositions": NameScores(2, 1.0, 1.0, word_f1=0.75, caption_exact=0.5),
+        "objects": NameScores(4, 1.0, 1.0, word_f1=0.0, caption_exact=0.0),
+    }
+
+
+def test_changed_images_are_described_as_often_as_there_are_changes(pairs):
+    """The oracle knows an image by its pixels, and says nothing of one that it does not know."""
+    images = [(item, Image.fromarray(pixels.permute(1, 2, 0).numpy())) for item, pixels in pairs]
+    engine = OracleEngine(pairs)
+    scores = evaluate_disturbed(engine, images, steps=3, seed=5)
+    assert scores.keys() == DISTURBANCES.keys()
+    unchanged = {"grey background", "bicubic"}  # of opaque images of the model's size
+    for label, of_images in scores.items():
+        expected = float(label in unchanged)
+        assert of_images == {"word_f1": expected, "caption_exact": expected}, label
+    assert [request.seed for request in engine.requests] == [5, 6, 7, 8, 9, 10] * len(DISTURBANCES)
+    engine.config = predicting("image")
+    assert evaluate_disturbed(engine, images, steps=1, seed=0) is None
+
+
 def test_wrong_words_and_wrong_pixels_lower_the_scores(pairs):
     engine = OracleEngine(pairs, lambda image, _: Image.eval(image, lambda level: level ^ 8), lambda _: "cat")
     scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
@@ -147,8 +175,15 @@ def test_infilling_is_evaluated_inside_the_mask_only(pairs):
 def test_joint_samples_whose_text_names_their_image_agree(pairs):
     engine = OracleEngine(pairs)
     scores = evaluate_joint(engine, Gallery.of(pairs), steps=3, seed=2, count=4)
-    assert scores == JointScores(count=4, seed=2, order=("text", "image"), word_f1=1.0, distinct_images=4)
+    expected = {"count": 4, "seed": 2, "order": ("text", "image"), "word_f1": 1.0, "distinct_images": 4}
+    assert vars(scores) == expected | {"nearest_rmse": pytest.approx(0, abs=0.1)}
     assert [(r.num, r.seed, r.steps, r.given) for r in engine.requests] == [(4, 2, 3, {})]
+
+
+def test_the_distance_of_joint_samples_to_the_nearest_image_is_in_levels(pairs):
+    engine = OracleEngine(pairs, lambda image, _: Image.eval(image, lambda level: level ^ 8))
+    scores = evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0, count=6)
+    assert scores.nearest_rmse == pytest.approx(8, abs=0.05) and scores.distinct_images == 6
 
 
 def test_64_joint_samples_are_compared_unless_told_otherwise(pairs):
@@ -268,7 +303,8 @@ def test_both_splits_are_scored_on_as_many_names_if_they_have_them(capsys, tiny_
     assert (code, err, list(scores)) == (0, "", ["train", "test", "joint", "skipped"])
     assert (scores["train"]["count"], scores["test"]["count"]) == counts
     for split in (scores["train"], scores["test"]):
-        assert set(split) == {field.name for field in fields(Scores)}
+        assert set(split) == {field.name for field in fields(Scores)} | {"disturbed"}
+        assert split["disturbed"].keys() == DISTURBANCES.keys()
         assert 0 <= split["retrieval_exact"] <= split["retrieval_base"] <= 1 and 0 <= split["word_f1"] <= 1
     joint = scores["joint"]
     assert set(joint) == {field.name for field in fields(JointScores)} and scores["skipped"] == {}
@@ -277,10 +313,18 @@ def test_both_splits_are_scored_on_as_many_names_if_they_have_them(capsys, tiny_
 
 
 def test_without_json_a_table_is_printed(capsys, tiny_checkpoint, data):
-    code, out, _ = run(capsys, "--checkpoint", tiny_checkpoint, "--data", data, "--steps", 1, "--joint-count", 2)
-    lines = [line.split() for line in out.splitlines()]
-    assert (code, lines[0]) == (0, ["train", "test"])
-    assert [line[0] for line in lines[1:-1]] == [field.name for field in fields(Scores)]
+    arguments = ("--checkpoint", tiny_checkpoint, "--data", data, "--steps", 1, "--joint-count", 2)
+    code, out, _ = run(capsys, *arguments, "--count", 4)
+    tables = [[line.split() for line in table.splitlines()] for table in out.split("\n\n")]
+    assert (code, tables[0][0]) == (0, ["train", "test"])
+    assert [line[0] for line in tables[0][1:]] == [f.name for f in fields(Scores) if f.name != "classes"]
+    assert [" ".join(table[0]) for table in tables[1:-1]] == [
+        "train by class of name",
+        "train images changed",
+        "test images changed",  # both of its names are objects
+    ]
+    assert [line[:2] for line in tables[1][2:]] == [["compositions", "2"], ["objects", "2"]]
+    assert len(tables[2]) == len(tables[3]) == 2 + len(DISTURBANCES)
     assert out.splitlines()[-1].startswith("2 joint samples (order text, image, seed 0): word_f1 ")
 
 
@@ -288,7 +332,8 @@ def test_joint_samples_can_be_left_out(capsys, tiny_checkpoint, data):
     arguments = ("--checkpoint", tiny_checkpoint, "--data", data, "--steps", 1, "--joint-count", 0)
     code, out, _ = run(capsys, *arguments, "--json")
     assert code == 0 and json.loads(out)["joint"] is None
-    assert "joint" not in run(capsys, *arguments)[1]
+    out = run(capsys, *arguments, "--no-disturbed")[1]
+    assert "joint" not in out and "changed" not in out
 
 
 def test_a_model_of_three_modalities_is_evaluated(capsys, three_modality_checkpoint, data):

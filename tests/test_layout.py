@@ -26,6 +26,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.sampling": 5,
     "engine.preparation": 6,
     "engine.runtime": 6,
+    "engine.evaluation": 7,
     "engine.training": 7,
     "engine.evaluate": 8,
     "engine.sample": 8,

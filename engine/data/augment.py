@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+WHITE = (255, 255, 255)
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -40,11 +42,10 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
     """
     background = None  # of a transparent image
     if image.mode == "RGBA":
-        white = random.random() >= how.background
-        background = (255, 255, 255) if white else tuple(random.integers(0, 256, 3).tolist())
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+        background = tuple(random.integers(0, 256, 3).tolist()) if random.random() < how.background else WHITE
+        image = on_background(image, background)
     scale, shift = random.uniform(*how.scale), random.uniform(-how.shift, how.shift, 2)
-    image = _moved(image, size, scale, shift, background)
+    image = moved(image, size, scale, shift, background)
     if flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
@@ -56,8 +57,19 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
     return image
 
 
-def _moved(image: Image.Image, size: int, scale: float, shift: np.ndarray, background) -> Image.Image:
-    """The centre square scaled about its centre and shifted by `shift` (x, y) of its side, resampled once."""
+def on_background(image: Image.Image, colour: tuple[int, int, int] = WHITE) -> Image.Image:
+    """An image of mode RGB or RGBA as RGB, the transparent parts in this colour."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+    return image.convert("RGB")
+
+
+def moved(image: Image.Image, size: int, scale: float, shift: np.ndarray, background=None) -> Image.Image:
+    """The centre square scaled about its centre and shifted by `shift` (x, y) of its side → size × size.
+
+    image       RGB; resampled once
+    background  colour around the image; None: its outermost pixels go on
+    """
     square = min(image.size)
     side = square / scale  # of the part that is shown, in pixels of the image
     left, top = ((extent - side) / 2 - square * by for extent, by in zip(image.size, shift, strict=True))

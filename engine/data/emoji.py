@@ -48,6 +48,15 @@ def base_name(name: str) -> str:
     return name.split(":")[0].strip()
 
 
+def name_class(name: str) -> str:
+    """What kind of image a name belongs to: compositions (with a ":"), flags, faces or objects."""
+    if name.startswith("flag:"):
+        return "flags"
+    if ":" in name:
+        return "compositions"
+    return "faces" if "face" in tokenize(name) else "objects"
+
+
 def held_out_names(names: Iterable[str]) -> set[str]:
     """The compositional test set: names with ":" selected by a hash, if all of their words occur in other names.
 

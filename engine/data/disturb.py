@@ -1,0 +1,55 @@
+"""Fixed small changes of an image that a person would describe in the same words: for measuring, not for training."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from engine.data.augment import WHITE, moved, on_background
+from engine.images import fit_image
+
+GREY = (128, 128, 128)
+NOISE = 5  # standard deviation, in levels of 0…255
+QUALITY = 75  # of JPEG
+
+
+def _moved(scale: float, x: float = 0, y: float = 0) -> Callable:
+    """Scaled about the centre and shifted by whole pixels of the result; white under and around transparency."""
+
+    def change(image: Image.Image, size: int) -> Image.Image:
+        background = WHITE if image.mode == "RGBA" else None
+        return moved(on_background(image), size, scale, np.array([x, y]) / size, background)
+
+    return change
+
+
+def _plain(image: Image.Image, size: int) -> Image.Image:
+    return Image.fromarray(fit_image(image, size).permute(1, 2, 0).numpy())
+
+
+def _compressed(image: Image.Image, size: int) -> Image.Image:
+    file = io.BytesIO()
+    _plain(image, size).save(file, "JPEG", quality=QUALITY)
+    return Image.open(file).convert("RGB")
+
+
+def _noisy(image: Image.Image, size: int) -> Image.Image:
+    levels = np.asarray(_plain(image, size), np.float32)
+    noise = np.random.default_rng(0).normal(0, NOISE, levels.shape)
+    return Image.fromarray((levels + noise).round().clip(0, 255).astype(np.uint8))
+
+
+# By name: (an image as `open_image` gives it, pixels a side) → RGB, size × size. The grey background needs an image
+# that is transparent somewhere; it leaves others as they are.
+DISTURBANCES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "shift 1 0": _moved(1, 1),
+    "shift 2 1": _moved(1, 2, 1),
+    "scale 0.95": _moved(0.95),
+    "scale 0.9": _moved(0.9),
+    "mirrored": lambda image, size: ImageOps.mirror(_plain(image, size)),
+    "grey background": lambda image, size: _plain(on_background(image, GREY), size),
+    "JPEG 75": _compressed,
+    "noise 5": _noisy,
+    "bicubic": lambda image, size: ImageOps.fit(on_background(image), (size, size), Image.Resampling.BICUBIC),
+}
