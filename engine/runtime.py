@@ -296,6 +296,7 @@ class Engine:
         return Stats(sampler.forwards, replays, sampler.finished, flops, moved, *self._seconds, memory)
 
     def _build(self, codecs: dict[str, Codec]) -> None:
+        """Builds the codecs, unless they are built, in a thread that ends: see `in_own_thread`."""
         if not self._built:
             in_own_thread(lambda: [codec.build() for codec in codecs.values()])
             self._built = True
