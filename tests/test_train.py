@@ -1,7 +1,9 @@
 """`engine.train` from end to end: three stages on twelve random images, killed, resumed and refused."""
 
 import json
+import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,11 @@ def test_a_run_writes_a_checkpoint_curves_and_sample_images(run):
             image.verify()
     assert {p.name for p in (run / "denoiser").glob("samples-*.png")} == {"samples-0000002.png", "samples-0000004.png"}
     assert (run / "autoencoder" / "samples.png").exists()
+
+
+def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(run):
+    os.umask(umask := os.umask(0))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*") if path.is_file()} == {0o666 & ~umask}
 
 
 def test_the_recipe_decides_how_captions_are_weighted_and_images_repeated(images, run, tmp_path, monkeypatch):

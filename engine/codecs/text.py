@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.codecs.codec import Decoded, Given
 from engine.config import Modality
 from engine.errors import InputError, shown
+from engine.files import load_tensors, save_tensors, unreadable, write_atomically
 
 END = "</s>"  # index 0 of every vocabulary; `tokenize` never yields it
 HOLE = "_"  # a word to be filled in
@@ -90,10 +90,9 @@ class TextCodec:
         """Writes `vocabulary.json` and `vectors.safetensors` into `folder`; vectors are float32 whatever the dtype."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocabulary.json").write_text(
-            json.dumps(self.vocabulary, ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
-        )
-        save_file({"vectors": self.vectors.contiguous()}, folder / "vectors.safetensors")
+        words = json.dumps(self.vocabulary, ensure_ascii=False, indent=0) + "\n"
+        write_atomically(folder / "vocabulary.json", lambda path: path.write_text(words, encoding="utf-8"))
+        save_tensors(folder / "vectors.safetensors", {"vectors": self.vectors})
 
     def build(self) -> None:
         """Does nothing: `load` has read everything."""
@@ -240,16 +239,20 @@ def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
     remedy = "restore the checkpoint"
     try:
         vocabulary = json.loads(words_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError("checkpoint", words_file, remedy, f"cannot be read ({error})") from None
+    except OSError as error:
+        raise unreadable("checkpoint", words_file, error, remedy) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError("checkpoint", words_file, remedy, f"is not readable JSON ({error})") from None
     is_list = isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)
     if not is_list or vocabulary[:1] != [END] or len(set(vocabulary)) != len(vocabulary):
         problem = f"is not a list of distinct words that starts with {END!r}"
         raise InputError("checkpoint", words_file, remedy, problem)
     try:
-        vectors = load_file(vectors_file).get("vectors")
-    except (OSError, SafetensorError) as error:
-        raise InputError("checkpoint", vectors_file, remedy, f"cannot be read ({error})") from None
+        vectors = load_tensors(vectors_file)[0].get("vectors")
+    except OSError as error:
+        raise unreadable("checkpoint", vectors_file, error, remedy) from None
+    except SafetensorError as error:
+        raise InputError("checkpoint", vectors_file, remedy, f"is damaged or truncated ({error})") from None
     fits = vectors is not None and vectors.dtype == torch.float32 and vectors.ndim == 2
     if not fits or len(vectors) != len(vocabulary) or not vectors.isfinite().all():
         words = f"each of the {len(vocabulary)} words of {words_file.name}"

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.data.coco import CocoCaptions
 from engine.errors import InputError
+from engine.files import save_tensors
 
 BATCH = 64  # images encoded at a time
 
@@ -113,9 +113,7 @@ def _write_shard(path: Path, dataset: CocoCaptions, encode, size: int, start: in
         "latents": torch.cat(latents).contiguous(),
         "image_ids": torch.tensor([item.image_id for item, _ in pairs], dtype=torch.int64),
     }
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, metadata={"skipped": json.dumps(skipped)})
-    unfinished.replace(path)
+    save_tensors(path, tensors, {"skipped": json.dumps(skipped)})
 
 
 def _is_complete(path: Path) -> bool:

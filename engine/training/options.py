@@ -1,12 +1,12 @@
 """`TrainOptions`: what a training run is made from, checked. Imports no torch."""
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import Config
 from engine.errors import InputError
+from engine.files import is_file
 from engine.presets import PRESETS
 from engine.training.recipes import RECIPES, Recipe
 
@@ -65,7 +65,7 @@ class TrainOptions:
     @property
     def init_has_codecs(self) -> bool:
         """Whether the run starts from a checkpoint folder, whose codecs it then uses."""
-        return self.init is not None and not os.path.isfile(self.init)  # not Path's, which raises for a long name
+        return self.init is not None and not is_file(self.init, "init")
 
     def _changed(self, recipe: Recipe) -> Recipe:
         """The recipe with the settings that were given."""

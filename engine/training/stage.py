@@ -8,7 +8,6 @@ was killed at any moment resumes with the losses it would have had.
 import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.errors import InputError
+from engine.files import load_tensors, save_tensors, unreadable, write_atomically
 from engine.training.recipes import StageConfig
 
 STATE, CURVE = "state.safetensors", "curve.jsonl"
@@ -108,9 +108,7 @@ class Stage:
         return total
 
     def save(self) -> None:
-        """Writes the curve and the state, each to a temporary file that is then renamed: a kill leaves no half file."""
-        from safetensors.torch import save_file
-
+        """Writes the curve and the state, each whole or not at all."""
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
@@ -118,19 +116,19 @@ class Stage:
         # The curve is written first: the state tells how many of its lines are valid.
         write_atomically(self.folder / CURVE, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.curve)))
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.folder / STATE, lambda p: save_file(tensors, p, metadata))
+        save_tensors(self.folder / STATE, tensors, metadata)
 
     def _restore(self) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        path = self.folder / STATE
+        path, remedy = self.folder / STATE, "delete it to restart this stage"
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                step, config = int(file.metadata()["step"]), json.loads(file.metadata()["config"])
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
-            raise InputError("folder", path, "delete it to restart this stage", f"is damaged ({error})") from None
+            tensors, metadata = load_tensors(path)
+            step, config = int(metadata["step"]), json.loads(metadata["config"])
+        except OSError as error:
+            raise unreadable("folder", path, error, remedy) from None
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
+            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
         try:
             self.module.load_state_dict(_with_prefix(tensors, "module."))
             self.average.load_state_dict(_with_prefix(tensors, "average."))
@@ -157,7 +155,9 @@ class Stage:
             rows = [json.loads(line) for line in curve.read_text().splitlines()]
         except (OSError, ValueError) as error:
             remedy = f"delete {self.folder / STATE} to restart this stage"
-            raise InputError("folder", curve, remedy, f"cannot be read ({error})") from None
+            if isinstance(error, OSError):
+                raise unreadable("folder", curve, error, remedy) from None
+            raise InputError("folder", curve, remedy, f"is damaged ({error})") from None
         return [row for row in rows if row["step"] <= steps]
 
     def _batch_indices(self) -> list[int]:
@@ -176,15 +176,6 @@ class Stage:
         # A lower decay in the first steps, (1 + s)/(10 + s), as in TensorFlow's ExponentialMovingAverage.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, flushes that file to disk and renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.writing")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager

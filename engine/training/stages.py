@@ -8,7 +8,6 @@ Each stage resumes where it was interrupted.
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,6 +29,7 @@ from engine.data.latents import LatentCache, cache_latents
 from engine.device import DTYPES, resolve
 from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.errors import InputError, errors_named
+from engine.files import is_file, unreadable, write_atomically
 from engine.images import grid, to_image
 from engine.model.convert import initialise_from, load_uvit
 from engine.model.denoiser import build
@@ -42,7 +42,7 @@ from engine.sampling.graphs import compile_blocks
 from engine.training.examples import Examples, shortened
 from engine.training.options import TrainOptions, image_and_text
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, plot_curve, run_lock, write_atomically
+from engine.training.stage import Stage, plot_curve, run_lock
 
 # Standard deviation of the noise that the autoencoder's training adds to the latents, so that its decoder tolerates the
 # small errors of a denoiser.
@@ -257,7 +257,9 @@ def copy_codecs(source: Path, run: Path, config: Config) -> None:
         folder = _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
-            shutil.copytree(codec_folder(source, codec, name), unfinished, dirs_exist_ok=True)
+            unfinished.mkdir(parents=True, exist_ok=True)
+            for file in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
+                shutil.copyfile(file, unfinished / file.name)  # without its mode: the source may be read-only
             unfinished.rename(folder)
 
 
@@ -286,7 +288,7 @@ def _initial_network(source: Path, config: Config) -> PSUNet | UViT:
     Raises InputError about `init` if it does not fit the config.
     """
     remedy = "use the preset it was trained with"
-    if os.path.isfile(source):  # not Path.is_file, which raises for a name that is too long
+    if is_file(source, "init"):
         network, same_codecs = load_uvit(source, config.model.modality(image_and_text(config)[1]).tokens), True
         remedy = "use the preset of this U-ViT's shape, or that of a PS-U-Net"
     else:
@@ -308,7 +310,9 @@ def _require_same_run(options: TrainOptions) -> None:
     if file.exists():
         try:
             recorded = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise unreadable("out", file, error, "give another folder") from None
+        except (ValueError, RecursionError) as error:
             remedy = "delete it to resume with these options"
             raise InputError("out", file, remedy, f"cannot be read ({error})") from None
         if recorded != settings:
