@@ -18,7 +18,7 @@ from engine.presets import PRESETS
 from engine.training import stages
 from engine.training.options import TrainOptions
 from engine.training.recipes import RECIPES, TINY
-from engine.training.stage import CURVE, STATE, run_lock
+from engine.training.stage import CURVE, SETTINGS, STATE, run_lock
 
 
 class Killed(BaseException):
@@ -100,6 +100,17 @@ def test_repeating_a_finished_run_changes_nothing(images, run):
     before, state = weights_of(run), (run / "denoiser" / STATE).read_bytes()
     assert train_main(images, run) == 0
     assert weights_of(run) == before and (run / "denoiser" / STATE).read_bytes() == state
+
+
+def test_a_diverged_run_resumes_with_a_lower_learning_rate(images, tmp_path, capsys):
+    for rates in (["--autoencoder-learning-rate", "1e30"], ["--steps", "2"], ["--learning-rate", "1e30"]):
+        capsys.readouterr()
+        assert train_main(images, tmp_path, *rates) == (0 if "--steps" in rates else 2)
+        assert "--steps" in rates or "use a lower learning rate and resume" in capsys.readouterr().err
+    assert train_main(images, tmp_path, "--learning-rate", "1e-4") == 0
+    rows = [json.loads(line) for line in (tmp_path / "denoiser" / SETTINGS).read_text().splitlines()]
+    assert [(row["step"], row["learning_rate"], row["steps"]) for row in rows] == [(0, 1e-3, 2), (2, 1e-4, 4)]
+    assert checkpoint.load(tmp_path / "checkpoint").config == PRESETS["tiny"]
 
 
 KILLED_AT = {  # by stage, a function and the number of the call during which the run is killed
