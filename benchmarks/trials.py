@@ -26,12 +26,12 @@ from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
 from engine.errors import errors_named
 from engine.evaluation import Gallery, evaluate, pixels_of, spread, word_f1
+from engine.files import write_atomically
 from engine.images import to_image
 from engine.model.cost import forward_flops
 from engine.presets import PRESETS
 from engine.training.examples import shortened
 from engine.training.recipes import RECIPES
-from engine.training.stage import write_atomically
 from engine.training.stages import StageOptions, copy_codecs, train_denoiser
 
 

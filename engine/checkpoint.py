@@ -4,19 +4,18 @@ Only JSON and safetensors are read: nothing is unpickled.
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.codecs.codec import Codec, load_codec
 from engine.config import Config, ModelConfig
 from engine.device import all_finite
 from engine.errors import InputError, shown
+from engine.files import is_folder, load_tensors, save_tensors, unreadable, write_atomically
 from engine.model.denoiser import build
 
 BUILT_IN = Path(__file__).parent / "assets" / "emoji"
@@ -55,7 +54,7 @@ def load(folder: str | Path) -> Checkpoint:
 
     Autoencoders stay in their folders until they are built. Raises InputError about "checkpoint", naming the file.
     """
-    if not os.path.isdir(folder):  # not Path's, which takes "" for the current folder and raises for a name too long
+    if not is_folder(folder, "checkpoint"):  # not Path's, which takes "" for the current folder
         raise InputError("checkpoint", Path(folder) if folder else folder, REMEDY, "is not a folder")
     folder = Path(folder)
     config = _read_config(folder / "config.json")
@@ -67,25 +66,20 @@ def load(folder: str | Path) -> Checkpoint:
 
 
 def save(folder: str | Path, config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Writes `config.json` and `model.safetensors` (in `dtype`); the codecs save themselves beside them.
-
-    Each is written under a temporary name and renamed, so a kill never leaves half a file.
-    """
+    """Writes `config.json` and `model.safetensors` (in `dtype`); the codecs save themselves beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".unfinished"
-    unfinished.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    unfinished.replace(folder / "config.json")
-    save_file({name: w.to(dtype).contiguous() for name, w in weights.items()}, unfinished)
-    unfinished.replace(folder / "model.safetensors")
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda path: path.write_text(text))
+    save_tensors(folder / "model.safetensors", {name: w.to(dtype) for name, w in weights.items()})
 
 
 def _read_config(path: Path) -> Config:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("checkpoint", path, REMEDY, "does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable("checkpoint", path, error, REMEDY) from None
+    except (ValueError, RecursionError) as error:
         raise InputError("checkpoint", path, "copy it again", f"is not readable JSON ({error})") from None
     try:
         config = Config.from_dict(values)
@@ -98,10 +92,10 @@ def _read_config(path: Path) -> Config:
 
 def _read_network(path: Path, config: ModelConfig) -> nn.Module:
     try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise InputError("checkpoint", path, REMEDY, "does not exist") from None
-    except (OSError, SafetensorError) as error:
+        weights, _ = load_tensors(path)
+    except OSError as error:
+        raise unreadable("checkpoint", path, error, REMEDY) from None
+    except SafetensorError as error:
         raise InputError("checkpoint", path, "copy it again", f"is damaged or truncated ({error})") from None
     with torch.device("meta"):  # no time is spent on weights that are about to be replaced
         network = build(config)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from engine.errors import InputError
+from engine.files import unreadable
 
 # What Pillow raises on damaged files: most formats, some PNGs, TIFF and EXIF, absurd sizes (a header's flipped bit).
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
@@ -48,8 +49,8 @@ def open_image(value: Image.Image | str | PathLike, argument: str = "image") -> 
             return _upright(value)
         with Image.open(value) as file:
             return _upright(file)
-    except FileNotFoundError:
-        raise InputError(argument, _name(value), "give the file of an image", "does not exist") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise unreadable(argument, _name(value), error, "give the file of an image") from None
     except IMAGE_ERRORS as error:
         problem = f"is not a readable image ({_reason(error)})"
         raise InputError(argument, _name(value), "give a whole one", problem) from None

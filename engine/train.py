@@ -29,6 +29,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, help="of the denoiser")
     add("--accumulate", type=int, help="micro-batches per step of the denoiser")
     add("--autoencoder-steps", type=int, help="optimiser steps of the autoencoder")
+    add("--autoencoder-learning-rate", type=float, help="of the autoencoder")
     add("--save-every", type=int, default=250, metavar="STEPS",
         help="save the state and sample images every N steps (default: %(default)s)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")

@@ -1,7 +1,7 @@
 """What every test file shares: optional data, GPU tests and hypothesis settings."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +91,28 @@ def own(tiny_checkpoint):
     checkpoint = load(tiny_checkpoint)
     with Engine(checkpoint, torch.device("cpu"), torch.float32) as engine:
         yield engine, checkpoint.network
+
+
+@pytest.fixture
+def forbid() -> Iterator[Callable[[Path], None]]:
+    """Takes all permissions from a path, and from this process root's power to ignore that, until the test ends."""
+    modes, was_root = [], os.getuid() == 0
+
+    def forbid(path: Path) -> None:
+        modes.append((path, path.stat().st_mode))
+        path.chmod(0)
+        if was_root:
+            closed = [parent for parent in path.parents if not parent.stat().st_mode & 1]  # pytest's own
+            modes.extend((parent, parent.stat().st_mode) for parent in closed)
+            for parent in closed:
+                parent.chmod(0o711)
+            os.setresuid(65534, 65534, 0)
+
+    yield forbid
+    if was_root:
+        os.setresuid(0, 0, 0)
+    for path, mode in modes:
+        path.chmod(mode)
 
 
 def random_checkpoint(folder: Path, config) -> Path:

@@ -81,11 +81,11 @@ def test_saving_over_a_checkpoint_replaces_it_and_leaves_nothing_else(folder):
 def test_a_kill_while_saving_leaves_the_old_checkpoint(folder, monkeypatch):
     before = checkpoint.load(folder).network.state_dict()
 
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         path.write_bytes(b"half a file")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(folder, CONFIG, {}, torch.float32)
     torch.testing.assert_close(checkpoint.load(folder).network.state_dict(), before, rtol=0, atol=0)

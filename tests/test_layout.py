@@ -15,6 +15,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.config": 2,
     "engine.device": 2,
     "engine.errors": 2,
+    "engine.files": 2,
     "engine.images": 2,
     "engine.presets": 2,
     "engine.request": 2,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.codecs import text
 from engine.codecs.text import END, TextCodec, separate, spread, token_weights, tokenize
 from engine.config import Modality
 from engine.errors import InputError
@@ -115,6 +116,39 @@ def test_near_vectors_are_parted_and_far_ones_stay():
     assert distance.min() >= 1.99
     far = torch.cdist(x, x).fill_diagonal_(torch.inf).min(1).values > 2.2
     assert far.sum() > 20 and torch.allclose(parted[far], x[far], atol=1e-5)
+
+
+def parted_by_comparing_all(x, steps):
+    """`separate` with every pair of vectors compared in every round."""
+    radius = x.shape[1] ** 0.5
+    x = torch.nn.functional.normalize(x) * radius
+    for _ in range(steps):
+        apart = x - x[(x @ x.T).topk(2).indices[:, 1]]
+        distance = apart.norm(dim=1, keepdim=True)
+        if (distance >= 0.5 * radius).all():
+            break
+        x = torch.nn.functional.normalize(x + (1.05 * 0.5 * radius / distance - 1).clamp_min(0) / 2 * apart) * radius
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100])
+@pytest.mark.parametrize(("clusters", "words", "channels"), [(30, 300, 32), (1, 300, 8), (60, 240, 16), (2, 2, 4)])
+def test_parting_only_near_vectors_is_as_good_as_comparing_all(monkeypatch, clusters, words, channels, steps):
+    monkeypatch.setattr("engine.codecs.text.PRODUCTS", 1000)  # a few vectors at a time
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(clusters, channels, generator=generator)
+    x = centres.repeat(words // clusters, 1) + 0.3 * torch.randn(words, channels, generator=generator)
+    assert torch.equal(separate(x, steps=steps), parted_by_comparing_all(x, steps))
+
+
+def test_vectors_far_from_all_others_are_searched_once(monkeypatch):
+    searched = []
+    search = text._nearest_others
+    monkeypatch.setattr(text, "_nearest_others", lambda x, rows, *a: searched.append(len(rows)) or search(x, rows, *a))
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    x[::50] = x[1::50] + 0.1 * x[2::50]
+    separate(x)
+    assert len(searched) > 1 and searched[0] == 500 and max(searched[1:]) <= 20
 
 
 def test_captions_without_words_cannot_be_trained_on():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from engine.presets import PRESETS
 from engine.training import autoencoder, stages
 from engine.training.options import TrainOptions
 from engine.training.recipes import RECIPES, TINY
-from engine.training.stage import CURVE, STATE, run_lock
+from engine.training.stage import CURVE, SETTINGS, STATE, run_lock
 
 
 class Killed(BaseException):
@@ -79,6 +80,11 @@ def test_a_run_writes_a_checkpoint_curves_and_sample_images(run):
     assert (run / "autoencoder" / "samples.png").exists()
 
 
+def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(run):
+    os.umask(umask := os.umask(0))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*") if path.is_file()} == {0o666 & ~umask}
+
+
 def test_the_recipe_decides_how_captions_are_weighted_and_images_repeated(images, run, tmp_path, monkeypatch):
     curves = {"plain": run / "denoiser" / CURVE}
     for name, recipe in {"alike": {"captions_alike": True}, "repeated": {"repeats": 4}}.items():
@@ -138,6 +144,17 @@ def test_a_run_is_not_resumed_on_other_data(images, run, tmp_path, capsys, chang
     if named:
         assert f"--data: {tmp_path / 'data'} is not what this run began with: {named}" in capsys.readouterr().err
     assert (weights_of(tmp_path / "run") == before) == bool(named)
+
+
+def test_a_diverged_run_resumes_with_a_lower_learning_rate(images, tmp_path, capsys):
+    for rates in (["--autoencoder-learning-rate", "1e30"], ["--steps", "2"], ["--learning-rate", "1e30"]):
+        capsys.readouterr()
+        assert train_main(images, tmp_path, *rates) == (0 if "--steps" in rates else 2)
+        assert "--steps" in rates or "use a lower learning rate and resume" in capsys.readouterr().err
+    assert train_main(images, tmp_path, "--learning-rate", "1e-4") == 0
+    rows = [json.loads(line) for line in (tmp_path / "denoiser" / SETTINGS).read_text().splitlines()]
+    assert [(row["step"], row["learning_rate"], row["steps"]) for row in rows] == [(0, 1e-3, 2), (2, 1e-4, 4)]
+    assert checkpoint.load(tmp_path / "checkpoint").config == PRESETS["tiny"]
 
 
 KILLED_AT = {  # by stage, a function and the number of the call during which the run is killed

@@ -33,10 +33,12 @@ def test_what_is_not_given_is_the_presets():
 
 
 def test_what_is_given_replaces_the_recipes_settings():
-    recipe = options(steps=7, batch=6, learning_rate=0.5, accumulate=3, autoencoder_steps=2, seed=9).recipe
+    recipe = options(
+        steps=7, batch=6, learning_rate=0.5, accumulate=3, autoencoder_steps=2, autoencoder_learning_rate=0.25, seed=9
+    ).recipe
     given = {"steps": 7, "batch": 6, "learning_rate": 0.5, "accumulate": 3, "seed": 9}
     assert recipe.denoiser == replace(TINY.denoiser, **given)
-    assert recipe.autoencoder == replace(TINY.autoencoder, steps=2, seed=9)
+    assert recipe.autoencoder == replace(TINY.autoencoder, steps=2, learning_rate=0.25, seed=9)
     assert replace(recipe, denoiser=TINY.denoiser, autoencoder=TINY.autoencoder) == TINY
 
 
@@ -70,6 +72,7 @@ def test_every_preset_has_a_recipe():
         ("learning_rate", math.nan, "above 0"),
         ("learning_rate", math.inf, "above 0"),
         ("learning_rate", "fast", "above 0"),
+        ("autoencoder_learning_rate", 0.0, "above 0"),
         ("seed", -1, "from 0 to 4294967295"),
         ("seed", 1 << 32, "from 0 to 4294967295"),
         ("dtype", "int8", "use one of auto"),

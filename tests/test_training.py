@@ -1,8 +1,10 @@
 """`Stage`: exact resume after a kill at any moment, averages, accumulation, learning rate, values not finite."""
 
+import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from torch import nn
 
 from engine.errors import InputError
 from engine.training.recipes import StageConfig
-from engine.training.stage import CURVE, STATE, Stage, plot_curve, run_lock, smoothed, write_atomically
+from engine.training.stage import CURVE, SETTINGS, STATE, Stage, plot_curve, run_lock, smoothed
 
 CONFIG = StageConfig(steps=8, batch=4, learning_rate=0.05, warmup=3, seed=5)
 LONG = replace(CONFIG, steps=150)
@@ -101,7 +103,7 @@ def test_a_stage_stopped_after_any_step_resumes_exactly(tmp_path, uninterrupted,
 
 
 @pytest.mark.parametrize("moment", ["half written", "written", "renamed"])
-@pytest.mark.parametrize("write", range(8))  # curve and state of four saves
+@pytest.mark.parametrize("write", range(12))  # curve, settings and state of four saves
 def test_a_stage_killed_at_any_write_resumes_exactly(tmp_path, uninterrupted, monkeypatch, write, moment):
     replace_file, count = os.replace, 0
 
@@ -116,7 +118,7 @@ def test_a_stage_killed_at_any_write_resumes_exactly(tmp_path, uninterrupted, mo
         count += 1
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("engine.training.stage.os.replace", dying)
+        patch.setattr("engine.files.os.replace", dying)
         train_in(tmp_path)
     assert outcome(train_in(tmp_path)) == uninterrupted
 
@@ -181,7 +183,7 @@ def test_a_missing_or_truncated_curve_is_named(tmp_path, damage):
         curve.unlink()
     else:
         curve.write_text(curve.read_text()[:-20])
-    with pytest.raises(InputError, match=f"cannot be read.*delete {tmp_path / STATE}") as error:
+    with pytest.raises(InputError, match=f"(does not exist|is damaged).*; delete {tmp_path / STATE}") as error:
         stage_in(tmp_path)
     assert error.value.value == curve
 
@@ -193,11 +195,67 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path):
     assert error.value.value == tmp_path / STATE
 
 
-def test_a_stage_of_other_settings_is_refused_but_steps_may_be_added(tmp_path):
+def test_a_stage_of_other_settings_is_refused(tmp_path):
     train_in(tmp_path)
     with pytest.raises(InputError, match="with batch 4, clip 1.0, not batch 5, clip 2.0; use the same settings"):
-        stage_in(tmp_path, replace(CONFIG, batch=5, clip=2.0))
-    assert stage_in(tmp_path, replace(CONFIG, steps=20)).step == 8
+        stage_in(tmp_path, replace(CONFIG, batch=5, clip=2.0, steps=20))
+
+
+def settings_in(folder):
+    rows = [json.loads(line) for line in (folder / SETTINGS).read_text().splitlines()]
+    return [(row["step"], row["learning_rate"], row["steps"]) for row in rows]
+
+
+def test_after_a_divergence_a_stage_resumes_with_a_lower_learning_rate(tmp_path, uninterrupted):
+    stage = stage_in(tmp_path)
+    losses = losses_of(stage.module)
+
+    def diverging(generator, indices):
+        return {name: part * (math.inf if stage.step == 5 else 1) for name, part in losses(generator, indices).items()}
+
+    def dying(step):
+        raise Killed
+
+    with pytest.raises(FloatingPointError, match="use a lower learning rate and resume"):
+        stage.run(diverging, 1)
+    assert settings_in(tmp_path) == [(0, 0.05, 8)]
+    lower = replace(CONFIG, learning_rate=0.01, steps=10)
+    shutil.copytree(tmp_path, tmp_path / "killed")
+    resumed = train_in(tmp_path, lower)
+    assert resumed.curve[:5] == uninterrupted[1][:5] and len(resumed.curve) == 10
+    assert resumed.optimizer.param_groups[0]["lr"] == lower.learning_rate_at(9)
+    assert settings_in(tmp_path) == [(0, 0.05, 8), (5, 0.01, 10)]
+
+    stage_in(tmp_path / "killed", replace(CONFIG, learning_rate=1.0))  # ends before it has saved anything
+    with pytest.raises(Killed):
+        train_in(tmp_path / "killed", lower, preview=dying)
+    assert outcome(train_in(tmp_path / "killed", lower)) == outcome(resumed)
+    assert settings_in(tmp_path / "killed") == settings_in(tmp_path)
+
+
+@pytest.mark.parametrize("moment", [SETTINGS, STATE])
+def test_settings_of_steps_that_were_not_saved_are_not_recorded(tmp_path, monkeypatch, moment):
+    train_in(tmp_path, replace(CONFIG, steps=4))
+    replace_file = os.replace
+
+    def dying(temporary, path):
+        if path.name == moment:
+            raise Killed
+        replace_file(temporary, path)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("engine.files.os.replace", dying)
+        train_in(tmp_path, replace(CONFIG, learning_rate=1.0))
+    train_in(tmp_path, CONFIG)
+    assert settings_in(tmp_path) == [(0, 0.05, 4), (4, 0.05, 8)]
+
+
+def test_a_state_without_settings_beside_it_resumes(tmp_path, uninterrupted):
+    """As version 0.1 wrote it."""
+    train_in(tmp_path)
+    (tmp_path / SETTINGS).unlink()
+    train_in(tmp_path, replace(CONFIG, steps=9))
+    assert settings_in(tmp_path) == [(0, 0.05, 8), (8, 0.05, 9)]
 
 
 def test_every_sample_is_seen_once_per_epoch_in_changing_order(tmp_path):
@@ -320,21 +378,6 @@ def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(tmp_path):
     stage.train_step(losses_of(stage.module))
     assert dtypes == [torch.bfloat16]
     assert {p.dtype for m in (stage.module, stage.average) for p in m.parameters()} == {torch.float32}
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def dying(temporary):
-        temporary.write_text("ne")
-        raise Killed
-
-    with pytest.raises(Killed):
-        write_atomically(path, dying)
-    assert path.read_text() == "old"
-    write_atomically(path, lambda temporary: temporary.write_text("new"))
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_one_process_trains_in_a_folder_until_it_ends(tmp_path):

@@ -6,7 +6,6 @@ diffusers is imported when an autoencoder is built, never before: its import tak
 import inspect
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from engine.config import MAX_CHANNELS
 from engine.device import all_finite
 from engine.errors import InputError, shown
+from engine.files import is_folder, load_tensors, save_tensors, unreadable
 
 # The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
 AUTOENCODERS: dict[str, dict] = {
@@ -79,7 +79,7 @@ class SavedAutoencoder:
 
         Raises InputError about "checkpoint", naming the file.
         """
-        if os.path.isdir(source):  # not Path's, which raises where a name is too long
+        if is_folder(source, "checkpoint"):
             source = Path(source)
             file, config = source / "config.json", _read_config(source / "config.json")
         else:
@@ -146,13 +146,10 @@ def autoencoder_class(name: str):
 
 def save_autoencoder(autoencoder: nn.Module, folder: str | Path, dtype) -> None:
     """Writes a diffusers folder (`config.json`, `diffusion_pytorch_model.safetensors`), weights in `dtype`."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     autoencoder.save_config(folder)
-    weights = {name: w.to(dtype).contiguous() for name, w in autoencoder.state_dict().items()}
-    save_file(weights, folder / WEIGHTS)
+    save_tensors(folder / WEIGHTS, {name: w.to(dtype) for name, w in autoencoder.state_dict().items()})
 
 
 def _is_number(value) -> bool:
@@ -171,23 +168,20 @@ def _read_config(path: Path):
     """The parsed JSON, of any type."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        remedy = "give the folder of a diffusers autoencoder"
-        raise InputError("checkpoint", path, remedy, "does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable("checkpoint", path, error, "give the folder of a diffusers autoencoder") from None
+    except (ValueError, RecursionError) as error:
         raise InputError("checkpoint", path, REMEDY, f"is not readable JSON ({error})") from None
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        remedy = "give the folder of a diffusers autoencoder"
-        raise InputError("checkpoint", path, remedy, "does not exist") from None
-    except (OSError, SafetensorError) as error:
+        weights, _ = load_tensors(path)
+    except OSError as error:
+        raise unreadable("checkpoint", path, error, "give the folder of a diffusers autoencoder") from None
+    except SafetensorError as error:
         raise InputError("checkpoint", path, REMEDY, f"is damaged or truncated ({error})") from None
     if not all_finite(weights):
         raise InputError("checkpoint", path, REMEDY, "holds values that are not finite floats of 16 bits or more")

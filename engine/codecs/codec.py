@@ -4,7 +4,6 @@ A new kind of modality is a class with the methods of `Codec` and a line in `COD
 or tasks.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from engine.config import CodecConfig, Modality
 from engine.errors import InputError
+from engine.files import is_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +125,6 @@ def load_codec(checkpoint: Path, config: CodecConfig, modality: Modality, device
     """The codec of one modality of a checkpoint folder; raises InputError, naming the file or the setting."""
     folder = codec_folder(checkpoint, config, modality.name)
     kind = codec_class(config.kind)
-    if not os.path.isdir(folder):
+    if not is_folder(folder, "checkpoint"):
         raise InputError("checkpoint", folder, "copy the checkpoint again", "is not a folder")
     return kind.load(folder, config.settings, modality, device)

@@ -19,17 +19,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.codecs.codec import Decoded, Given
 from engine.config import Modality
 from engine.errors import InputError, shown
+from engine.files import load_tensors, save_tensors, unreadable, write_atomically
 
 END = "</s>"  # index 0 of every vocabulary; `tokenize` never yields it
 HOLE = "_"  # a word to be filled in
 HOLE_INDEX = -1  # of a word to be filled in
 NOISE = 0.5  # standard deviation per channel that confidences assume of a decoded vector
+PRODUCTS = 1 << 23  # of word vectors that are in memory at a time
 SUGGESTED_FOR = 5  # unknown words whose nearest known ones an error names: each takes a pass over the vocabulary
 
 # Letters and digits with inner hyphens and apostrophes, or underscores that touch no word.
@@ -62,25 +64,11 @@ class TextCodec:
         One worker and a hash of our own (Python's differs between processes) make it the same bit for bit wherever the
         same versions of gensim, numpy and torch run. Raises InputError if the captions hold no word.
         """
-        from gensim.models import Word2Vec
-
         sentences = [[word for word in tokenize(caption) if word != HOLE] + [END] for caption in captions]
-        words = sum(len(sentence) for sentence in sentences)
-        if words == len(sentences):
+        if all(sentence == [END] for sentence in sentences):
             problem = "captions without a single word"
             raise InputError("captions", len(sentences), "give captions with words", problem)
-        model = Word2Vec(
-            sentences,
-            vector_size=channels,
-            sg=1,
-            min_count=1,
-            epochs=min(100, max(5, math.ceil(3_000_000 / words))),  # small sets need more passes to settle
-            seed=seed,
-            workers=1,
-            hashfxn=lambda word: zlib.crc32(word.encode()),
-        )
-        vocabulary = (END, *(word for word in model.wv.index_to_key if word != END))
-        vectors = torch.from_numpy(model.wv[vocabulary])  # [V, C]
+        vocabulary, vectors = _word2vec(sentences, channels, seed)
         return cls(vocabulary, spread(vectors))
 
     @classmethod
@@ -102,10 +90,9 @@ class TextCodec:
         """Writes `vocabulary.json` and `vectors.safetensors` into `folder`; vectors are float32 whatever the dtype."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocabulary.json").write_text(
-            json.dumps(self.vocabulary, ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
-        )
-        save_file({"vectors": self.vectors.contiguous()}, folder / "vectors.safetensors")
+        words = json.dumps(self.vocabulary, ensure_ascii=False, indent=0) + "\n"
+        write_atomically(folder / "vocabulary.json", lambda path: path.write_text(words, encoding="utf-8"))
+        save_tensors(folder / "vectors.safetensors", {"vectors": self.vectors})
 
     def build(self) -> None:
         """Does nothing: `load` has read everything."""
@@ -211,6 +198,33 @@ class TextCodec:
         return f"{known}, or have unknown ones filled in (--unknown-words fill)"
 
 
+def _word2vec(sentences: list[list[str]], channels: int, seed: int) -> tuple[tuple[str, ...], Tensor]:
+    """The words of sentences that end with "</s>", that first, and Word2Vec's vectors [V, C]."""
+    from gensim.models import Word2Vec
+    from gensim.models.callbacks import CallbackAny2Vec
+
+    class Progress(CallbackAny2Vec):
+        def on_epoch_end(self, model: Word2Vec) -> None:
+            bar.update()
+
+    # Small sets need more passes to settle.
+    epochs = min(100, max(5, math.ceil(3_000_000 / sum(len(sentence) for sentence in sentences))))
+    with tqdm(total=epochs, desc="word vectors", unit="epoch", disable=None) as bar:
+        model = Word2Vec(
+            sentences,
+            vector_size=channels,
+            sg=1,
+            min_count=1,
+            epochs=epochs,
+            seed=seed,
+            workers=1,
+            hashfxn=lambda word: zlib.crc32(word.encode()),
+            callbacks=[Progress()],
+        )
+    vocabulary = (END, *(word for word in model.wv.index_to_key if word != END))
+    return vocabulary, torch.from_numpy(model.wv[vocabulary])
+
+
 def _words(text: str, tokens: int, argument: str) -> list[str]:
     """Words and holes of a text, then "</s>" up to L."""
     words = tokenize(text)
@@ -225,16 +239,20 @@ def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
     remedy = "restore the checkpoint"
     try:
         vocabulary = json.loads(words_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError("checkpoint", words_file, remedy, f"cannot be read ({error})") from None
+    except OSError as error:
+        raise unreadable("checkpoint", words_file, error, remedy) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError("checkpoint", words_file, remedy, f"is not readable JSON ({error})") from None
     is_list = isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)
     if not is_list or vocabulary[:1] != [END] or len(set(vocabulary)) != len(vocabulary):
         problem = f"is not a list of distinct words that starts with {END!r}"
         raise InputError("checkpoint", words_file, remedy, problem)
     try:
-        vectors = load_file(vectors_file).get("vectors")
-    except (OSError, SafetensorError) as error:
-        raise InputError("checkpoint", vectors_file, remedy, f"cannot be read ({error})") from None
+        vectors = load_tensors(vectors_file)[0].get("vectors")
+    except OSError as error:
+        raise unreadable("checkpoint", vectors_file, error, remedy) from None
+    except SafetensorError as error:
+        raise InputError("checkpoint", vectors_file, remedy, f"is damaged or truncated ({error})") from None
     fits = vectors is not None and vectors.dtype == torch.float32 and vectors.ndim == 2
     if not fits or len(vectors) != len(vocabulary) or not vectors.isfinite().all():
         words = f"each of the {len(vocabulary)} words of {words_file.name}"
@@ -278,14 +296,44 @@ def separate(x: Tensor, least: float = 0.5, steps: int = 100) -> Tensor:
     Stops after `steps` rounds: many vectors do not fit into few channels. Returns float32 [V, C].
     """
     radius = math.sqrt(x.shape[1])
+    aim = 1.05 * least * radius  # 5 % further than needed, so that the rounds end
+    reach = 1.001 * aim  # some room for rounding
     x = torch.nn.functional.normalize(x.float()) * radius  # [V, C]
-    for _ in range(steps):
-        nearest = [(part @ x.T).topk(2).indices[:, 1] for part in x.split(1024)]  # beside itself; bounds memory
-        apart = x - x[torch.cat(nearest)]  # [V, C]
-        distance = apart.norm(dim=1, keepdim=True).clamp_min(1e-6)  # [V, 1]
-        if (distance >= least * radius).all():
-            break
-        # Both of a mutual pair move, each the half way, and 5 % further so that the rounds end.
-        push = (1.05 * least * radius / distance - 1).clamp_min(0) / 2
-        x = torch.nn.functional.normalize(x + push * apart) * radius
+    room = torch.zeros(len(x))  # [V], at most the distance to the nearest vector
+    with tqdm(desc="parting words", unit="word", disable=None) as bar:
+        for step in range(steps):
+            # Most are far from all others and need no second look until they and others have moved that far.
+            rows = (room < reach).nonzero()[:, 0]  # [n]
+            bar.reset(len(rows))
+            bar.set_postfix_str(f"round {step + 1}")
+            room[rows], nearest = _nearest_others(x, rows, reach, bar)
+            rows, nearest = rows[room[rows] < reach], nearest[room[rows] < reach]  # [m]
+            apart = x[rows] - x[nearest]  # [m, C]
+            distance = apart.norm(dim=1, keepdim=True).clamp_min(1e-6)  # [m, 1]
+            if (distance >= least * radius).all():
+                break
+            # Both of a mutual pair move, each the half way.
+            moved = x.clone()
+            moved[rows] += (aim / distance - 1).clamp_min(0) / 2 * apart
+            moved = torch.nn.functional.normalize(moved) * radius
+            path = (moved - x).norm(dim=1)  # [V]
+            room -= path + path.max()
+            x = moved
     return x
+
+
+def _nearest_others(x: Tensor, rows: Tensor, reach: float, bar: tqdm) -> tuple[Tensor, Tensor]:
+    """Distance and index [n] of the vector nearest to each of x[rows], all of one norm; the index is 0 beyond reach."""
+    radius_squared = x.shape[1]
+    distances, indices = [], []
+    for part in rows.split(max(1, PRODUCTS // len(x))):
+        products = x[part] @ x.T  # [n, V]
+        products[torch.arange(len(part)), part] = -torch.inf
+        distance = (2 * (radius_squared - products.amax(1))).clamp_min(0).sqrt()  # [n]
+        close = distance < reach  # for the others, no index is needed: amax is much faster than argmax
+        index = torch.zeros_like(part)
+        index[close] = products[close].argmax(1)
+        distances.append(distance)
+        indices.append(index)
+        bar.update(len(part))
+    return torch.cat(distances), torch.cat(indices)

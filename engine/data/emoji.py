@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from engine.codecs.text import tokenize
 from engine.errors import InputError
+from engine.files import is_file, unreadable
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMES = Path("/usr/share/unicode/cldr/common")
@@ -122,7 +123,7 @@ class Renderer:
             remedy = "install Pillow's own wheel, with FriBiDi (Debian: libfribidi0)"
             problem = "cannot be used: Pillow lacks the RAQM text layout, without which flags and families do not form"
             raise InputError("font", font, remedy, problem)
-        if not os.path.isfile(font):
+        if not is_file(font, "font"):
             remedy = "install Debian's fonts-noto-color-emoji or give the font"
             raise InputError("font", font, remedy, "is not a file")
         try:
@@ -194,9 +195,9 @@ def _require_replaceable(out: Path) -> None:
 def _parse(path: Path) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
-    except OSError:
+    except OSError as error:
         remedy = "install Debian's unicode-cldr-core or give CLDR's `common` folder"
-        raise InputError("names", path.parents[1], remedy, f"has no {'/'.join(path.parts[-2:])}") from None
+        raise unreadable("names", path, error, remedy) from None
     except ElementTree.ParseError as error:
         raise InputError("names", path, "install it again", f"is not XML ({error})") from None
 

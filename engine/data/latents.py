@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from engine.data.augment import Augmentation, augment
 from engine.data.coco import CocoCaptions
 from engine.data.record import record_of
 from engine.errors import InputError
+from engine.files import save_tensors
 from engine.images import fit_image, to_levels
 
 BATCH = 64  # images encoded at a time
@@ -165,9 +165,7 @@ def _write_shard(path: Path, dataset: CocoCaptions, encode, images: Iterator[tup
         "latents": encoded.unflatten(0, (len(places), -1)) if places else encoded,
         "items": torch.tensor(places, dtype=torch.int64),
     }
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, metadata={"skipped": json.dumps(skipped)})
-    unfinished.replace(path)
+    save_tensors(path, tensors, {"skipped": json.dumps(skipped)})
 
 
 def _is_complete(path: Path) -> bool:

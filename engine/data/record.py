@@ -22,14 +22,14 @@ def record_of(dataset: CocoCaptions, before: Mapping[str, list] | None = None) -
         try:
             status = os.stat(item.path)
             facts = [status.st_size, status.st_mtime_ns]
-            known = before.get(str(item.image_id), [None, None])
+            known = before.get(item.image_id, [None, None])
             digest = known[2] if known[:2] == facts else hashlib.sha256(item.path.read_bytes()).hexdigest()
         except OSError:
             facts, digest = [0, 0], ""
         return [*facts, digest, captions]
 
     with ThreadPoolExecutor() as threads:  # hashing and reading release Python's lock
-        return dict(zip((str(item.image_id) for item in dataset.items), threads.map(entry, dataset.items), strict=True))
+        return dict(zip((item.image_id for item in dataset.items), threads.map(entry, dataset.items), strict=True))
 
 
 def differences(before: Mapping[str, list], now: Mapping[str, list]) -> str:

@@ -13,11 +13,11 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.config import Modality, ModelConfig, UViTConfig
 from engine.errors import InputError
+from engine.files import load_tensors, unreadable
 from engine.model.blocks import (
     GATE_ATTENTION,
     GATE_MLP,
@@ -60,11 +60,11 @@ def load_uvit(path: str | PathLike, text_tokens: int = 77) -> UViT:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            weights = load_file(path)
+            weights, _ = load_tensors(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError("init", path, "give a file of U-ViT or UniDiffuser weights", "does not exist") from None
+    except OSError as error:
+        raise unreadable("init", path, error, "give a file of U-ViT or UniDiffuser weights") from None
     except Exception:  # a file from elsewhere can be wrong in any way; PyTorch's advice would be to run what it holds
         problem = "is damaged or holds more than weights"
         raise InputError("init", path, "give a file of U-ViT or UniDiffuser weights", problem) from None

@@ -12,10 +12,11 @@ from engine.config import Config
 from engine.data.augment import augment
 from engine.data.coco import CocoCaptions
 from engine.errors import InputError, errors_named
+from engine.files import write_atomically
 from engine.images import fit_image, grid, to_image, to_levels
 from engine.training.options import image_and_text
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, StageOptions, plot_curve, write_atomically
+from engine.training.stage import Stage, StageOptions, plot_curve
 
 # Standard deviation of the noise that training adds to the latents, so that the decoder tolerates the small errors of a
 # denoiser.

@@ -1,12 +1,12 @@
 """`TrainOptions`: what a training run is made from, checked. Imports no torch."""
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import Config
 from engine.errors import InputError
+from engine.files import is_file
 from engine.presets import PRESETS
 from engine.training.recipes import RECIPES, Recipe
 
@@ -32,7 +32,8 @@ class TrainOptions:
     batch: int | None = None  # samples per step of the denoiser
     learning_rate: float | None = None  # of the denoiser
     accumulate: int | None = None  # micro-batches per step of the denoiser
-    autoencoder_steps: int | None = None  # optimiser steps of the autoencoder
+    autoencoder_steps: int | None = None  # optimiser steps of the autoencoder; None: the recipe's, like the next one
+    autoencoder_learning_rate: float | None = None
     save_every: int = 250  # steps between saves of the state, with sample images
     compile: bool = False  # torch.compile of the denoiser
     seed: int = 0
@@ -55,9 +56,10 @@ class TrainOptions:
             self._require_whole(key, 1, MAX_BATCH, optional=True)
         self._require_whole("save_every", 1, MAX_STEPS)
         self._require_whole("seed", 0, MAX_SEED)
-        rate = self.learning_rate
-        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
-            raise InputError("learning_rate", rate, "use a number above 0", "is out of range")
+        for key in ("learning_rate", "autoencoder_learning_rate"):
+            rate = getattr(self, key)
+            if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
+                raise InputError(key, rate, "use a number above 0", "is out of range")
         object.__setattr__(self, "config", self.config or PRESETS[self.preset])
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
         image_and_text(self.config)
@@ -65,7 +67,7 @@ class TrainOptions:
     @property
     def init_has_codecs(self) -> bool:
         """Whether the run starts from a checkpoint folder, whose codecs it then uses."""
-        return self.init is not None and not os.path.isfile(self.init)  # not Path's, which raises for a long name
+        return self.init is not None and not is_file(self.init, "init")
 
     def _changed(self, recipe: Recipe) -> Recipe:
         """The recipe with the settings that were given."""
@@ -82,8 +84,13 @@ class TrainOptions:
             remedy = "give autoencoder, the folder or hub id of a diffusers autoencoder"
             raise InputError("preset", self.preset, remedy, "needs a trained autoencoder")
         if autoencoder is not None:
-            steps = self.autoencoder_steps or autoencoder.steps
-            autoencoder = replace(autoencoder, seed=self.seed, steps=steps)
+            steps, rate = self.autoencoder_steps, self.autoencoder_learning_rate
+            autoencoder = replace(
+                autoencoder,
+                seed=self.seed,
+                steps=steps or autoencoder.steps,
+                learning_rate=rate or autoencoder.learning_rate,
+            )
         return replace(recipe, denoiser=denoiser, autoencoder=autoencoder)
 
     def _require_whole(self, key: str, lowest: int, highest: int, optional: bool = False) -> None:

@@ -8,7 +8,6 @@ was killed at any moment resumes with the losses it would have had.
 import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.errors import InputError
+from engine.files import load_tensors, save_tensors, unreadable, write_atomically
 from engine.training.recipes import StageConfig
 
-STATE, CURVE = "state.safetensors", "curve.jsonl"
+STATE, CURVE, SETTINGS = "state.safetensors", "curve.jsonl", "settings.jsonl"
+MAY_CHANGE = {"steps", "learning_rate"}  # of a `StageConfig` when a stage is resumed
 SMOOTHING = 50  # steps over which plotted losses are averaged
 
 Losses = Callable[[torch.Generator, list[int]], dict[str, Tensor]]
@@ -42,12 +43,14 @@ class StageOptions:
 class Stage:
     """A module in training: its weights, their average, the optimiser and the loss curve, saved in one folder.
 
-    folder    holds `state.safetensors` and `curve.jsonl`; if it does already, the stage resumes from them
+    folder    holds `state.safetensors`, `curve.jsonl` (the losses of every step) and `settings.jsonl` (from which step
+              on the stage was trained with which settings); if it does already, the stage resumes from them
     module    the module to train, float32; its averaged copy is `stage.average`
     config    the `StageConfig`
     samples   size of the training set
     dtype     torch.bfloat16 computes the losses under autocast; the weights stay float32
-    Raises InputError about `folder` if the state there is damaged or is that of another module or config.
+    Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
+    number of steps and another learning rate are allowed: they hold from the saved step on.
     """
 
     def __init__(self, folder: Path, module: nn.Module, config: StageConfig, samples: int, dtype: torch.dtype):
@@ -61,6 +64,7 @@ class Stage:
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.step = 0
         self.curve: list[dict] = []
+        self.settings: list[dict] = [{"step": 0} | asdict(config)]
         self._epoch, self._epoch_order = -1, []
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
@@ -118,38 +122,38 @@ class Stage:
         return total
 
     def save(self) -> None:
-        """Writes the curve and the state, each to a temporary file that is then renamed: a kill leaves no half file."""
-        from safetensors.torch import save_file
-
+        """Writes the curve and the state, each whole or not at all."""
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        # The curve is written first: the state tells how many of its lines are valid.
-        write_atomically(self.folder / CURVE, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.curve)))
+        # The rows are written first: the state tells how many of them are valid.
+        for name, rows in ((CURVE, self.curve), (SETTINGS, self.settings)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(self.folder / name, lambda p, text=text: p.write_text(text))
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.folder / STATE, lambda p: save_file(tensors, p, metadata))
+        save_tensors(self.folder / STATE, tensors, metadata)
 
     def _restore(self) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        path = self.folder / STATE
+        path, remedy = self.folder / STATE, "delete it to restart this stage"
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                step, config = int(file.metadata()["step"]), json.loads(file.metadata()["config"])
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
-            raise InputError("folder", path, "delete it to restart this stage", f"is damaged ({error})") from None
+            tensors, metadata = load_tensors(path)
+            step, config = int(metadata["step"]), json.loads(metadata["config"])
+        except OSError as error:
+            raise unreadable("folder", path, error, remedy) from None
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
+            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
         try:
             self.module.load_state_dict(_with_prefix(tensors, "module."))
             self.average.load_state_dict(_with_prefix(tensors, "average."))
         except RuntimeError:
             raise InputError("folder", path, "use another folder", "was written by a model of another shape") from None
         now = json.loads(json.dumps(asdict(self.config)))
-        changed = [key for key in now if now[key] != config.get(key) and key != "steps"]  # steps may be added
-        if changed:
-            before, after = (", ".join(f"{key} {c.get(key)}" for key in changed) for c in (config, now))
+        changed = {key for key in now if now[key] != config.get(key)}
+        if refused := sorted(changed - MAY_CHANGE):
+            before, after = (", ".join(f"{key} {c.get(key)}" for key in refused) for c in (config, now))
             raise InputError(
                 "folder", path, "use the same settings or another folder", f"was trained with {before}, not {after}"
             )
@@ -158,17 +162,20 @@ class Stage:
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step, self.curve = step, self._read_curve(step)
+        self.step, self.curve = step, [row for row in self._read_rows(CURVE) if row["step"] <= step]
+        settings = self._read_rows(SETTINGS) if (self.folder / SETTINGS).exists() else []  # not in runs of version 0.1
+        self.settings = [row for row in settings if row["step"] < step] or [{"step": 0} | config]
+        if changed:
+            self.settings.append({"step": step} | now)
 
-    def _read_curve(self, steps: int) -> list[dict]:
-        """The saved losses of the first steps."""
-        curve = self.folder / CURVE
+    def _read_rows(self, name: str) -> list[dict]:
+        path, remedy = self.folder / name, f"delete {self.folder / STATE} to restart this stage"
         try:
-            rows = [json.loads(line) for line in curve.read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            remedy = f"delete {self.folder / STATE} to restart this stage"
-            raise InputError("folder", curve, remedy, f"cannot be read ({error})") from None
-        return [row for row in rows if row["step"] <= steps]
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except OSError as error:
+            raise unreadable("folder", path, error, remedy) from None
+        except ValueError as error:
+            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
 
     def _batch_indices(self) -> list[int]:
         """The samples of this step: the training set in epochs, each shuffled by its own seed."""
@@ -186,15 +193,6 @@ class Stage:
         # A lower decay in the first steps, (1 + s)/(10 + s), as in TensorFlow's ExponentialMovingAverage.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, flushes that file to disk and renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.writing")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextmanager

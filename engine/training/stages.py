@@ -8,7 +8,6 @@ Each stage resumes where it was interrupted.
 
 import hashlib
 import json
-import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +28,7 @@ from engine.data.record import differences, record_of
 from engine.device import DTYPES, resolve
 from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.errors import InputError, errors_named
+from engine.files import is_file, unreadable, write_atomically
 from engine.images import grid
 from engine.model.convert import initialise_from, load_uvit
 from engine.model.denoiser import build
@@ -42,7 +42,7 @@ from engine.training.autoencoder import train_autoencoder
 from engine.training.examples import Examples, shortened
 from engine.training.options import TrainOptions, image_and_text
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, StageOptions, plot_curve, run_lock, write_atomically
+from engine.training.stage import Stage, StageOptions, plot_curve, run_lock
 
 PROMPTS, JOINT_SAMPLES = 24, 16  # in the denoiser's sample sheets
 # What else makes a run the same one, beside the settings that `Stage` checks.
@@ -201,7 +201,9 @@ def copy_codecs(source: Path, run: Path, config: Config) -> None:
         folder = _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
-            shutil.copytree(codec_folder(source, codec, name), unfinished, dirs_exist_ok=True)
+            unfinished.mkdir(parents=True, exist_ok=True)
+            for file in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
+                shutil.copyfile(file, unfinished / file.name)  # without its mode: the source may be read-only
             unfinished.rename(folder)
 
 
@@ -230,7 +232,7 @@ def _initial_network(source: Path, config: Config) -> PSUNet | UViT:
     Raises InputError about `init` if it does not fit the config.
     """
     remedy = "use the preset it was trained with"
-    if os.path.isfile(source):  # not Path.is_file, which raises for a name that is too long
+    if is_file(source, "init"):
         network, same_codecs = load_uvit(source, config.model.modality(image_and_text(config)[1]).tokens), True
         remedy = "use the preset of this U-ViT's shape, or that of a PS-U-Net"
     else:
@@ -271,5 +273,7 @@ def _recorded(file: Path):
     """The content of a JSON file of the run, None if there is none yet."""
     try:
         return json.loads(file.read_text()) if file.exists() else None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable("out", file, error, "give another folder") from None
+    except (ValueError, RecursionError) as error:
         raise InputError("out", file, "delete it to resume with these options", f"cannot be read ({error})") from None

@@ -1,0 +1,86 @@
+"""Files: written whole or not at all, in the mode that the umask gives; read with errors that say what is wrong.
+
+Imports no torch.
+"""
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with the path of a temporary file, flushes that file to disk and renames it to `path`.
+
+    The file is in a folder of its own beside `path`: what a killed process has left there, such as the temporary files
+    that safetensors makes, is removed by the next write. It gets the mode of a new file, which safetensors does not.
+    """
+    folder = path.with_name(f".{path.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        temporary = folder / path.name
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        write(temporary)
+        temporary.chmod(mode)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def load_tensors(path: str | PathLike) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises OSError as `open` does, where safetensors takes every file that it cannot open for a missing one, and
+    safetensors.SafetensorError for a damaged one.
+    """
+    from safetensors import safe_open
+
+    with open(path, "rb"), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+def unreadable(argument: str, path: object, error: OSError, remedy: str) -> InputError:
+    """The InputError for a file that cannot be opened; `remedy` is for one that is not there."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return InputError(argument, path, remedy, "does not exist")
+    remedy = "make it readable" if isinstance(error, PermissionError) else remedy
+    return InputError(argument, path, remedy, f"cannot be read ({error.strerror or error})")
+
+
+def is_file(path: str | PathLike, argument: str) -> bool:
+    """As os.path.isfile; InputError about `argument` where permissions hide the answer."""
+    return stat.S_ISREG(_mode(path, argument))
+
+
+def is_folder(path: str | PathLike, argument: str) -> bool:
+    """As os.path.isdir; InputError about `argument` where permissions hide the answer."""
+    return stat.S_ISDIR(_mode(path, argument))
+
+
+def _mode(path: str | PathLike, argument: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except PermissionError as error:
+        raise unreadable(argument, Path(path), error, "") from None
+    except (OSError, ValueError):  # missing, or no name that a file can have
+        return 0
