@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.codecs.codec import Codec, load_codec
 from engine.config import Config, ModelConfig
-from engine.device import all_finite
+from engine.device import all_finite, shape_difference
 from engine.errors import InputError, shown
 from engine.files import is_folder, load_tensors, save_tensors, unreadable, write_atomically
 from engine.model.denoiser import build
@@ -99,12 +99,9 @@ def _read_network(path: Path, config: ModelConfig) -> nn.Module:
         raise InputError("checkpoint", path, "copy it again", f"is damaged or truncated ({error})") from None
     with torch.device("meta"):  # no time is spent on weights that are about to be replaced
         network = build(config)
-    expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
-    if expected != found:
-        name = min(expected.items() ^ found.items())[0]
-        shapes = f"{name} is {found.get(name, 'missing')}, should be {expected.get(name, 'absent')}"
-        raise InputError("checkpoint", path, "copy the folder again", f"does not fit config.json: {shapes}")
+    difference = shape_difference(network.state_dict(), weights)
+    if difference:
+        raise InputError("checkpoint", path, "copy the folder again", f"does not fit config.json: {difference}")
     if not all_finite(weights):
         problem = "holds values that are not finite floats of 16 bits or more"
         raise InputError("checkpoint", path, "copy it again", problem)

@@ -25,9 +25,14 @@ def _uvit(modalities: tuple[Modality, ...], blocks: int, dim: int, uvit: UViTCon
 
 # 256 px MS-COCO latents (4×32×32, patch 2) and 64 words of Word2Vec-64; L = 320.
 COCO = Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)
+# The same images with CLIP's 77 sub-words of 768 channels, as in the published text-to-image U-ViTs; L = 333.
+COCO_CLIP = COCO[0], Modality("text", 77, 768, depth=0)
 # 64 px emoji (8×8×8 latents, patch 2) and names of up to 16 words.
 EMOJI = Modality("image", 16, 32, depth=0), Modality("text", 16, 32, depth=0)
 TINY = Modality("image", 16, 4, depth=0), Modality("text", 6, 8, depth=0)
+
+# U-ViT for text-to-image: the text is a condition, the last layer a convolution.
+T2I = UViTConfig(timed=("image",), predicted=("image",), patch=2)
 
 INDEPENDENT = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "independent")
 CONDITIONAL = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "conditional")
@@ -56,10 +61,9 @@ PRESETS: dict[str, Config] = {
     "uvit-multi-coco256": Config(_uvit(COCO, 13, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),
     # The same at depth 16.
     "uvit-multi-deep-coco256": Config(_uvit(COCO, 17, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),
-    # U-ViT for text-to-image: the text is a condition, the last layer a convolution.
-    "uvit-t2i-coco256": Config(
-        _uvit(COCO, 13, 512, UViTConfig(("image",), ("image",), patch=2)), CONDITIONAL, _codecs(256, 2), TOGETHER
-    ),
+    # The shapes of the published U-ViT-S/2 and U-ViT-S/2 (Deep) on MS-COCO.
+    "uvit-t2i-coco256": Config(_uvit(COCO_CLIP, 13, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
+    "uvit-t2i-deep-coco256": Config(_uvit(COCO_CLIP, 17, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
     # As many blocks and skips as `emoji`, all of them shared.
     "uvit-emoji": Config(_uvit(EMOJI, 15, 192), COSINE_INDEPENDENT, _codecs(64, 2), TEXT_FIRST),
     # For tests: trained in seconds.

@@ -24,6 +24,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", type=path, required=True, metavar="RUN", help="folder of the run; an interrupted run is resumed")
     add("--autoencoder", type=name, metavar="DIR", help="a trained diffusers autoencoder: a folder or a hub id")
     add("--init", type=path, metavar="DIR", help="start from a checkpoint, or a U-ViT weights file")
+    add("--init-heads", type=int, metavar="N", help="attention heads of the weights file (default: the preset's)")
     add("--steps", type=int, help="optimiser steps of the denoiser")
     add("--batch", type=int, help="samples per step of the denoiser")
     add("--learning-rate", type=float, help="of the denoiser")

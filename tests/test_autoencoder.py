@@ -126,6 +126,55 @@ def test_a_config_that_no_tokens_can_be_counted_from_is_named(folder, key, value
     assert str(folder / "config.json") in str(error.value) and key in str(error.value)
 
 
+MONSTERS = [
+    ("AutoencoderKL", "layers_per_block", 10**6),
+    ("AutoencoderKL", "layers_per_block", 251),  # 2 levels, both sides
+    ("AutoencoderKL", "block_out_channels", [8, 10**9]),
+    ("AutoencoderKL", "norm_num_groups", 10**9),
+    ("AutoencoderTiny", "num_encoder_blocks", [1, 1, 10**6]),
+    ("AutoencoderTiny", "num_decoder_blocks", [400, 400, 400]),
+    ("AutoencoderTiny", "decoder_block_out_channels", [8, 8, 10**6]),
+    ("AutoencoderTiny", "upsampling_scaling_factor", 1000),
+    ("AutoencoderDC", "encoder_layers_per_block", [10**6, 1, 1]),
+    ("AutoencoderDC", "decoder_layers_per_block", [0, 1, -(10**6)]),
+    ("AutoencoderDC", "decoder_block_out_channels", [8, 8, 16, 16]),
+    ("AutoencoderDC", "encoder_qkv_multiscales", [[], [], [10**6]]),
+    ("AutoencoderDC", "decoder_qkv_multiscales", [[], [], [3] * 1000]),
+    ("AutoencoderDC", "attention_head_dim", 10**9),
+    ("AutoencoderDC", "in_channels", 10**9),
+]
+
+
+@pytest.mark.parametrize("kind, key, value", MONSTERS)
+def test_a_config_that_describes_a_monster_is_refused_unbuilt(folders, tmp_path, kind, key, value):
+    config = json.loads((folders[kind] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=f"config.json has {key} ") as error:
+        SavedAutoencoder.open(tmp_path)
+    assert error.value.argument == "checkpoint"
+
+
+VIT = {"encoder_block_types": "EfficientViTBlock"}
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("AutoencoderKL", {"block_out_channels": [65_536, 65_536]}),
+        ("AutoencoderTiny", {"encoder_block_out_channels": [65_536] * 3}),
+        ("AutoencoderDC", {"encoder_qkv_multiscales": [[], [65_535], []], "attention_head_dim": 4} | VIT),
+    ],
+)
+def test_no_memory_is_taken_before_the_weights_are_known_to_fit(folders, tmp_path, kind, changes):
+    """Within the bounds of each number, but of hundreds of gigabytes."""
+    for file in folders[kind].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match="has weights that do not fit its config.json: (de|en)coder"):
+        SavedAutoencoder.open(tmp_path).build()
+
+
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_what_a_config_leaves_out_is_as_diffusers_has_it(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))

@@ -1,23 +1,19 @@
 """Conversion: published weights predict what their own networks do, and a PS-U-Net starts from a U-ViT's blocks."""
 
 import math
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from denoisers import drawn, predict
+from uvit_cases import DIM, LATENTS, PATCH, SIDE, TOKENS, WORDS, published_weights
 
 from engine.config import Modality, ModelConfig, UViTConfig
 from engine.errors import InputError
-from engine.model.convert import convert_uvit, initialise_from, load_uvit
+from engine.model.convert import convert_uvit, initialise_from, not_copied
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
-
-DIM, LATENTS, SIDE, PATCH, WORDS = 128, 3, 8, 2, 5
-TOKENS = (SIDE // PATCH) ** 2
 
 
 class Published:
@@ -103,48 +99,6 @@ def latents_of(tokens):
     return latents
 
 
-def published_weights(joint=False, depth=4, conv=True):
-    generator = torch.Generator().manual_seed(depth)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
-    weights = {"patch_embed.proj.weight": random(DIM, LATENTS, PATCH, PATCH), "patch_embed.proj.bias": random(DIM)}
-
-    def linear(name, out, into, bias=True):
-        weights[f"{name}.weight"] = random(out, into)
-        if bias:
-            weights[f"{name}.bias"] = random(out)
-
-    def norm(name):
-        weights[f"{name}.weight"], weights[f"{name}.bias"] = 1 + random(DIM), random(DIM)
-
-    sides = [f"{side}_blocks.{i}" for side in ("in", "out") for i in range(depth // 2)]
-    for block in ("mid_block", *sides):
-        linear(f"{block}.attn.qkv", 3 * DIM, DIM, bias=False)
-        linear(f"{block}.attn.proj", DIM, DIM)
-        linear(f"{block}.mlp.fc1", 4 * DIM, DIM)
-        linear(f"{block}.mlp.fc2", DIM, 4 * DIM)
-        skip = block.startswith("out")
-        if skip:
-            linear(f"{block}.skip_linear", DIM, 2 * DIM)
-        for name in ("norm1",) * (skip or not joint) + ("norm2",) + ("norm3",) * joint:
-            norm(f"{block}.{name}")
-    norm("norm")
-    linear("decoder_pred", PATCH * PATCH * LATENTS, DIM)
-    if joint:
-        linear("text_embed", DIM, 7), linear("text_out", 7, DIM)
-        linear("clip_img_embed", DIM, 9), linear("clip_img_out", 9, DIM)
-        weights |= {"token_embedding.weight": random(2, DIM), "pos_embed_token": random(1, 1, DIM)}
-        weights["pos_embed"] = random(1, 2 + WORDS + 1 + TOKENS, DIM)
-    else:
-        linear("context_embed", DIM, 7)
-        weights["pos_embed"] = random(1, 1 + WORDS + TOKENS, DIM)
-        if conv:
-            weights["final_layer.weight"], weights["final_layer.bias"] = random(LATENTS, LATENTS, 3, 3), random(LATENTS)
-    return weights
-
-
 IMAGE, TEXT, CLIP = drawn(2, TOKENS, PATCH**2 * LATENTS), drawn(2, WORDS, 7), drawn(2, 1, 9)
 T_IMAGE, T_TEXT = torch.tensor([1, 1000]), torch.tensor([700, 250])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -172,67 +126,6 @@ def test_unidiffuser_predicts_what_the_published_network_does():
         torch.testing.assert_close(prediction, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_weights_are_read_from_files_of_either_kind(tmp_path, suffix):
-    from safetensors.torch import save_file
-
-    weights, path = published_weights(), tmp_path / f"nnet.{suffix}"
-    (torch.save if suffix == "pth" else save_file)(weights, path)
-    torch.testing.assert_close(load_uvit(path, WORDS).state_dict(), convert_uvit(weights, WORDS).state_dict())
-
-
-class Unsafe:
-    def __reduce__(self):
-        return Path.touch, (Path("ran-code"),)
-
-
-def test_a_pickle_that_would_run_code_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"pos_embed": Unsafe()}, "nnet.pth")
-    with pytest.raises(InputError, match="^init: nnet.pth is damaged or holds more than weights; give a file of U-ViT"):
-        load_uvit("nnet.pth")
-    assert not Path("ran-code").exists()
-
-
-def test_what_is_not_weights_is_refused_without_advice_to_unpickle_it(tmp_path):
-    torch.save({"weights": torch.nn.Linear(1, 1)}, tmp_path / "more.pth")
-    (tmp_path / "a.png").write_bytes(bytes(range(255)))
-    (tmp_path / "cut.safetensors").write_bytes(b"\x40" + bytes(7) + b"{")
-    for name in ("more.pth", "a.png", "cut.safetensors"):
-        with pytest.raises(InputError) as error:
-            load_uvit(tmp_path / name)
-        assert (error.value.argument, error.value.value) == ("init", tmp_path / name)
-        assert "weights_only" not in str(error.value) and "; give " in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (lambda w: w.pop("mid_block.mlp.fc1.weight"), "mid_block.mlp.fc1.weight"),
-        (lambda w: w.pop("in_blocks.1.attn.proj.bias"), "in_blocks.1.proj.bias"),
-        (lambda w: w.update({"time_embed.0.weight": drawn(4, 4)}), "time_embed.0.weight"),
-        (lambda w: w.update(pos_embed=drawn(1, 99, DIM)), "93 image tokens"),
-        (lambda w: w.clear(), "patch_embed.proj.weight"),
-    ],
-)
-def test_weights_of_another_network_are_named(tmp_path, change, named):
-    weights = published_weights()
-    change(weights)
-    torch.save(weights, tmp_path / "nnet.pth")
-    with pytest.raises(InputError, match=re.escape(named)) as error:
-        load_uvit(tmp_path / "nnet.pth", WORDS)
-    assert (error.value.argument, error.value.value) == ("init", tmp_path / "nnet.pth")
-    assert str(error.value).count("\n") == 0
-    with pytest.raises(InputError, match=re.escape(named)) as error:
-        convert_uvit(weights, WORDS)
-    assert error.value.argument == "weights"
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"^init: .*nowhere.pth does not exist; give "):
-        load_uvit(tmp_path / "nowhere.pth")
-
-
 UVIT = UViTConfig(("image", "text"), ("image", "text"))
 
 
@@ -252,12 +145,8 @@ def test_a_ps_u_net_without_branch_blocks_starts_as_the_u_vit_does(time):
     with torch.no_grad():
         for p in source.parameters():
             p.add_(0.05 * torch.randn_like(p))
-        source.norm.reset_parameters()  # PS-U-Net's last norms are its own
         source.position[:2] = 0
-    copied = initialise_from(model, source)
-    assert {"shared_in.0", "shared_middle.0", "shared_out.0", "branches.image.head", "branches.text.position"} <= {
-        *copied
-    }
+    assert not_copied(model, source, initialise_from(model, source)) == []
     parts = {"image": drawn(2, 16, 8), "text": drawn(2, 5, 3)}
     times = {"image": torch.tensor([400, 400]), "text": torch.tensor([400, 400])}
     got, wanted = predict(model.eval(), parts, times), predict(source.eval(), parts, times)
@@ -278,6 +167,29 @@ def test_blocks_are_matched_from_the_outside_and_out_blocks_mirrored():
         "branches.text.in_blocks.0.proj.bias": 0, "branches.text.out_blocks.0.proj.bias": 6,
         "shared_in.0.proj.bias": 2, "shared_middle.0.proj.bias": 3, "shared_out.0.proj.bias": 4,
     }  # fmt: skip
+
+
+def test_what_does_not_fit_a_ps_u_net_is_named_by_its_kind():
+    model, source = networks((2, 1), 5)
+    weights = published_weights(dim=64, tokens=16, latents=2, words=77, depth=4)  # image 16 × 8 as in the model
+    source = convert_uvit(weights)
+    before = model.branches["text"].embed.weight.clone()
+    assert not_copied(model, source, initialise_from(model, source)) == [
+        "blocks shared_in.0, shared_in.1, shared_out.0, shared_out.1: the U-ViT has 5 blocks",
+        "embedding of text (5 × 3): the U-ViT has 77 × 7",
+        "positions of text (5 × 3): the U-ViT has 77 × 7",
+        "head of text (5 × 3): the U-ViT has 77 × 7 and predicts image",
+        "the U-ViT's last convolution: a PS-U-Net has none",
+    ]
+    assert torch.equal(model.branches["text"].embed.weight, before)
+    assert torch.equal(model.branches["image"].head.weight, source.head["image"].weight)
+
+
+def test_blocks_of_a_u_vit_that_a_ps_u_net_has_no_place_for_are_counted():
+    (model, _), (_, source) = networks((1, 1), 1), networks((2, 2), 1)
+    assert not_copied(model, source, initialise_from(model, source)) == [
+        "2 blocks of the U-ViT: the PS-U-Net has fewer"
+    ]
 
 
 @pytest.mark.parametrize(

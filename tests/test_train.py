@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from uvit_cases import published_weights
 
 from engine import checkpoint, train
-from engine.config import UViTConfig
+from engine.config import Modality, UViTConfig
 from engine.data.latents import LatentCache
 from engine.presets import PRESETS
 from engine.training import autoencoder, stages
@@ -213,6 +214,68 @@ def test_a_u_vit_is_trained_and_a_ps_u_net_starts_from_it(images, tmp_path):
     torch.testing.assert_close(loaded.network.shared_middle[0].fc1.weight, source.network.middle.fc1.weight)
 
 
+T2I = UViTConfig(timed=("image",), predicted=("image",))  # U-ViT for text-to-image, without a last convolution
+
+
+def t2i_config():
+    """A preset's config with the model of a published text-to-image U-ViT, whose text is of other size."""
+    tiny, text = PRESETS["uvit-tiny"], Modality("text", 77, 8, depth=0)
+    model = replace(tiny.model, modalities=(tiny.model.modality("image"), text), uvit=T2I)
+    diffusion = replace(tiny.diffusion, time_sampling="conditional")
+    return replace(tiny, model=model, diffusion=diffusion, sampling=replace(tiny.sampling, order=()))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A file of the published names: 64 wide, 16 image tokens of 4 channels, 77 words of 8."""
+    file = tmp_path_factory.mktemp("published") / "nnet_ema.pth"
+    shape = {"dim": 64, "latents": 4, "patch": 1, "tokens": 16, "words": 77, "context": 8}
+    torch.save(published_weights(depth=2, conv=False, **shape), file)
+    return file
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_a_u_vit_starts_from_published_weights(images, run, published, tmp_path, heads):
+    given = {"autoencoder": str(run / "checkpoint" / "image"), "init": published, "init_heads": heads}
+    options = TrainOptions(images, tmp_path, "uvit-tiny", **given, steps=1, learning_rate=1e-9, config=t2i_config())
+    stages.train(options)
+    network = checkpoint.load(tmp_path / "checkpoint").network
+    assert network.config.head_dim == 64 // (heads or 1)
+    torch.testing.assert_close(network.embed["text"].weight, torch.load(published)["context_embed.weight"])
+
+
+def test_a_ps_u_net_starts_from_published_weights_as_far_as_they_fit(images, published, tmp_path, capsys):
+    options = ["--init", str(published), "--steps", "1", "--learning-rate", "1e-9"]
+    assert train_main(images, tmp_path, *options) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("init:")] == [
+        "init: not copied: blocks shared_in.0, shared_out.0: the U-ViT has 3 blocks",
+        "init: not copied: positions of text (6 × 8): the U-ViT has 77 × 8",
+        "init: not copied: head of text (6 × 8): the U-ViT has 77 × 8 and predicts image",
+    ]
+    network, weights = checkpoint.load(tmp_path / "checkpoint").network, torch.load(published)
+    torch.testing.assert_close(network.shared_middle[0].fc1.weight, weights["mid_block.mlp.fc1.weight"])
+    torch.testing.assert_close(network.branches["image"].head.weight, weights["decoder_pred.weight"])
+
+
+def test_published_weights_that_do_not_fit_are_refused_before_any_work(images, published, tmp_path, capsys):
+    folder, options = tmp_path / "run", ["--data", str(images), "--out", str(tmp_path / "run")]
+    for preset, message in (
+        ("uvit-tiny", "text 77 × 8, depth 0; timed ('image',); predicted ('image',), where the preset has text 6 × 8"),
+        ("emoji", f"--init: {published} does not fit: heads 3 does not divide the width of 64; use the preset"),
+    ):
+        line = refusal(capsys, *SHORT, *options, "--preset", preset, "--init", str(published))
+        assert message in line and not folder.exists()
+
+
+def test_a_folder_of_another_program_is_refused_by_the_files_it_has(images, tmp_path, capsys):
+    for name in ("nnet.pth", "optimizer.pth", "nnet_ema.pth", "log.txt"):
+        (tmp_path / name).touch()
+    options = ["--data", str(images), "--out", str(tmp_path / "run"), "--init", str(tmp_path)]
+    line = refusal(capsys, *SHORT, *options)
+    assert "give one of its files of weights (nnet.pth, nnet_ema.pth, optimizer.pth)" in line
+
+
 def refusal(capsys, *arguments):
     """The single line on stderr of a refused command."""
     capsys.readouterr()
@@ -375,11 +438,7 @@ def test_modalities_of_other_names_are_trained_by_their_codecs(images, tmp_path,
 
 
 def test_a_model_of_images_given_text_is_trained(images, run, tmp_path):
-    tiny = PRESETS["uvit-tiny"]
-    uvit = UViTConfig(timed=("image",), predicted=("image",))
-    diffusion = replace(tiny.diffusion, time_sampling="conditional")
-    sampling = replace(tiny.sampling, order=())
-    config = replace(tiny, model=replace(tiny.model, uvit=uvit), diffusion=diffusion, sampling=sampling)
+    config = t2i_config()
     autoencoder = str(run / "checkpoint" / "image")
     options = TrainOptions(images, tmp_path, "uvit-tiny", autoencoder, steps=1, dtype="float32", config=config)
     stages.train(options)

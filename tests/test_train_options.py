@@ -101,6 +101,21 @@ def test_an_autoencoder_beside_a_checkpoint_to_start_from_is_refused(tmp_path):
         options(init=tmp_path, autoencoder="other")
 
 
+def test_heads_are_for_a_file_of_weights_and_divide_the_width(tmp_path):
+    weights = tmp_path / "nnet.pth"
+    weights.touch()
+    assert options(init=weights, init_heads=2).config.model.head_dim == 32  # tiny is 64 wide
+    for init, heads, message in (
+        (weights, 7, "7 does not divide the width; use a divisor of 64"),
+        (weights, 0, "0 is out of range; use a whole number from 1 to 64"),
+        (weights, 6.0, "6.0 is out of range"),
+        (None, 3, "3 is for files of weights only; leave it out"),
+        (tmp_path / "run", 3, "3 is for files of weights only; leave it out"),
+    ):
+        with pytest.raises(InputError, match=f"^init_heads: {message}"):
+            options(init=init, init_heads=heads)
+
+
 def with_codecs(**kinds: str):
     """The tiny config with modalities of these names and kinds of codec."""
     modalities = tuple(Modality(name, 16, 4, depth=1) for name in kinds)

@@ -7,17 +7,19 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from engine.config import MAX_CHANNELS
-from engine.device import all_finite
+from engine.config import MAX_BLOCKS, MAX_CHANNELS
+from engine.device import all_finite, shape_difference
 from engine.errors import InputError, shown
-from engine.files import is_folder, load_tensors, save_tensors, unreadable
+from engine.files import is_folder, save_tensors, unreadable
 
 # The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
 AUTOENCODERS: dict[str, dict] = {
@@ -32,6 +34,16 @@ AUTOENCODERS: dict[str, dict] = {
     },
 }  # fmt: skip
 MAX_LEVELS = 16  # of an autoencoder's resolutions, far above all that exist
+# The keys of the three classes that size their layers, and those that count layers: of all levels alike, or of each.
+SIZES = (
+    "in_channels", "out_channels", "latent_channels", "block_out_channels", "encoder_block_out_channels",
+    "decoder_block_out_channels", "norm_num_groups", "attention_head_dim", "upsampling_scaling_factor",
+    "encoder_qkv_multiscales", "decoder_qkv_multiscales",
+)  # fmt: skip
+LAYERS = (
+    "layers_per_block", "num_encoder_blocks", "num_decoder_blocks", "encoder_layers_per_block",
+    "decoder_layers_per_block",
+)  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REMEDY = "copy the autoencoder folder again"
 
@@ -90,6 +102,7 @@ class SavedAutoencoder:
             raise InputError("checkpoint", file, remedy, f"describes a {shown(kind)}")
         try:
             latents = LatentSpace.of(config, kind)
+            _check_sizes(config)
         except InputError as error:
             problem = f"has {error.argument} {shown(error.value)}, which cannot be used"
             raise InputError("checkpoint", file, error.remedy, problem) from None
@@ -105,20 +118,26 @@ class SavedAutoencoder:
             except (OSError, ValueError) as error:
                 remedy = "give the folder of a diffusers autoencoder"
                 raise InputError("checkpoint", self.source, remedy, f"cannot be downloaded ({error})") from None
+        path = self.source / WEIGHTS
         try:
             # Only known parameters: some diffusers classes save more than these, and then warn about it.
             known = inspect.signature(kind.__init__).parameters
-            autoencoder = kind.from_config({key: value for key, value in self.config.items() if key in known})
+            with torch.device("meta"):  # no memory is taken until the file is known to have these weights
+                autoencoder = kind.from_config({key: value for key, value in self.config.items() if key in known})
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             problem = f"does not describe a working {name} ({error})"
             raise InputError("checkpoint", self.source / "config.json", REMEDY, problem) from None
-        weights = _read_weights(self.source / WEIGHTS)
-        expected = {(name, w.shape) for name, w in autoencoder.state_dict().items()}
-        differing = expected ^ {(name, w.shape) for name, w in weights.items()}
-        if differing:
-            problem = f"has weights that do not fit its config.json (first difference: {min(differing)[0]})"
-            raise InputError("checkpoint", self.source, REMEDY, problem)
-        autoencoder.load_state_dict(weights)
+        with _open_weights(path) as file:
+            names = list(file.keys())
+            shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+            difference = shape_difference(autoencoder.state_dict(), shapes)
+            if difference:
+                problem = f"has weights that do not fit its config.json: {difference}"
+                raise InputError("checkpoint", self.source, REMEDY, problem)
+            weights = {name: file.get_tensor(name) for name in names}
+        if not all_finite(weights):
+            raise InputError("checkpoint", path, REMEDY, "holds values that are not finite floats of 16 bits or more")
+        autoencoder.load_state_dict(weights, assign=True)
         return autoencoder.float()
 
 
@@ -174,15 +193,53 @@ def _read_config(path: Path):
         raise InputError("checkpoint", path, REMEDY, f"is not readable JSON ({error})") from None
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _check_sizes(config: Mapping) -> None:
+    """Raises InputError about the key of a config that describes what cannot be built, or only in hours.
 
+    Keys that are left out have diffusers' defaults. Values of other types are left for diffusers to refuse.
+    """
+    for key in SIZES + LAYERS:
+        _check_numbers(key, config.get(key, 0))
+    for key, only in (("in_channels", 3), ("out_channels", 3), ("upsampling_scaling_factor", 2)):
+        if config.get(key, only) != only:
+            raise InputError(key, config[key], f"use {only}")
+    encoder, decoder = (_length(config.get(f"{side}_block_out_channels")) for side in ("encoder", "decoder"))
+    if encoder != decoder and decoder:
+        key = "decoder_block_out_channels"
+        raise InputError(key, config[key], "use as many as encoder_block_out_channels has")
+    layers = 0  # of both sides
+    for key in LAYERS:
+        value = config.get(key, 0)
+        if isinstance(value, list):
+            layers += sum(n for n in value if isinstance(n, int))
+        elif isinstance(value, int):
+            layers += 2 * value * _length(config.get("block_out_channels"))
+        if layers > MAX_BLOCKS:
+            raise InputError(key, value, f"use at most {MAX_BLOCKS} layers in all")
+
+
+def _check_numbers(key: str, value) -> None:
+    """Raises InputError for a whole number, or one in a list or a list of lists, that is no size of a layer."""
+    if isinstance(value, list):
+        if len(value) > MAX_LEVELS:
+            raise InputError(key, value, f"give at most {MAX_LEVELS} values")
+        for part in value:
+            _check_numbers(key, part)
+    elif isinstance(value, int) and not 0 <= value <= MAX_CHANNELS:
+        raise InputError(key, value, f"use whole numbers from 0 to {MAX_CHANNELS}")
+
+
+def _length(value) -> int:
+    return len(value) if isinstance(value, list) else 0
+
+
+@contextmanager
+def _open_weights(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; raises InputError about "checkpoint" where it cannot be opened or read."""
     try:
-        weights, _ = load_tensors(path)
+        with open(path, "rb"), safe_open(path, "pt") as file:  # open tells why a file cannot be opened
+            yield file
     except OSError as error:
         raise unreadable("checkpoint", path, error, "give the folder of a diffusers autoencoder") from None
     except SafetensorError as error:
         raise InputError("checkpoint", path, REMEDY, f"is damaged or truncated ({error})") from None
-    if not all_finite(weights):
-        raise InputError("checkpoint", path, REMEDY, "holds values that are not finite floats of 16 bits or more")
-    return weights

@@ -91,7 +91,7 @@ class ImageCodec:
         """Loads the autoencoder, unless it is loaded; raises InputError naming a damaged file."""
         with self._lock:
             if self._built is None:
-                # A caller's inference mode must not reach the weights: loading copies into them in place.
+                # A caller's inference mode must not reach the weights: they could not be saved or changed then.
                 with torch.inference_mode(False):
                     self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
 

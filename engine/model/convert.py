@@ -1,13 +1,12 @@
 """Weights from elsewhere: published U-ViTs into the engine's U-ViT, and a U-ViT's into a PS-U-Net.
 
-    published weights ── load_uvit, convert_uvit ──> UViT ── initialise_from ──> PSUNet
+    file ── read_weights ──> tensors ── convert_uvit ──> UViT ── initialise_from ──> PSUNet
 
-A PyTorch pickle is read with `weights_only=True`, which makes tensors and runs no code.
 Sources: github.com/baofff/U-ViT (arXiv 2209.12152), github.com/thu-ml/unidiffuser (arXiv 2303.06555).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import isqrt
 from os import PathLike
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Modality, ModelConfig, UViTConfig
+from engine.device import shape_difference
 from engine.errors import InputError
-from engine.files import load_tensors, unreadable
 from engine.model.blocks import (
     GATE_ATTENTION,
     GATE_MLP,
@@ -27,10 +26,11 @@ from engine.model.blocks import (
     SHIFT_MLP,
     Block,
 )
-from engine.model.psunet import PSUNet
+from engine.model.psunet import Branch, PSUNet
+from engine.model.published import FIRST, REMEDY, network_weights, read_weights
 from engine.model.uvit import UViT
 
-REMEDY = "give the nnet weights of U-ViT or UniDiffuser"
+CLIP_TOKENS = 77  # of CLIP's text encoder, whatever the text: those of all published models with text
 
 # Published names of layers and ours.
 BLOCK = re.compile(r"(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(.*)")
@@ -51,64 +51,107 @@ ENDS = {
 }
 
 
-def load_uvit(path: str | PathLike, text_tokens: int = 77) -> UViT:
-    """Reads weights that the U-ViT (text-to-image) or UniDiffuser project published: safetensors, or a PyTorch pickle.
+def load_uvit(
+    path: str | PathLike, text_tokens: int | None = None, heads: int | None = None, image_tokens: int | None = None
+) -> UViT:
+    """Reads weights that the U-ViT (text-to-image) or UniDiffuser (v1) project published, or saved in their training.
 
-    text_tokens  words or sub-words of the text the model was trained with
-    Returns a network in evaluation mode, in the dtype of the file. Raises InputError("init"), naming the file.
+    path  safetensors, or a PyTorch pickle of tensors by name; they may be nested as in {"state_dict": …} and prefixed
+          as in "module.…", and of several networks the averaged one, whose name has "ema", is taken
+    Other arguments as in `convert_uvit`. Returns a network in evaluation mode, in the dtype of the file.
+    Raises InputError: about "init", naming the file, or about an argument.
     """
-    path = Path(path)
+    weights = read_weights(path)
     try:
-        if path.suffix == ".safetensors":
-            weights, _ = load_tensors(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise unreadable("init", path, error, "give a file of U-ViT or UniDiffuser weights") from None
-    except Exception:  # a file from elsewhere can be wrong in any way; PyTorch's advice would be to run what it holds
-        problem = "is damaged or holds more than weights"
-        raise InputError("init", path, "give a file of U-ViT or UniDiffuser weights", problem) from None
-    try:
-        return convert_uvit(weights, text_tokens)
+        return convert_uvit(weights, text_tokens, heads, image_tokens)
     except InputError as error:
-        raise InputError("init", path, error.remedy, f"does not fit: {error.value} {error.problem}") from None
+        if error.argument != "weights":
+            raise
+        raise InputError("init", Path(path), error.remedy, f"cannot be used: {error.value} {error.problem}") from None
 
 
-def convert_uvit(weights: dict[str, Tensor], text_tokens: int = 77) -> UViT:
+def convert_uvit(
+    weights: Mapping, text_tokens: int | None = None, heads: int | None = None, image_tokens: int | None = None
+) -> UViT:
     """The engine's U-ViT with the weights of a published one, given under that project's names.
 
     U-ViT's text-to-image models become one of modalities image and text, the latter a condition; UniDiffuser v1 one of
     image, text and clip_image (the CLIP embedding of the image, which shares the image's time), data type 1. Image
     tokens are ordered as the engine's: row in patch, column in patch, channel.
-    Raises InputError("weights") if names or shapes are not those of such a model.
+
+    text_tokens   words or sub-words of the text. The weights have the sum of text and image tokens only. None: 77, as
+                  CLIP has, if the others then form a square, else as many as leave `image_tokens`
+    heads         of the attention, which the weights do not tell either. None: of 64 channels, as in both projects
+    image_tokens  those that are expected, see text_tokens
+    Raises InputError: about "weights" if names, shapes or values are not those of such a model, about "text_tokens" or
+    "heads" if they do not fit.
     """
+    weights = network_weights(weights)
     try:
-        config, converted = _converted(dict(weights), text_tokens)
+        config, converted = _converted(dict(weights), text_tokens, heads, image_tokens)
         with torch.device("meta"):
             network = UViT(config)
+        difference = shape_difference(network.state_dict(), converted)
+        if difference:
+            raise ValueError(difference)
         network.load_state_dict(converted, assign=True)
     except KeyError as error:
         raise InputError("weights", error.args[0], REMEDY, "is missing") from None
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        problem = f"are not a U-ViT or UniDiffuser of {text_tokens} text tokens ({reason})"
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError) and error.argument in ("text_tokens", "heads"):
+            raise
+        problem = f"are not those of a U-ViT or UniDiffuser ({' '.join(str(error).split())})"
         raise InputError("weights", f"{len(weights)} entries", REMEDY, problem) from None
     return network.eval().requires_grad_(False)
 
 
-def _converted(weights: dict[str, Tensor], text_tokens: int) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _text_tokens(count: int, text_tokens: int | None, image_tokens: int | None) -> int:
+    """How many of `count` tokens of text and image are the text's; see `convert_uvit`."""
+    if _is_square(count - CLIP_TOKENS):
+        if text_tokens not in (None, CLIP_TOKENS):
+            problem = f"leaves {count - text_tokens} image tokens where {CLIP_TOKENS} leave {count - CLIP_TOKENS}"
+            raise InputError("text_tokens", text_tokens, f"use {CLIP_TOKENS}, CLIP's number", problem)
+        return CLIP_TOKENS
+    if text_tokens is None:
+        if image_tokens is None:
+            problem = f"does not tell how many of {count} tokens are text and how many image"
+            raise InputError("text_tokens", None, "give the number of words", problem)
+        text_tokens = count - image_tokens
+    if text_tokens < 1 or not _is_square(count - text_tokens):
+        raise ValueError(f"of {count} tokens {text_tokens} of text and {count - text_tokens} image tokens cannot be")
+    return text_tokens
+
+
+def _is_square(tokens: int) -> bool:
+    return tokens >= 1 and isqrt(tokens) ** 2 == tokens
+
+
+def _head_dim(dim: int, heads: int | None) -> int:
+    """Channels of a head."""
+    if heads is None:
+        if dim % 64:
+            problem = f"means heads of 64 channels, which do not divide the width of {dim}"
+            raise InputError("heads", None, "give the number of heads", problem)
+        return 64
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise InputError("heads", heads, f"use a divisor of {dim}", f"does not divide the width of {dim}")
+    return dim // heads
+
+
+def _converted(
+    weights: dict[str, Tensor], text_tokens: int | None, heads: int | None, image_tokens: int | None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config that the shapes imply, and the weights under the engine's names; empties `weights` in part."""
-    patches = weights.pop("patch_embed.proj.weight")  # [D, c, p, p]
+    patches = weights.pop(FIRST)  # [D, c, p, p]
     dim, channels, patch, _ = patches.shape
     joint = "clip_img_embed.weight" in weights
     position = weights.pop("pos_embed")[0]  # [tokens, D], time tokens first
-    sizes = {"text": (text_tokens, weights["text_embed.weight" if joint else "context_embed.weight"].shape[1])}
+    times, others = (2, 1) if joint else (1, 0)  # tokens of time, and beside text and image
+    words = _text_tokens(len(position) - times - others, text_tokens, image_tokens)
+    tokens = len(position) - times - others - words
+    sizes = {"text": (words, weights["text_embed.weight" if joint else "context_embed.weight"].shape[1])}
     if joint:
         sizes["clip_image"] = (1, weights["clip_img_embed.weight"].shape[1])
-    times = 2 if joint else 1
-    tokens = len(position) - times - sum(count for count, _ in sizes.values())
-    if isqrt(max(tokens, 0)) ** 2 != tokens:
-        raise ValueError(f"{tokens} image tokens do not form a square")
     # The published order is times, (data type,) text, (CLIP,) image; ours has the modalities in the config's.
     counts = [count for count, _ in sizes.values()]
     parts = dict(zip((*sizes, "image"), position[times:].split([*counts, tokens]), strict=True))
@@ -126,7 +169,7 @@ def _converted(weights: dict[str, Tensor], text_tokens: int) -> tuple[ModelConfi
     depth = 1 + len({m[1] for name in weights if (m := BLOCK.match(name)) and m[1] != "mid_block"})
     modalities = tuple(Modality(name, *size, depth=0) for name, size in sizes.items())
     ratio = weights["mid_block.mlp.fc1.weight"].shape[0] // dim
-    config = ModelConfig(modalities, depth, dim, mlp_ratio=ratio, time_conditioning="token", uvit=uvit)
+    config = ModelConfig(modalities, depth, dim, _head_dim(dim, heads), ratio, "token", uvit)
 
     converted = {
         "position": torch.cat([*first, *(parts[name] for name in sizes)]),
@@ -141,6 +184,19 @@ def _converted(weights: dict[str, Tensor], text_tokens: int) -> tuple[ModelConfi
     return config, converted
 
 
+def require_same_blocks(model: ModelConfig, source: ModelConfig) -> None:
+    """Raises InputError("init") if a PS-U-Net cannot start from a U-ViT because their blocks differ in size or norm."""
+    for key, found, needed in (
+        ("norm", source.uvit.norm, "pre"),
+        ("width", source.dim, model.dim),
+        ("head width", source.head_dim, model.head_dim),
+        ("MLP ratio", source.mlp_ratio, model.mlp_ratio),
+    ):
+        if found != needed:
+            problem = f"is the U-ViT's {key}, but the PS-U-Net needs {needed!r}"
+            raise InputError("init", found, "give a U-ViT that fits, or change the PS-U-Net's config", problem)
+
+
 @torch.no_grad()
 def initialise_from(model: PSUNet, source: UViT) -> list[str]:
     """Starts a PS-U-Net from a pre-norm U-ViT of the same width; returns the names of what was copied.
@@ -148,20 +204,11 @@ def initialise_from(model: PSUNet, source: UViT) -> list[str]:
     Blocks are matched from the outside: the first in-blocks of the stack become each branch's in-blocks, those that
     follow the longest branch the shared ones, out-blocks mirrored; blocks left over stay as initialised. The U-ViT's
     affine norms become the blocks' own modulations, β the shift and γ − 1 the scale, and gates open fully. Embeddings,
-    positions and heads are copied where a modality has the same tokens and channels.
-    Raises InputError("init") if the blocks are not of one size or the U-ViT is not pre-norm.
+    positions, and heads with the norm before them are copied where a modality has the same tokens and channels.
+    Raises InputError("init") if the blocks are not of one size or the U-ViT is not pre-norm. See `not_copied`.
     """
-    a, b = model.config, source.config
-    for key, found, needed in (
-        ("width", b.dim, a.dim),
-        ("head width", b.head_dim, a.head_dim),
-        ("MLP ratio", b.mlp_ratio, a.mlp_ratio),
-        ("norm", b.uvit.norm, "pre"),
-    ):
-        if found != needed:
-            problem = f"is the U-ViT's {key}, but the PS-U-Net needs {needed!r}"
-            raise InputError("init", found, "give a U-ViT that fits, or change the PS-U-Net's config", problem)
-    copied = []
+    require_same_blocks(model.config, source.config)
+    a, b, copied = model.config, source.config, []
     for name, target, block in _matched_blocks(model, source):
         _copy_block(target, block)
         copied.append(name)
@@ -176,8 +223,42 @@ def initialise_from(model: PSUNet, source: UViT) -> list[str]:
             copied.append(f"branches.{name}.position")
         if name in source.head:
             branch.head.load_state_dict(source.head[name].state_dict())
+            _copy_last_norm(branch, source)
             copied.append(f"branches.{name}.head")
     return copied
+
+
+def not_copied(model: PSUNet, source: UViT, copied: list[str]) -> list[str]:
+    """What `initialise_from`, which returned `copied`, left as it was or left out: one line for each kind."""
+    a, b, lines = model.config, source.config, []
+    blocks = [name for name, module in model.named_modules() if isinstance(module, Block) and name not in copied]
+    if blocks:
+        lines.append(f"blocks {', '.join(blocks)}: the U-ViT has {b.shared_depth} blocks")
+    sizes = {m.name: f"{m.tokens} × {m.channels}" for m in b.modalities}
+    for part, kind in (("embed", "embedding"), ("position", "positions"), ("head", "head")):
+        names = [m for m in a.modalities if f"branches.{m.name}.{part}" not in copied]
+        if names:
+            ours = ", ".join(f"{m.name} ({m.tokens} × {m.channels})" for m in names)
+            theirs = ", ".join(sizes.get(m.name, "nothing") for m in names)
+            if part == "head":
+                theirs += f" and predicts {', '.join(b.predicted)}"
+            lines.append(f"{kind} of {ours}: the U-ViT has {theirs}")
+    used = {id(block) for _, _, block in _matched_blocks(model, source)}
+    unused = sum(id(block) not in used for block in source.blocks())
+    if unused:
+        lines.append(f"{unused} blocks of the U-ViT: the PS-U-Net has fewer")
+    if source.conv is not None:
+        lines.append("the U-ViT's last convolution: a PS-U-Net has none")
+    return lines
+
+
+def _copy_last_norm(branch: Branch, source: UViT) -> None:
+    """Copies the affine norm before a U-ViT's heads into that before a branch's head."""
+    if branch.token_time:
+        branch.norm.load_state_dict(source.norm.state_dict())
+        return
+    m = branch.modulation.unflatten(0, (6, -1))  # [6, D], a view
+    m[SHIFT_ATTENTION], m[SCALE_ATTENTION] = source.norm.bias, source.norm.weight - 1
 
 
 def _copy_block(target: Block, block: Block) -> None:

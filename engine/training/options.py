@@ -28,6 +28,7 @@ class TrainOptions:
     preset: str = "emoji"  # name of the config and of the recipe
     autoencoder: str | None = None  # a trained diffusers autoencoder: a folder or a hub id; None: train one
     init: Path | None = None  # start from this checkpoint folder or file of published U-ViT weights
+    init_heads: int | None = None  # attention heads of a weights file, also those of the run; None: the preset's
     steps: int | None = None  # optimiser steps of the denoiser; None: the recipe's, like the next four
     batch: int | None = None  # samples per step of the denoiser
     learning_rate: float | None = None  # of the denoiser
@@ -60,7 +61,7 @@ class TrainOptions:
             rate = getattr(self, key)
             if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
                 raise InputError(key, rate, "use a number above 0", "is out of range")
-        object.__setattr__(self, "config", self.config or PRESETS[self.preset])
+        object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
         image_and_text(self.config)
 
@@ -68,6 +69,19 @@ class TrainOptions:
     def init_has_codecs(self) -> bool:
         """Whether the run starts from a checkpoint folder, whose codecs it then uses."""
         return self.init is not None and not is_file(self.init, "init")
+
+    def _with_heads(self, config: Config) -> Config:
+        """The config with the heads of the weights file that the run starts from, if they were given."""
+        if self.init_heads is None:
+            return config
+        dim = config.model.dim
+        self._require_whole("init_heads", 1, dim)
+        if self.init is None or self.init_has_codecs:
+            remedy = "leave it out, or give a file of U-ViT weights as init"
+            raise InputError("init_heads", self.init_heads, remedy, "is for files of weights only")
+        if dim % self.init_heads:
+            raise InputError("init_heads", self.init_heads, f"use a divisor of {dim}", "does not divide the width")
+        return replace(config, model=replace(config.model, head_dim=dim // self.init_heads))
 
     def _changed(self, recipe: Recipe) -> Recipe:
         """The recipe with the settings that were given."""

@@ -83,6 +83,7 @@ RECIPES: dict[str, Recipe] = {
     "uvit-multi-coco256": COCO256,
     "uvit-multi-deep-coco256": COCO256,
     "uvit-t2i-coco256": COCO256,
+    "uvit-t2i-deep-coco256": COCO256,
     "emoji": EMOJI,
     "uvit-emoji": EMOJI,
     "tiny": TINY,

@@ -28,9 +28,8 @@ from engine.data.record import differences, record_of
 from engine.device import DTYPES, resolve
 from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.errors import InputError, errors_named
-from engine.files import is_file, unreadable, write_atomically
+from engine.files import unreadable, write_atomically
 from engine.images import grid
-from engine.model.convert import initialise_from, load_uvit
 from engine.model.denoiser import build
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
@@ -40,6 +39,7 @@ from engine.runtime import Engine
 from engine.sampling.graphs import compile_blocks
 from engine.training.autoencoder import train_autoencoder
 from engine.training.examples import Examples, shortened
+from engine.training.initial import initial_network, start_from
 from engine.training.options import TrainOptions, image_and_text
 from engine.training.recipes import Recipe
 from engine.training.stage import Stage, StageOptions, plot_curve, run_lock
@@ -71,8 +71,7 @@ def train(options: TrainOptions) -> None:
         with errors_named("autoencoder"):
             image = _given_autoencoder(options.autoencoder, config)
     if options.init:
-        with errors_named("init"):
-            init = _initial_network(options.init, config)
+        init = initial_network(options.init, config)
     run.mkdir(parents=True, exist_ok=True)
     with run_lock(run):
         _require_same_run(options)
@@ -144,11 +143,8 @@ def train_denoiser(
     with errors_named("out"):
         stage = Stage(run / "denoiser", network, recipe.denoiser, len(examples), options.dtype)
     if init is not None and stage.step == 0:
-        for target in (stage.module, stage.average):
-            if config.model.uvit is None and init.config.uvit is not None:
-                initialise_from(target, init)
-            else:
-                target.load_state_dict(init.state_dict())
+        start_from(init, stage.module)
+        stage.average.load_state_dict(stage.module.state_dict())
     if options.compile:
         compile_blocks(network.blocks())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
@@ -224,24 +220,6 @@ def _given_autoencoder(source: str, config: Config) -> ImageCodec:
     codec = ImageCodec.load(source, config.codecs[name].settings, config.model.modality(name))
     codec.build()
     return codec
-
-
-def _initial_network(source: Path, config: Config) -> PSUNet | UViT:
-    """The network of a checkpoint folder, or of a file of published U-ViT weights, to start from.
-
-    Raises InputError about `init` if it does not fit the config.
-    """
-    remedy = "use the preset it was trained with"
-    if is_file(source, "init"):
-        network, same_codecs = load_uvit(source, config.model.modality(image_and_text(config)[1]).tokens), True
-        remedy = "use the preset of this U-ViT's shape, or that of a PS-U-Net"
-    else:
-        loaded = checkpoint.load(source)
-        network, same_codecs = loaded.network, loaded.config.codecs == config.codecs
-    converts = config.model.uvit is None and network.config.uvit is not None
-    if not same_codecs or not (converts or network.config == config.model):
-        raise InputError("init", source, remedy, "holds a model of another shape")
-    return network
 
 
 def _require_same_run(options: TrainOptions) -> None:

@@ -1,0 +1,84 @@
+"""What a denoiser's training starts from: the network of a checkpoint, or published U-ViT weights."""
+
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from engine import checkpoint
+from engine.config import Config, ModelConfig
+from engine.errors import InputError, errors_named
+from engine.files import is_file
+from engine.model.convert import initialise_from, load_uvit, not_copied, require_same_blocks
+from engine.model.psunet import PSUNet
+from engine.model.uvit import UViT
+from engine.training.options import image_and_text
+
+WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # how names of files of weights end
+REMEDY = "use the preset of its shape; a text-to-image U-ViT can also start a PS-U-Net of its width"
+
+
+def initial_network(source: Path, config: Config) -> PSUNet | UViT:
+    """The network of a checkpoint folder, or of a file of published U-ViT weights, to start from.
+
+    Raises InputError about `init` if it does not fit the config.
+    """
+    network = _network_of_file(source, config) if is_file(source, "init") else _network_of_folder(source, config)
+    model = config.model
+    if model.uvit is None and network.config.uvit is not None:
+        try:
+            require_same_blocks(model, network.config)
+        except InputError as error:
+            raise InputError("init", source, REMEDY, f"does not fit: {error.value} {error.problem}") from None
+    elif network.config != model:
+        raise InputError("init", source, REMEDY, f"holds a model with {_difference(network.config, model)}")
+    return network
+
+
+def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> None:
+    """Copies the weights of `initial_network` into a network of the config; prints what a PS-U-Net does not get."""
+    if network.config.uvit is not None or init.config.uvit is None:
+        network.load_state_dict(init.state_dict())
+        return
+    for line in not_copied(network, init, initialise_from(network, init)):
+        print(f"init: not copied: {line}")
+
+
+def _network_of_file(source: Path, config: Config) -> UViT:
+    model, (image, _) = config.model, image_and_text(config)
+    try:  # the number of heads is not in the file: it is the config's
+        return load_uvit(source, heads=model.dim // model.head_dim, image_tokens=model.modality(image).tokens)
+    except InputError as error:
+        if error.argument == "init":
+            raise
+        problem = f"does not fit: {error.argument} {error.value} {error.problem}"
+        raise InputError("init", source, REMEDY, problem) from None
+
+
+def _network_of_folder(folder: Path, config: Config) -> PSUNet | UViT:
+    _refuse_folder_of_weights(folder)
+    with errors_named("init"):
+        loaded = checkpoint.load(folder)
+    if loaded.config.codecs != config.codecs:
+        raise InputError("init", folder, "use the preset it was trained with", "has other codecs than the preset")
+    return loaded.network
+
+
+def _refuse_folder_of_weights(folder: Path) -> None:
+    """Raises InputError for a folder that another program, such as accelerate, saved its training in."""
+    if os.path.isdir(folder) and not os.path.exists(folder / "config.json"):
+        files = sorted(name for name in os.listdir(folder) if name.endswith(WEIGHTS))
+        if files:
+            remedy = f"give one of its files of weights ({', '.join(files[:5])})"
+            raise InputError("init", folder, remedy, "is not a checkpoint of engine.train")
+
+
+def _difference(found: ModelConfig, needed: ModelConfig) -> str:
+    """The settings in which two models differ, with the values of both."""
+    models = []
+    for config in (found, needed):
+        settings = {m.name: f"{m.tokens} × {m.channels}, depth {m.depth}" for m in config.modalities}
+        settings |= {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("modalities", "uvit")}
+        models.append(settings | (asdict(config.uvit) if config.uvit else {}))
+    keys = [key for key in models[0] | models[1] if models[0].get(key) != models[1].get(key)]
+    has, wanted = ("; ".join(f"{key} {model.get(key, 'none')}" for key in keys) for model in models)
+    return f"{has}, where the preset has {wanted}"
