@@ -62,6 +62,8 @@ def test_latents_belong_to_their_captions(dataset, tmp_path, dtype):
     grey = torch.tensor([0, 30, 60, 120, 150, 180]) / 127.5 - 1
     assert torch.allclose(everything(latents), grey[:, None, None].expand(6, 4, 3), atol=1e-3)
     some = latents.latents([5, 0, 2, 5], [0] * 4)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        assert torch.equal(latents.latents([5, 0, 2, 5], [0] * 4), some)
     assert some.dtype == torch.float32 and torch.allclose(some[:, 0, 0], grey[[5, 0, 2, 5]], atol=1e-3)
 
 

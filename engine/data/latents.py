@@ -49,8 +49,9 @@ class LatentCache:
         """[B, L, C] float32 of one version of each of these images."""
         ends = np.cumsum([len(shard) for shard in self.shards])
         places = np.searchsorted(ends, images, side="right").tolist()
-        rows = [self.shards[p][i - int(ends[p]), v] for p, i, v in zip(places, images, versions, strict=True)]
-        return torch.stack(rows).float()
+        # As float32 before they are stacked: under autocast on a CPU, half precision cannot be.
+        rows = [self.shards[p][i - int(ends[p]), v].float() for p, i, v in zip(places, images, versions, strict=True)]
+        return torch.stack(rows)
 
 
 def cache_latents(
