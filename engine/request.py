@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
-from engine.errors import InputError
+from engine.errors import InputError, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +17,7 @@ ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 SOLVERS = ("dpm++", "ddim", "ddpm")
 GUIDANCE_KINDS = ("masked", "alternate", "unidiffuser", "empty")
 SHORTHANDS = {"prompt": "text", "image": "image", "mask": "image"}  # the modalities that these arguments stand for
+NO_WORD = "give words, or leave it out to have them generated"
 MAX_NUM = 1024
 MAX_STEPS = 20_000  # with resampling
 MAX_SEED = 2**64 - 1
@@ -90,7 +92,7 @@ class Request:
         unmasked = sorted(self.given_masks.keys() - self.given.keys())
         if unmasked:
             name = unmasked[0]
-            argument = "mask" if name == "image" and self.mask is not None else f"masks[{name!r}]"
+            argument = "mask" if name == "image" and self.mask is not None else f"masks[{shown(name)}]"
             raise InputError(
                 argument, self.given_masks[name], f"give {name} too", f"needs the {name} that it belongs to"
             )
@@ -179,8 +181,8 @@ def _check_text(prompt, argument: str) -> None:
         return
     if not isinstance(prompt, str):
         raise InputError(argument, prompt, "give a string, one request per prompt", "is not a string")
-    if not any(c.isalnum() or c == "_" for c in prompt):
-        raise InputError(argument, prompt, "give words, or leave it out to have them generated", "has no word")
+    if not any(c.isalnum() or c == "_" for c in normalize("NFKC", prompt)):
+        raise InputError(argument, prompt, NO_WORD, "has no word")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
         raise InputError(argument, prompt, "give it in UTF-8", "holds bytes that are not text")
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from engine.command import Parser, check_writable, path, refuse, run
-from engine.errors import InputError
+from engine.errors import InputError, shown
 from engine.request import ATTENTIONS, GUIDANCE_KINDS, MAX_NUM, SOLVERS, TASKS, Request, Result, Sample
 from engine.sample_folder import check_files, image_file, is_image, to_json, write
 
@@ -76,7 +76,7 @@ def _add_engine(add) -> None:
 def _named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE; name a modality and its value")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not NAME=VALUE; name a modality and its value")
     return name, value
 
 
