@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         splits, joint, skipped = _run(options)
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         return refuse(COMMAND, error, vars(options))
     if options.json:
         report = {split: asdict(scores) for split, scores in splits.items()}

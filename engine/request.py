@@ -209,6 +209,17 @@ class Sample:
         return self.outputs["text"]
 
 
+class NotFiniteSamplesError(FloatingPointError):
+    """Samples that came out as NaN or infinity; the message names the first by its request and seed.
+
+    results  of all requests in their order, each without those samples
+    """
+
+    def __init__(self, message: str, results: "list[Result]"):
+        super().__init__(message)
+        self.results = results
+
+
 @dataclass(frozen=True)
 class Result:
     """The samples of one request, in the order of their seeds; `image` and `text` are the first's."""

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from engine.command import Parser, check_writable, path, refuse, run
 from engine.errors import InputError, shown
-from engine.request import ATTENTIONS, GUIDANCE_KINDS, MAX_NUM, SOLVERS, TASKS, Request, Result, Sample
+from engine.request import (
+    ATTENTIONS,
+    GUIDANCE_KINDS,
+    MAX_NUM,
+    SOLVERS,
+    TASKS,
+    NotFiniteSamplesError,
+    Request,
+    Result,
+    Sample,
+)
 from engine.sample_folder import check_files, image_file, is_image, to_json, write
 
 COMMAND = "python -m engine.sample"
@@ -88,10 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
+    failed = None
     try:
         requests = _requests(options)
         check_writable(options.out)
-        report, listed = _run(options, requests)
+        report, listed, failed = _run(options, requests)
     except InputError as error:
         return refuse(COMMAND, _about_options(error), vars(options))
     except (ValueError, FloatingPointError) as error:
@@ -102,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         timing = report[-1]["timing"]
         print(f"{len(report) - 1} samples in {options.out} ({', '.join(listed)}); "
               f"{timing['seconds_per_image']:.2f} s per image, {timing['total']:.1f} s in all")  # fmt: skip
-    return 0
+    return 0 if failed is None else refuse(COMMAND, failed)
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
@@ -141,8 +152,11 @@ def _once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
     return dict(pairs)
 
 
-def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dict], list[str]]:
-    """Generates, writes all files and returns what samples.json says, and the files that are about all samples."""
+def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dict], list[str], Exception | None]:
+    """Generates, writes all files and returns what samples.json says, and the files that are about all samples.
+
+    Also returns the error about samples that are not finite; raises it if none is.
+    """
     started = time.perf_counter()
     # Late, so that --help and bad options answer at once.
     from tqdm import tqdm
@@ -166,12 +180,17 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
                 bar.update(done - bar.n)
 
             with images_up_to_the_limit():
-                results = engine.generate(requests, show)
+                try:
+                    results, failed = engine.generate(requests, show), None
+                except NotFiniteSamplesError as error:
+                    results, failed = error.results, error
         generated = time.perf_counter()
         if options.verbose:
             _log_speed(engine)
 
     samples = [(result, sample) for result in results for sample in result.samples]
+    if not samples:
+        raise failed
     report = [_described(i, result, sample) for i, (result, sample) in enumerate(samples)]
     timing = {
         "load": round(loaded - started, 3),
@@ -180,7 +199,7 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
         "seconds_per_image": round((generated - loaded) / len(samples), 4),
     }
     report.append({"timing": timing})
-    return report, write(options.out, [sample for _, sample in samples], report)
+    return report, write(options.out, [sample for _, sample in samples], report), failed
 
 
 def _described(i: int, result: Result, sample: Sample) -> dict:

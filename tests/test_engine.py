@@ -137,7 +137,7 @@ def test_known_pixels_of_a_large_image_survive_as_the_model_sees_them(engine):
     before, mask = noise(5, (150, 101)), left_half((150, 101))
     after = engine.generate(Request(image=before, mask=mask, steps=STEPS)).image
     seen = fit_image(before, 32).permute(1, 2, 0).numpy()
-    assert np.array_equal(np.asarray(after)[:, 17:], seen[:, 17:]) and not np.array_equal(after, seen)
+    assert np.array_equal(np.asarray(after)[:, 19:], seen[:, 19:]) and not np.array_equal(after, seen)
 
 
 def test_a_lone_white_pixel_of_a_large_mask_counts(engine):
@@ -145,7 +145,9 @@ def test_a_lone_white_pixel_of_a_large_mask_counts(engine):
     mask.putpixel((485, 7), 255)
     after = engine.generate(Request(image=before, mask=mask, prompt="red cat", steps=STEPS)).image
     changed = (np.asarray(after) != fit_image(before, 32).permute(1, 2, 0).numpy()).any(2)
-    assert np.argwhere(changed).tolist() == [[0, 16]]
+    made_from_it = np.zeros((32, 32), bool)
+    made_from_it[:3, 13:19] = True  # Lanczos reads 90 pixels each way
+    assert np.array_equal(changed, made_from_it)
 
 
 def with_settings(checkpoint, folder, change):

@@ -223,6 +223,8 @@ class TextCodec:
     def _text(self, indices: list[int], confidence: list[float]) -> Decoded:
         length = indices.index(0) if 0 in indices else len(indices)
         words = [self.vocabulary[i] for i in indices[:length]]
+        if not all(map(math.isfinite, confidence)):  # the softmax of tokens that are not, or that overflow
+            return Decoded(None)
         mean = sum(confidence[:length]) / length if length else 1.0
         return Decoded(" ".join(words), mean, tuple(confidence[:length]))
 
