@@ -89,7 +89,7 @@ class Engine:
         checkpoint: str | PathLike | None = None,
         *,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         attention: str = "auto",
         compile: bool = False,
         graphs: bool = True,
@@ -99,7 +99,7 @@ class Engine:
 
         device     "auto", "cpu", "cuda" or "cuda:N"
         dtype      "auto" (the faster of float32 and bfloat16, as measured on the model's shapes), "float32", "bfloat16"
-                   or "float16"; the sampler's state stays float32
+                   or "float16", or such a torch dtype; the sampler's state stays float32
         attention  "auto" (the fastest measured), "sdpa", "triton" or "xformers", the last two on CUDA only
         compile    torch.compile of the transformer blocks, at the first forward of each shape
         graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
@@ -147,6 +147,8 @@ class Engine:
         Returns a Result, or a list of them in the requests' order. Raises as `submit` and its future.
         """
         self._sampler.worker.check_waiting()
+        if callback is not None and not callable(callback):
+            raise InputError("callback", callback, "give a function of two numbers", "cannot be called")
         counts: SimpleQueue = SimpleQueue()
         future = self.submit(requests, None if callback is None else lambda *count: counts.put(count))
         try:
@@ -177,6 +179,8 @@ class Engine:
         calls' samples are not affected.
         """
         alone, started = isinstance(requests, Request), time.perf_counter()
+        if progress is not None and not callable(progress):
+            raise InputError("progress", progress, "give a function of two numbers", "cannot be called")
         if not alone and not isinstance(requests, Iterable):
             raise InputError("requests", requests, "give a Request or a list of them", "is not a Request")
         listed = [requests] if alone else list(requests)
@@ -262,7 +266,7 @@ class Engine:
         """
         from tqdm import tqdm
 
-        if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= self.max_rows:
+        if not isinstance(batch, Integral) or isinstance(batch, bool) or not 1 <= batch <= self.max_rows:
             raise InputError("batch", batch, f"use 1 to max_rows, {self.max_rows}", "is out of range")
         self._sampler.worker.check_waiting()
         self._sampler.worker.check()

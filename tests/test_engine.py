@@ -1,6 +1,7 @@
 """`Engine` from requests to images and words, on a tiny model of random weights in float32."""
 
 import shutil
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -311,7 +312,8 @@ def test_images_are_decoded_no_more_at_a_time_than_samples_are_computed(tiny_che
     [
         ("device", "gpu"), ("device", "cuda:99"), ("device", "meta"), ("dtype", "float64"), ("attention", "flash"),
         ("attention", "xformers"), ("max_rows", 0), ("max_rows", 1.5), ("max_rows", True), ("checkpoint", "no/such"),
-        ("checkpoint", ""),
+        ("checkpoint", ""), ("checkpoint", 5), ("checkpoint", b"x"), ("device", None), ("dtype", None),
+        ("dtype", torch.float64), ("dtype", ["float32"]), ("max_rows", None),
     ],
 )  # fmt: skip
 def test_an_engine_that_cannot_be_made_says_which_argument_is_wrong(tiny_checkpoint, argument, value):
@@ -336,3 +338,27 @@ def test_half_precision_gives_much_the_same_image(tiny_checkpoint, alone, mixed)
     with Engine.from_pretrained(tiny_checkpoint, dtype="bfloat16") as engine:
         found = levels(engine.generate(mixed[1]).image)
     assert abs(found - levels(alone[1].image)).mean() < 4
+
+
+@pytest.mark.parametrize("argument", ["callback", "progress"])
+def test_what_cannot_be_called_back_is_refused_before_anything_is_computed(engine, argument):
+    call = engine.generate if argument == "callback" else engine.submit
+    before = engine.stats().forwards
+    with pytest.raises(InputError, match=f"^{argument}: 5 cannot be called; give a function"):
+        call(Request(steps=1), 5)
+    assert engine.stats().forwards == before
+
+
+def test_dtypes_and_numbers_of_torch_and_numpy_are_taken(tiny_checkpoint):
+    with Engine.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16, max_rows=np.int64(2)) as engine:
+        assert (engine.dtype, engine.max_rows) == (torch.bfloat16, 2)
+        engine.warmup(np.int64(1))
+
+
+def test_a_slow_callback_sees_every_step(engine):
+    seen = []
+    engine.generate(Request(num=2, steps=3), lambda *count: time.sleep(0.01) or seen.append(count))
+    total = seen[-1][1]
+    assert seen == [(done, total) for done in range(2, total + 1, 2)], (
+        "two samples a step, the last of which is the end"
+    )

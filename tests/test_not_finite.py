@@ -71,7 +71,7 @@ def test_words_of_vectors_that_overflow_are_no_certain_words(own, monkeypatch):
 def test_empty_guidance_that_is_encoded_as_nan_is_told(engine, monkeypatch):
     broken(monkeypatch, "encode_pixels", float("nan"), lambda pixels: pixels.abs().amax((1, 2, 3)) == 0)
     error = failure(engine, Request(image=noise(1), guidance_kind="empty", guidance=2.0, steps=2))
-    assert "requests[0], seed 0: " in str(error) and error.results[0].samples == ()
+    assert "requests[0], seed 0: the result is NaN or infinite" in str(error) and error.results[0].samples == ()
 
 
 def test_the_command_line_writes_the_other_samples_and_fails(run, monkeypatch):
