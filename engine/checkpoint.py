@@ -54,6 +54,8 @@ def load(folder: str | Path) -> Checkpoint:
 
     Autoencoders stay in their folders until they are built. Raises InputError about "checkpoint", naming the file.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError("checkpoint", folder, REMEDY, "is not the name of a folder")
     if not is_folder(folder, "checkpoint"):  # not Path's, which takes "" for the current folder
         raise InputError("checkpoint", Path(folder) if folder else folder, REMEDY, "is not a folder")
     folder = Path(folder)

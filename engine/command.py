@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from engine.errors import InputError
+from engine.errors import InputError, cut, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """One line instead of the whole usage."""
-        sys.exit(refuse(self.prog, f"{message}; see --help"))
+        sys.exit(refuse(self.prog, f"{cut(message, 500)}; see --help"))
 
 
 def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
@@ -65,7 +65,7 @@ def _discard_output() -> None:
 def name(text: str) -> str:
     """The name of a file, a folder or a model: an argparse type."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file or folder; give one")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not the name of a file or folder; give one")
     return text
 
 

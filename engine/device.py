@@ -22,7 +22,9 @@ ROWS = 4  # of the forward that "auto" is decided on: two samples of two passes
 log = logging.getLogger("engine.device")
 
 
-def resolve(device: str, dtype: str, model: ModelConfig | None = None) -> tuple[torch.device, torch.dtype]:
+def resolve(
+    device: str, dtype: str | torch.dtype, model: ModelConfig | None = None
+) -> tuple[torch.device, torch.dtype]:
     """`resolve_device` and `resolve_dtype`."""
     where = resolve_device(device)
     return where, resolve_dtype(dtype, where, model)
@@ -44,23 +46,24 @@ def resolve_device(device: str) -> torch.device:
     return where
 
 
-def resolve_dtype(dtype: str, device: torch.device, model: ModelConfig | None = None) -> torch.dtype:
-    """ "auto" or a name of `DTYPES`; InputError for a dtype that the device cannot compute in.
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, model: ModelConfig | None = None) -> torch.dtype:
+    """ "auto", a name of `DTYPES` or the dtype itself; InputError for a dtype that the device cannot compute in.
 
     "auto" is bfloat16 on CUDA devices that have it natively. On a CPU it is whichever of float32 and bfloat16 does the
     products of the model's MLP faster, measured once per machine, number of threads and width: processors with the same
     flags differ in this. Without a model it is float32 there.
     """
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             return torch.bfloat16 if native else torch.float32
         return torch.float32 if model is None else _faster_dtype(model)
-    if dtype not in DTYPES:
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, str | torch.dtype) else None
+    if name not in DTYPES:
         raise InputError("dtype", dtype, f"use auto, {', '.join(DTYPES)}", "is not known")
-    if dtype == "float16" and device.type == "cpu":
+    if name == "float16" and device.type == "cpu":
         raise InputError("dtype", dtype, "use auto, float32 or bfloat16", "is not computed on a CPU")
-    return DTYPES[dtype]
+    return DTYPES[name]
 
 
 def all_finite(weights: dict[str, Tensor]) -> bool:

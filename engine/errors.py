@@ -20,7 +20,8 @@ class InputError(ValueError):
         super().__init__(argument, value, remedy, problem)
 
     def __str__(self) -> str:
-        return f"{self.argument}: {shown(self.value)} {self.problem}; {self.remedy}"
+        sentence = f"{self.argument}: {shown(self.value)} {self.problem}; {self.remedy}"
+        return " ".join(sentence.splitlines())
 
 
 @contextmanager
@@ -35,10 +36,15 @@ def errors_named(argument: str) -> Iterator[None]:
         raise InputError(argument, error.value, error.remedy, error.problem) from error.__cause__
 
 
+def cut(text: str, most: int) -> str:
+    """The start and the end of a text that is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:60]}...{text[-100:]}"
+
+
 def shown(value) -> str:
     """A value for a message: paths as they are, everything else quoted; cut where it is long or deeply nested."""
     if isinstance(value, PathLike):
-        return str(value)
+        return cut(str(value), 4096)  # a longer one is the name of no file
     short = reprlib.Repr()
     short.maxstring = 100
     try:

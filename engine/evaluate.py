@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         report = _run(options)
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         return refuse(COMMAND, error, vars(options))
     if options.json:
         print(json.dumps(report, indent=2))

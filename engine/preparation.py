@@ -9,7 +9,7 @@ from engine.codecs.codec import Codec, Given
 from engine.config import Config
 from engine.diffusion import masks
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, spaced_table
-from engine.errors import InputError
+from engine.errors import InputError, shown
 from engine.request import SHORTHANDS, Request, Result, Sample
 
 GUIDANCE = 3.0  # the scale of tasks for which a checkpoint's config names none
@@ -78,13 +78,13 @@ def settle(request: Request, given: dict[str, Given], config: Config) -> Prepare
 def argument_of(request: Request, modality: str) -> str:
     """The argument that gives this modality, or could."""
     shorthands = {name: argument for argument, name in SHORTHANDS.items() if argument != "mask"}
-    inputs = f"inputs[{modality!r}]"
+    inputs = f"inputs[{shown(modality)}]"
     return inputs if request.inputs.get(modality) is not None else shorthands.get(modality, inputs)
 
 
 def mask_argument_of(request: Request, modality: str) -> str:
     """The argument that gives this modality's mask, or could."""
-    masks_of = f"masks[{modality!r}]"
+    masks_of = f"masks[{shown(modality)}]"
     return masks_of if request.masks.get(modality) is not None or modality != SHORTHANDS["mask"] else "mask"
 
 

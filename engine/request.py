@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
-from engine.errors import InputError
+from engine.errors import InputError, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +17,7 @@ ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 SOLVERS = ("dpm++", "ddim", "ddpm")
 GUIDANCE_KINDS = ("masked", "alternate", "unidiffuser", "empty")
 SHORTHANDS = {"prompt": "text", "image": "image", "mask": "image"}  # the modalities that these arguments stand for
+NO_WORD = "give words, or leave it out to have them generated"
 MAX_NUM = 1024
 MAX_STEPS = 20_000  # with resampling
 MAX_SEED = 2**64 - 1
@@ -90,7 +92,7 @@ class Request:
         unmasked = sorted(self.given_masks.keys() - self.given.keys())
         if unmasked:
             name = unmasked[0]
-            argument = "mask" if name == "image" and self.mask is not None else f"masks[{name!r}]"
+            argument = "mask" if name == "image" and self.mask is not None else f"masks[{shown(name)}]"
             raise InputError(
                 argument, self.given_masks[name], f"give {name} too", f"needs the {name} that it belongs to"
             )
@@ -109,13 +111,11 @@ class Request:
 
     def _check_choices(self) -> None:
         choices = {"task": TASKS, "solver": SOLVERS, "unknown_words": ("error", "fill")}
+        choices |= {} if self.guidance_kind is None else {"guidance_kind": GUIDANCE_KINDS}
         for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise InputError(key, getattr(self, key), f"use one of {', '.join(allowed)}", "is not known")
-        if self.guidance_kind is not None and self.guidance_kind not in GUIDANCE_KINDS:
-            raise InputError(
-                "guidance_kind", self.guidance_kind, f"use one of {', '.join(GUIDANCE_KINDS)}", "is not known"
-            )
+            value = getattr(self, key)
+            if not isinstance(value, str) or value not in allowed:  # an array is compared element by element
+                raise InputError(key, value, f"use one of {', '.join(allowed)}", "is not known")
         order = self.order
         if isinstance(order, str) and order != "together":
             raise InputError("order", order, 'use "together", or a list of names of modalities', "is not known")
@@ -127,33 +127,33 @@ class Request:
 
     def _check_numbers(self) -> None:
         for key, (lowest, highest) in WHOLE_NUMBERS.items():
-            value = getattr(self, key)
+            value = _plain(getattr(self, key))
             if key == "seed" and isinstance(self.num, Integral):
                 highest = MAX_SEED + 1 - int(self.num)
             if not isinstance(value, Integral) or isinstance(value, bool) or not lowest <= value <= highest:
                 raise InputError(key, value, f"use a whole number from {lowest} to {highest}")
-            object.__setattr__(self, key, int(value))  # numpy's too
+            object.__setattr__(self, key, int(value))
         if self.steps * self.resample > MAX_STEPS:
             raise InputError(
                 "resample", self.resample, f"use at most {MAX_STEPS // self.steps}", "makes too many steps"
             )
         if self.resample > 1 and self.jump >= self.steps:
             raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
-        if self.guidance is not None:
-            if not _is_number(self.guidance) or not -100 <= self.guidance <= 100:  # also NaN
-                raise InputError("guidance", self.guidance, "use a number from -100 to 100")
-            object.__setattr__(self, "guidance", float(self.guidance))
-        if not _is_number(self.eta) or not 0 <= self.eta <= 1:
-            raise InputError("eta", self.eta, "use a number from 0 to 1")
-        object.__setattr__(self, "eta", float(self.eta))
+        for key, lowest, highest in (("guidance", -100, 100), ("eta", 0, 1)):
+            value = _plain(getattr(self, key))
+            if key == "guidance" and value is None:
+                continue
+            if not _is_number(value) or not lowest <= value <= highest:  # also NaN
+                raise InputError(key, value, f"use a number from {lowest} to {highest}")
+            object.__setattr__(self, key, float(value))
         if self.eta != 0 and self.solver != "ddim":
             raise InputError("eta", self.eta, f"use solver ddim; {self.solver} has no eta")
         if self.guidance_interval is not None:
             pair = self.guidance_interval
-            right = isinstance(pair, tuple | list) and len(pair) == 2 and all(_is_number(x) for x in pair)
-            if not right or not 0 <= pair[0] < pair[1] <= 1:
+            ends = [_plain(x) for x in pair] if isinstance(pair, tuple | list) else []
+            if len(ends) != 2 or not all(map(_is_number, ends)) or not 0 <= ends[0] < ends[1] <= 1:
                 raise InputError("guidance_interval", pair, "use two numbers, 0 <= start < end <= 1")
-            object.__setattr__(self, "guidance_interval", tuple(pair))
+            object.__setattr__(self, "guidance_interval", (float(ends[0]), float(ends[1])))
 
     def _check_task(self) -> None:
         given = self.given
@@ -179,10 +179,15 @@ def _check_text(prompt, argument: str) -> None:
         return
     if not isinstance(prompt, str):
         raise InputError(argument, prompt, "give a string, one request per prompt", "is not a string")
-    if not any(c.isalnum() or c == "_" for c in prompt):
-        raise InputError(argument, prompt, "give words, or leave it out to have them generated", "has no word")
+    if not any(c.isalnum() or c == "_" for c in normalize("NFKC", prompt)):
+        raise InputError(argument, prompt, NO_WORD, "has no word")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in prompt):
         raise InputError(argument, prompt, "give it in UTF-8", "holds bytes that are not text")
+
+
+def _plain(value):
+    """A number of numpy, or an array or tensor of no dimensions, as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _is_number(value) -> bool:
@@ -205,6 +210,17 @@ class Sample:
     @property
     def text(self) -> str:
         return self.outputs["text"]
+
+
+class NotFiniteSamplesError(FloatingPointError):
+    """Samples that came out as NaN or infinity; the message names the first by its request and seed.
+
+    results  of all requests in their order, each without those samples
+    """
+
+    def __init__(self, message: str, results: "list[Result]"):
+        super().__init__(message)
+        self.results = results
 
 
 @dataclass(frozen=True)

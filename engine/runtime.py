@@ -22,12 +22,14 @@ from engine.kernels import backend
 from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
 from engine.preparation import PreparedRequest, prepare, settle
-from engine.request import ATTENTIONS, MAX_NUM, Request, Result, Sample
+from engine.request import ATTENTIONS, MAX_NUM, NotFiniteSamplesError, Request, Result, Sample
 from engine.sampling.batch import SampleSpec
 from engine.sampling.graphs import StepGraphs, compile_blocks
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
 from engine.sampling.worker import check_process, drive, in_own_thread
+
+NOT_FINITE = "NaN or infinity; use less guidance, or an autoencoder of other weights"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Engine:
         checkpoint: str | PathLike | None = None,
         *,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         attention: str = "auto",
         compile: bool = False,
         graphs: bool = True,
@@ -97,7 +99,7 @@ class Engine:
 
         device     "auto", "cpu", "cuda" or "cuda:N"
         dtype      "auto" (the faster of float32 and bfloat16, as measured on the model's shapes), "float32", "bfloat16"
-                   or "float16"; the sampler's state stays float32
+                   or "float16", or such a torch dtype; the sampler's state stays float32
         attention  "auto" (the fastest measured), "sdpa", "triton" or "xformers", the last two on CUDA only
         compile    torch.compile of the transformer blocks, at the first forward of each shape
         graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
@@ -145,6 +147,8 @@ class Engine:
         Returns a Result, or a list of them in the requests' order. Raises as `submit` and its future.
         """
         self._sampler.worker.check_waiting()
+        if callback is not None and not callable(callback):
+            raise InputError("callback", callback, "give a function of two numbers", "cannot be called")
         counts: SimpleQueue = SimpleQueue()
         future = self.submit(requests, None if callback is None else lambda *count: counts.put(count))
         try:
@@ -169,11 +173,14 @@ class Engine:
 
         Cancelling the future, at any time before it is done, frees its slots before the next step. Requests are read
         and checked in this thread: raises InputError before anything is computed if one of them cannot be served, and
-        RuntimeError if the engine is closed or was made before a fork. The future raises FloatingPointError if a result
-        is not finite, torch.OutOfMemoryError if memory does not suffice for a single sample, RuntimeError if the engine
-        is closed meanwhile, and what the model raised where it fails; other calls' samples are not affected.
+        RuntimeError if the engine is closed or was made before a fork. The future raises NotFiniteSamplesError, whose
+        `results` hold all other samples, if some are not finite, torch.OutOfMemoryError if memory does not suffice for
+        a single sample, RuntimeError if the engine is closed meanwhile, and what the model raised where it fails; other
+        calls' samples are not affected.
         """
         alone, started = isinstance(requests, Request), time.perf_counter()
+        if progress is not None and not callable(progress):
+            raise InputError("progress", progress, "give a function of two numbers", "cannot be called")
         if not alone and not isinstance(requests, Iterable):
             raise InputError("requests", requests, "give a Request or a list of them", "is not a Request")
         listed = [requests] if alone else list(requests)
@@ -198,6 +205,10 @@ class Engine:
         null = yield from self._null(prepared, codecs)
         values = torch.cat([known[m.name] for m in model.modalities], dim=1)  # [n, N]
         owners = [(i, p, j) for i, p in enumerate(prepared) for j in range(p.request.num)]
+        usable = values.isfinite().all(1)  # [n]
+        values[~usable] = 0
+        # Why samples are not finite, by their positions.
+        failed = {k: f"what is given is encoded as {NOT_FINITE}" for k, (i, _, _) in enumerate(owners) if not usable[i]}
         arrivals = [_on_arrival(p, codecs) for p in prepared]
         specs = [
             SampleSpec(p.request.seed + j, p.table, p.generate, values[i], null, arrivals[i]) for i, p, j in owners
@@ -208,8 +219,8 @@ class Engine:
         try:
             states = yield self._sampler.submit(specs, progress)  # [B, N]
         except NotFiniteError as error:
-            i, p, j = owners[error.positions[0]]
-            raise FloatingPointError(f"requests[{i}], seed {p.request.seed + j}: {error}") from None
+            states = error.states
+            failed |= dict.fromkeys(set(error.positions) - failed.keys(), str(error))
         sampled = self._count(1, encoded)
 
         outputs = [{} for _ in owners]
@@ -217,11 +228,12 @@ class Engine:
             tokens = states[:, model.state_slices[m.name]].unflatten(1, (m.tokens, m.channels))  # [B, L, C]
             pairs = [(x, p.given[m.name]) for x, (_, p, _) in zip(tokens, owners, strict=True)]
             decoder = _Decoder(codecs[m.name])
-            for output, decoded in zip(outputs, (yield self._sampler.call(decoder, pairs)), strict=True):
-                output[m.name] = decoded
-        samples = iter([_sample(p.request.seed + j, output) for (_, p, j), output in zip(owners, outputs, strict=True)])
-        results = [p.result(tuple(next(samples) for _ in range(p.request.num))) for p in prepared]
+            for k, decoded in enumerate((yield self._sampler.call(decoder, pairs))):
+                outputs[k][m.name] = decoded
+                if decoded.value is None:
+                    failed.setdefault(k, f"the {m.name} is decoded as {NOT_FINITE}")
         self._count(2, sampled)
+        results = _results(prepared, owners, outputs, failed)
         return results[0] if alone else results
 
     def _encoded(self, name: str, codec: Codec, given: list[Given]):
@@ -254,7 +266,7 @@ class Engine:
         """
         from tqdm import tqdm
 
-        if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= self.max_rows:
+        if not isinstance(batch, Integral) or isinstance(batch, bool) or not 1 <= batch <= self.max_rows:
             raise InputError("batch", batch, f"use 1 to max_rows, {self.max_rows}", "is out of range")
         self._sampler.worker.check_waiting()
         self._sampler.worker.check()
@@ -312,6 +324,23 @@ class Engine:
 def _on_arrival(p: PreparedRequest, codecs: dict[str, Codec]) -> dict[str, Callable[[Tensor], Tensor]]:
     """Turns a modality that is generated before others into what its codec would encode, once it is done."""
     return {name: partial(codecs[name].project, given=p.given[name]) for name in p.order}
+
+
+def _results(
+    prepared: list[PreparedRequest], owners: list, outputs: list[dict], failed: dict[int, str]
+) -> list[Result]:
+    """One result of each request, from all samples' outputs; raises NotFiniteSamplesError if some have failed."""
+    samples = [[] for _ in prepared]
+    for k, ((i, p, j), output) in enumerate(zip(owners, outputs, strict=True)):
+        if k not in failed:
+            samples[i].append(_sample(p.request.seed + j, output))
+    results = [p.result(tuple(made)) for p, made in zip(prepared, samples, strict=True)]
+    if not failed:
+        return results
+    first, others = min(failed), len(failed) - 1
+    i, p, j = owners[first]
+    more = f" ({others} other sample{'s' * (others > 1)} failed too)" if others else ""
+    raise NotFiniteSamplesError(f"requests[{i}], seed {p.request.seed + j}: {failed[first]}{more}", results)
 
 
 def _sample(seed: int, outputs: dict[str, Decoded]) -> Sample:

@@ -1,20 +1,27 @@
 """Sampling from the command line: `python -m engine.sample`; see `--help`, and README.md for examples.
 
-Parse, generate, write: everything else is `engine.runtime`. Images are written under a temporary name and renamed, so
-that a run that fails leaves nothing half-written.
+Parse, generate, write: everything else is `engine.runtime`, and how files are written `engine.sample_folder`.
 """
 
 import argparse
-import json
 import logging
-import os
-import tempfile
 import time
 from pathlib import Path
 
 from engine.command import Parser, check_writable, path, refuse, run
-from engine.errors import InputError
-from engine.request import ATTENTIONS, GUIDANCE_KINDS, MAX_NUM, SOLVERS, TASKS, Request, Result, Sample
+from engine.errors import InputError, shown
+from engine.request import (
+    ATTENTIONS,
+    GUIDANCE_KINDS,
+    MAX_NUM,
+    SOLVERS,
+    TASKS,
+    NotFiniteSamplesError,
+    Request,
+    Result,
+    Sample,
+)
+from engine.sample_folder import check_files, image_file, is_image, to_json, write
 
 COMMAND = "python -m engine.sample"
 JOINT_NUM = 16  # samples of a run that asks for nothing
@@ -68,7 +75,8 @@ def _add_engine(add) -> None:
     add("--attention", choices=ATTENTIONS, default="auto")
     add("--compile", action="store_true", help="compile the model; worthwhile from a few dozen samples on")
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
-    add("--out", type=path, default=Path("samples"), metavar="DIR", help="where the images go (default: samples)")
+    text = "where the images go, in place of those of an earlier run (default: samples)"
+    add("--out", type=path, default=Path("samples"), metavar="DIR", help=text)
     add("--json", action="store_true", help="print samples.json and nothing else")
     add("--quiet", action="store_true", help="print nothing")
     text = "say which implementation and dtype are used and why, and how near the run was to the machine's limits"
@@ -78,7 +86,7 @@ def _add_engine(add) -> None:
 def _named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE; name a modality and its value")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not NAME=VALUE; name a modality and its value")
     return name, value
 
 
@@ -90,21 +98,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
+    failed = None
     try:
         requests = _requests(options)
-        check_writable(options.out, _files(sum(request.num for request in requests)))
-        report, listed = _run(options, requests)
+        check_writable(options.out)
+        report, listed, failed = _run(options, requests)
     except InputError as error:
         return refuse(COMMAND, _about_options(error), vars(options))
     except (ValueError, FloatingPointError) as error:
         return refuse(COMMAND, error, vars(options))
     if options.json:
-        print(_json(report))
+        print(to_json(report))
     elif not options.quiet:
         timing = report[-1]["timing"]
         print(f"{len(report) - 1} samples in {options.out} ({', '.join(listed)}); "
               f"{timing['seconds_per_image']:.2f} s per image, {timing['total']:.1f} s in all")  # fmt: skip
-    return 0
+    return 0 if failed is None else refuse(COMMAND, failed)
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
@@ -121,6 +130,14 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     ]
 
 
+def _inputs(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """All files that are read, and the options that name them. A text given as --input is taken for a file's name."""
+    named = [(option, Path(file)) for option in ("input", "input_mask") for _, file in getattr(options, option)]
+    given = [(option, getattr(options, option)) for option in ("image", "mask") if getattr(options, option)]
+    checkpoint = options.checkpoint.rglob("*") if options.checkpoint else []
+    return [*given, *named, *(("checkpoint", file) for file in checkpoint)]
+
+
 def _about_options(error: InputError) -> InputError:
     """An error about inputs['sketch'] of a request as one about --input."""
     options = {"inputs": "input", "masks": "input_mask"}
@@ -135,8 +152,11 @@ def _once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
     return dict(pairs)
 
 
-def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dict], list[str]]:
-    """Generates, writes all files and returns what samples.json says, and the files that are about all samples."""
+def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dict], list[str], Exception | None]:
+    """Generates, writes all files and returns what samples.json says, and the files that are about all samples.
+
+    Also returns the error about samples that are not finite; raises it if none is.
+    """
     started = time.perf_counter()
     # Late, so that --help and bad options answer at once.
     from tqdm import tqdm
@@ -149,6 +169,9 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
         compile=options.compile, graphs=not options.no_graphs,
     ) as engine:  # fmt: skip
         loaded = time.perf_counter()
+        images = [name for name, codec in engine.config.codecs.items() if codec.kind == "image"]
+        count = sum(request.num for request in requests)
+        check_files(options.out, [image_file(i, name) for name in images for i in range(count)], _inputs(options))
         # disable=None: only on a terminal.
         with tqdm(desc="sampling", unit="step", disable=options.quiet or options.json or None) as bar:
 
@@ -157,12 +180,17 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
                 bar.update(done - bar.n)
 
             with images_up_to_the_limit():
-                results = engine.generate(requests, show)
+                try:
+                    results, failed = engine.generate(requests, show), None
+                except NotFiniteSamplesError as error:
+                    results, failed = error.results, error
         generated = time.perf_counter()
         if options.verbose:
             _log_speed(engine)
 
     samples = [(result, sample) for result in results for sample in result.samples]
+    if not samples:
+        raise failed
     report = [_described(i, result, sample) for i, (result, sample) in enumerate(samples)]
     timing = {
         "load": round(loaded - started, 3),
@@ -171,12 +199,12 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
         "seconds_per_image": round((generated - loaded) / len(samples), 4),
     }
     report.append({"timing": timing})
-    return report, _write(options.out, [sample for _, sample in samples], report)
+    return report, write(options.out, [sample for _, sample in samples], report), failed
 
 
 def _described(i: int, result: Result, sample: Sample) -> dict:
     """A sample's entry in samples.json: images as file names; `outputs` has all modalities."""
-    outputs = {name: _file(i, name) if _is_image(value) else value for name, value in sample.outputs.items()}
+    outputs = {name: image_file(i, name) if is_image(value) else value for name, value in sample.outputs.items()}
     return {
         "task": result.task,
         "prompt": result.request.prompt,
@@ -188,10 +216,6 @@ def _described(i: int, result: Result, sample: Sample) -> dict:
         "order": list(result.order) or "together",
         "guidance": result.guidance,
     }
-
-
-def _is_image(value) -> bool:
-    return hasattr(value, "save")  # without importing Pillow
 
 
 def _log_speed(engine) -> None:
@@ -208,52 +232,6 @@ def _log_speed(engine) -> None:
         most[dtype] / 1e9, stats.bytes / seconds / 1e9, 100 * stats.bytes / seconds / most["copy"],
         most["copy"] / 1e9,
     )  # fmt: skip
-
-
-def _file(i: int, modality: str) -> str:
-    return f"{i:04d}.png" if modality == "image" else f"{i:04d}-{modality}.png"
-
-
-def _files(samples: int) -> list[str]:
-    return [*(_file(i, "image") for i in range(samples)), "grid.png", "samples.json"]
-
-
-def _write(out: Path, samples: list[Sample], report: list[dict]) -> list[str]:
-    """Images, grid and samples.json, each whole or not at all; returns which of the last two were written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".writing-") as folder:
-            for i, sample in enumerate(samples):
-                for name, value in sample.outputs.items():
-                    if _is_image(value):
-                        value.save(Path(folder, _file(i, name)))
-            _write_grid(samples, Path(folder, "grid.png"))
-            Path(folder, "samples.json").write_text(_json(report) + "\n", "utf-8")
-            files = sorted(Path(folder).iterdir())
-            for file in files:
-                os.replace(file, out / file.name)
-    except OSError as error:
-        raise InputError("out", out, "give another folder", f"cannot be written ({error.strerror})") from None
-    return [file.name for file in files if file.name in ("grid.png", "samples.json")]
-
-
-def _json(report: list[dict]) -> str:
-    return json.dumps(report, indent=2, ensure_ascii=False, default=str)
-
-
-def _write_grid(samples: list[Sample], file: Path) -> None:
-    """All images with their texts, those of one sample side by side; nothing for a model without images."""
-    from engine.images import grid
-
-    images, captions = [], []
-    for sample in samples:
-        texts = [str(value) for value in sample.outputs.values() if not _is_image(value)]
-        own = [value for value in sample.outputs.values() if _is_image(value)]
-        images += own
-        captions += [" · ".join(texts), *[""] * len(own)][: len(own)]
-    if images:
-        each = len(images) // len(samples)
-        grid(images, captions, columns=each * max(1, round(len(images) ** 0.5 / each))).save(file)
 
 
 if __name__ == "__main__":

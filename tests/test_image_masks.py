@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from image_cases import MODES, of_mode, refusal
-from PIL import Image
+from PIL import Image, ImageOps
 
-from engine.images import composite, feather, fill_masked, open_mask
+from engine.images import composite, feather, fill_masked, fit_image, open_mask
 
 LEFT = np.zeros((12, 12), bool)
 LEFT[:, :5] = True
@@ -118,7 +118,52 @@ def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path):
 def test_a_lone_white_pixel_of_a_large_mask_counts():
     mask = Image.new("L", (960, 960))
     mask.putpixel((485, 7), 255)
-    assert np.argwhere(open_mask(mask, (960, 960), 32)).tolist() == [[0, 16]]
+    rows, columns = np.nonzero(open_mask(mask, (960, 960), 32))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 2, 13, 18), "Lanczos reads 90 pixels each way"
+
+
+SIDES = st.integers(1, 40)
+MODES_OF_IMAGES = ("RGB", "RGBA", "L", "P", "P with transparency")
+
+
+def painted(mask, mode, hidden, seed):
+    """An image of a mode in which `hidden`, black, white or noise, lies under a mask [H, W]."""
+    mode, transparent, random = mode.split()[0], "transparency" in mode, np.random.default_rng(seed)
+    shape = (*mask.shape, {"RGB": 3, "RGBA": 4}.get(mode, 1))
+    below = {"black": 0, "white": 255}.get(hidden, random.integers(0, 256, shape))
+    levels = np.where(mask[..., None], below, np.random.default_rng(0).integers(0, 256, shape)).astype(np.uint8)
+    image = Image.fromarray(levels.squeeze(2) if shape[2] == 1 else levels)
+    if mode == "P":
+        image.putpalette(np.random.default_rng(1).integers(0, 256, 768).astype(np.uint8).tobytes())
+        image.info |= {"transparency": bytes(range(256))} if transparent else {}
+    return image
+
+
+@given(st.data(), SIDES, SIDES, st.integers(1, 24), st.sampled_from(MODES_OF_IMAGES))
+def test_nothing_under_a_mask_shows_in_the_kept_pixels_of_a_resized_image(data, width, height, size, mode):
+    mask = data.draw(arrays(bool, (height, width), elements=st.sampled_from([True, False, False, False])))
+    fitted = open_mask(drawn(mask), (width, height), size)
+    images = [fit_image(painted(mask, mode, hidden, 2), size).numpy() for hidden in ("black", "white", "noise")]
+    for image in images[1:]:
+        assert np.array_equal(image[:, ~fitted], images[0][:, ~fitted])
+    assert mask.any() or not fitted.any()
+
+
+@given(st.data(), SIDES, SIDES, st.integers(1, 24))
+def test_only_pixels_that_are_made_from_masked_ones_are_generated(data, width, height, size):
+    mask, weights = np.zeros((height, width), bool), np.zeros((height, width), np.float32)
+    at = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    mask[at], weights[at] = True, 1
+    weights = np.asarray(ImageOps.fit(Image.fromarray(weights), (size, size), Image.Resampling.LANCZOS))
+    fitted = open_mask(drawn(mask), (width, height), size)
+    assert fitted[np.abs(weights) > 1e-6].all() and not fitted[np.abs(weights) < 1e-12].any()
+
+
+@pytest.mark.parametrize("size", [(12, 12), (12, 30), (32, 12)])
+def test_a_mask_of_an_image_that_is_not_resized_stays_as_it_is(size):
+    mask = np.random.default_rng(0).random(size[::-1]) < 0.5
+    top, left = ((side - 12) // 2 for side in mask.shape)
+    assert np.array_equal(open_mask(drawn(mask), size, 12), mask[top : top + 12, left : left + 12])
 
 
 def test_a_mask_is_cropped_and_turned_as_its_image_is(tmp_path):

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from engine import Request
@@ -25,12 +26,13 @@ RANGES = {
 def test_whole_numbers_are_taken_to_both_ends_of_their_range_and_not_beyond(argument, lowest, highest):
     for value in (lowest, highest):
         assert getattr(Request(**{argument: value}), argument) == value
-    for value in (lowest - 1, highest + 1, -(2**70), 10**30, 1.0, float("nan"), "1", None, True, np.True_):
+    others = (1.0, float("nan"), "1", None, True, np.True_, np.array([7]), torch.tensor(7.0), torch.tensor(True))
+    for value in (lowest - 1, highest + 1, -(2**70), 10**30, *others):
         with pytest.raises(InputError, match=f"^{argument}: .*use a whole number from {lowest} to {highest}"):
             Request(**{argument: value})
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16])
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16, np.array, torch.tensor])
 @pytest.mark.parametrize("argument", RANGES)
 def test_whole_numbers_of_numpy_become_python_s(argument, kind):
     value = getattr(Request(**{argument: kind(7)}), argument)
@@ -49,23 +51,44 @@ def test_the_last_sample_of_a_request_needs_a_seed_too():
         Request(seed=2**64 - 7, num=8)
 
 
-@pytest.mark.parametrize("guidance", [None, 0, -1.5, 1, 7.5, -100, 100, np.float32(2.5), np.float64(3), np.int64(4)])
+@pytest.mark.parametrize(
+    "guidance",
+    [None, 0, -1.5, 1, 7.5, -100, 100, np.float32(2.5), np.float64(3), np.int64(4), np.array(1.5), torch.tensor(2.5)],
+)
 def test_guidance_of_either_sign_is_taken(guidance):
     assert Request(guidance=guidance).guidance == guidance
     assert type(Request(guidance=guidance).guidance) in (float, type(None))
 
 
-@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -float("inf"), 1e30, -100.1, "2", [2], True, np.nan])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        1e30,
+        -100.1,
+        "2",
+        [2],
+        True,
+        np.nan,
+        np.True_,
+        np.ones(2),
+        torch.tensor(True),
+        torch.ones(2),
+        1j,
+    ],
+)
 def test_guidance_that_is_no_moderate_number_is_refused(guidance):
     with pytest.raises(InputError, match="^guidance: .*use a number from -100 to 100"):
         Request(guidance=guidance)
 
 
 @pytest.mark.parametrize("argument", ["task", "solver", "unknown_words"])
-@pytest.mark.parametrize("value", ["", "Auto", "dpm", None, 3])
+@pytest.mark.parametrize("value", ["", "Auto", "dpm", None, 3, [], np.array(["auto", "error"])], ids=str)
 def test_unknown_choices_are_refused_with_the_known_ones(argument, value):
     known = {"task": "auto, joint", "solver": "dpm[+][+], ddim", "unknown_words": "error, fill"}[argument]
-    with pytest.raises(InputError, match=f"^{argument}: {value!r} is not known; use one of {known}"):
+    with pytest.raises(InputError, match=f"^{argument}: .* is not known; use one of {known}"):
         Request(**{argument: value})
 
 

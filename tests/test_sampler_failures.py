@@ -83,6 +83,7 @@ def test_a_result_that_is_not_finite_fails_its_own_run_and_says_which_sample(val
     run = [spec(1), spec(2, mark=BAD), spec(3), spec(4, 5, BAD)]
     (failed, other), rows = outcomes(broken, run, [spec(5), spec(6)])
     assert type(failed) is NotFiniteError and failed.positions == [1, 3]
+    assert torch.equal(failed.states[[0, 2]], alone(spec(1), spec(3)))
     assert isinstance(failed, FloatingPointError) and "NaN or infinite" in str(failed)
     assert torch.equal(other, alone(spec(5), spec(6)))
     assert len(rows) == 5, "nothing starts again"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,19 @@ def load(folder, channels=8, tokens=6):
         ("red _ car, __ (_)", ["red", "_", "car", "_", "_"]),
         ("snake_case _private 4_2", ["snake", "case", "private", "4", "2"]),
         ("1–2 -x- 'quoted' </s> A.M.", ["1", "2", "x", "quoted", "s", "a", "m"]),
+        ("हिन्दी में कुत्ता", ["हिन्दी", "में", "कुत्ता"]),
+        ("ภาษาไทย กิน น้ำ", ["ภาษาไทย", "กิน", "น้\u0e4d\u0e32"]),
+        ("كِتَاب", ["كِتَاب"]),
+        ("Vie\u0323\u0302t", ["việt"]),
+        ("ＲＥＤ\u3000ｃａｔ ＿ ﬁsh Ⅳ", ["red", "cat", "_", "fish", "iv"]),
+        ("red\u00addish می\u200cخواهم \ufeffcat", ["reddish", "میخواهم", "cat"]),
+        (
+            "well\u2011known mid\u2010air rock‘n’roll Hawaiʻi it´s",
+            ["well-known", "mid-air", "rock'n'roll", "hawai'i", "it's"],
+        ),
+        ("keycap 1\ufe0f\u20e3 👩\u200d🚀 Lego™ İzmir J\u030c", ["keycap", "1", "lego", "izmir", "ǰ"]),
+        ("कि_ _ि a\u200bb", ["कि", "_", "a", "b"]),
+        ("中文 词语 日本語のテキスト", ["中文", "词语", "日本語のテキスト"]),  # words are what spaces part
         ("?! …", []),
         ("", []),
     ],
@@ -76,6 +90,8 @@ def test_words_are_lower_case_without_punctuation(caption, words):
 def test_words_of_any_text_are_their_own_words(text):
     words = tokenize(text)
     assert END not in words and tokenize(" ".join(words)) == words
+    for form in ("NFC", "NFD"):  # however accents are typed
+        assert tokenize(unicodedata.normalize(form, text)) == words
 
 
 def test_training_is_the_same_in_every_process(codec):
@@ -266,6 +282,12 @@ def test_words_fill_the_tokens_and_no_more(codec):
     assert not encoded(codec, "man " * 4, tokens=4)[0].generate.any()
     with pytest.raises(InputError, match="^prompt: 'man man man man man ' has 5 words; use at most 4"):
         encoded(codec, "man " * 5, tokens=4)
+
+
+@pytest.mark.parametrize("value", ["™", "\u0301", "\u200b", "?"])
+def test_a_text_without_a_word_is_not_taken_for_the_empty_one(codec, value):
+    with pytest.raises(InputError, match="^prompt: .* has no word; give words, or leave it out"):
+        codec.read(value, "prompt")
 
 
 @pytest.mark.parametrize("value", [7, b"man", ["man"]], ids=str)

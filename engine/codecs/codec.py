@@ -30,7 +30,7 @@ class Given:
 class Decoded:
     """One sample's value of a modality."""
 
-    value: object  # a PIL image, a string, …
+    value: object  # a PIL image, a string, …; None where it is NaN or infinite
     confidence: float = 1.0  # how sure the decoding is
     part_confidence: tuple[float, ...] = ()  # of each part, such as a word
 

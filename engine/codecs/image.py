@@ -154,7 +154,8 @@ class ImageCodec:
                 pixels, image = decoded[places], one.content
                 if image is not None:
                     pixels = composite(image.pixels, pixels, image.mask, image.feather)
-                images |= {rows[place]: to_image(p) for place, p in zip(places, pixels, strict=True)}
+                for place, p in zip(places, pixels, strict=True):
+                    images[rows[place]] = to_image(p) if p.isfinite().all() else None
         return [Decoded(images[i]) for i in range(len(given))]
 
     def project(self, tokens: Tensor, given: Given) -> Tensor:

@@ -26,6 +26,7 @@ from engine.codecs.codec import Decoded, Given
 from engine.config import Modality
 from engine.errors import InputError, shown
 from engine.files import load_tensors, save_tensors, unreadable, write_atomically
+from engine.request import NO_WORD
 
 END = "</s>"  # index 0 of every vocabulary; `tokenize` never yields it
 HOLE = "_"  # a word to be filled in
@@ -34,13 +35,33 @@ NOISE = 0.5  # standard deviation per channel that confidences assume of a decod
 PRODUCTS = 1 << 23  # of word vectors that are in memory at a time
 SUGGESTED_FOR = 5  # unknown words whose nearest known ones an error names: each takes a pass over the vocabulary
 
-# Letters and digits with inner hyphens and apostrophes, or underscores that touch no word.
-TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|(?<!\w)_+(?!\w)")
+# Characters without a width that do not end a word: soft hyphens, joiners, directions, variation selectors (Unicode's
+# Default_Ignorable_Code_Point but for U+200B, which separates words, and letters).
+IGNORED = re.compile(
+    "[\u00ad\u034f\u061c\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]"
+)
+# What NFKC leaves apart, or makes letters of.
+PLAIN = str.maketrans(
+    dict.fromkeys("‘’ʻʼ´\u1ffd", "'") | dict.fromkeys("‐‑", "-") | dict.fromkeys("™℠", " ") | {"ŉ": "'n"}
+)
+# Combining marks: accents without a composed letter, the vowel signs of Hindi and Thai, …
+MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+WORD = rf"[^\W_]+(?:[{MARKS}]+[^\W_]*)*"
+# Letters with their marks and digits, with inner hyphens and apostrophes, or underscores that touch no word.
+TOKEN = re.compile(rf"{WORD}(?:['-]{WORD})*|(?<![\w{MARKS}])_+(?!\w)")
 
 
 def tokenize(caption: str) -> list[str]:
-    """Lower-case words of `caption`; punctuation is dropped, and a lone "_" (or "__" …) is a hole, given as "_"."""
-    text = unicodedata.normalize("NFC", caption).lower().replace("’", "'")
+    """Lower-case words of `caption`; punctuation is dropped, and a lone "_" (or "__" …) is a hole, given as "_".
+
+    Characters that mean the same are one (Unicode's NFKC: full-width letters, ligatures, composed accents). Words are
+    what spaces and punctuation part: Chinese, Japanese and Thai have to come with spaces between their words.
+    """
+    text = caption.lower()
+    if not text.isascii():
+        text = IGNORED.sub("", caption).translate(PLAIN)
+        # Twice, since small letters may have composed forms that capitals have not.
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i"))  # İ
     return [HOLE if token[0] == HOLE else token for token in TOKEN.findall(text)]
 
 
@@ -116,6 +137,8 @@ class TextCodec:
         if not isinstance(value, str):
             raise InputError(argument, value, "give a string", "is not a string")
         words = _words(value, self.tokens, argument)
+        if value and words[:1] == [END]:
+            raise InputError(argument, value, NO_WORD, "has no word")
         unknown = [word for word in dict.fromkeys(words) if word != HOLE and word not in self.index]
         if unknown and unknown_words == "error":
             problem = f"{'is' if len(unknown) == 1 else 'are'} not in the vocabulary"
@@ -187,6 +210,8 @@ class TextCodec:
     def _text(self, indices: list[int], confidence: list[float]) -> Decoded:
         length = indices.index(0) if 0 in indices else len(indices)
         words = [self.vocabulary[i] for i in indices[:length]]
+        if not all(map(math.isfinite, confidence)):  # the softmax of tokens that are not, or that overflow
+            return Decoded(None)
         mean = sum(confidence[:length]) / length if length else 1.0
         return Decoded(" ".join(words), mean, tuple(confidence[:length]))
 

@@ -29,11 +29,15 @@ from engine.sampling.worker import Worker, finish_future
 
 
 class NotFiniteError(FloatingPointError):
-    """Samples that came out as NaN or infinity; `positions` of them among those that were submitted."""
+    """Samples that came out as NaN or infinity.
 
-    def __init__(self, positions: list[int]):
+    positions  of them among those that were submitted
+    states     of all that were submitted, [B, N]
+    """
+
+    def __init__(self, positions: list[int], states: Tensor):
         super().__init__("the result is NaN or infinite; use less guidance, or dtype float32")
-        self.positions = positions
+        self.positions, self.states = positions, states
 
 
 @dataclass(eq=False)
@@ -271,7 +275,7 @@ class Sampler:
         self._drop(run)
         broken = [i for i, finite in enumerate(states.isfinite().all(dim=1).tolist()) if not finite]
         if broken:
-            finish_future(run.future, error=NotFiniteError(broken))
+            finish_future(run.future, error=NotFiniteError(broken, states))
         else:
             finish_future(run.future, states)
 
