@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.codecs.text import tokenize
+from engine.codecs.words import tokenize
 from engine.errors import InputError
 
 

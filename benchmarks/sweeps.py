@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.metrics import diversity, frechet_distance
 from engine import Engine, Request
 from engine.checkpoint import Checkpoint
-from engine.codecs.text import tokenize
+from engine.codecs.words import tokenize
 from engine.config import Config
 from engine.data.coco import CaptionedImage
 from engine.data.emoji import base_name

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.codecs.autoencoder import autoencoder_class
 from engine.codecs.image import ImageCodec
-from engine.codecs.text import END, TextCodec
+from engine.codecs.text import TextCodec
+from engine.codecs.words import END
 from engine.config import Config, ModelConfig, UViTConfig
 from engine.diffusion.schedule import timesteps
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, solver_table

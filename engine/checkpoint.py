@@ -4,6 +4,7 @@ Only JSON and safetensors are read: nothing is unpickled.
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 

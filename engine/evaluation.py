@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.codecs.text import tokenize
+from engine.codecs.words import tokenize
 from engine.config import Config
 from engine.data.coco import CaptionedImage
 from engine.data.disturb import DISTURBANCES

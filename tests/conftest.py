@@ -121,7 +121,8 @@ def random_checkpoint(folder: Path, config) -> Path:
 
     from engine import checkpoint
     from engine.codecs.image import ImageCodec
-    from engine.codecs.text import END, TextCodec
+    from engine.codecs.text import TextCodec
+    from engine.codecs.words import END
     from engine.model.denoiser import build
     from engine.training.recipes import RECIPES
 

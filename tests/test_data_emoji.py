@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image, features
 
-from engine.codecs.text import tokenize
+from engine.codecs.words import tokenize
 from engine.data.__main__ import main
 from engine.data.coco import CocoCaptions
 from engine.data.emoji import FONT, NAMES, Renderer, base_name, held_out_names, read_emoji, render_emoji

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.codecs import text
-from engine.codecs.text import END, TextCodec, separate, spread, token_weights, tokenize
+from engine.codecs import word_vectors
+from engine.codecs.text import TextCodec, token_weights
+from engine.codecs.word_vectors import separate, spread
+from engine.codecs.words import END, tokenize
 from engine.config import Modality
 from engine.errors import InputError
 
@@ -150,7 +152,7 @@ def parted_by_comparing_all(x, steps):
 @pytest.mark.parametrize("steps", [1, 2, 100])
 @pytest.mark.parametrize(("clusters", "words", "channels"), [(30, 300, 32), (1, 300, 8), (60, 240, 16), (2, 2, 4)])
 def test_parting_only_near_vectors_is_as_good_as_comparing_all(monkeypatch, clusters, words, channels, steps):
-    monkeypatch.setattr("engine.codecs.text.PRODUCTS", 1000)  # a few vectors at a time
+    monkeypatch.setattr("engine.codecs.word_vectors.PRODUCTS", 1000)  # a few vectors at a time
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(clusters, channels, generator=generator)
     x = centres.repeat(words // clusters, 1) + 0.3 * torch.randn(words, channels, generator=generator)
@@ -159,8 +161,10 @@ def test_parting_only_near_vectors_is_as_good_as_comparing_all(monkeypatch, clus
 
 def test_vectors_far_from_all_others_are_searched_once(monkeypatch):
     searched = []
-    search = text._nearest_others
-    monkeypatch.setattr(text, "_nearest_others", lambda x, rows, *a: searched.append(len(rows)) or search(x, rows, *a))
+    search = word_vectors._nearest_others
+    monkeypatch.setattr(
+        word_vectors, "_nearest_others", lambda x, rows, *a: searched.append(len(rows)) or search(x, rows, *a)
+    )
     x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
     x[::50] = x[1::50] + 0.1 * x[2::50]
     separate(x)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.codecs.text import END, TextCodec
+from engine.codecs.text import TextCodec
+from engine.codecs.words import END
 from engine.config import CodecConfig, Modality
 from engine.data.latents import LatentCache
 from engine.errors import InputError

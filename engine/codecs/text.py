@@ -8,9 +8,6 @@ decode.
 import difflib
 import json
 import math
-import re
-import unicodedata
-import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,49 +17,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.codecs.codec import Decoded, Given
+from engine.codecs.word_vectors import spread, word2vec
+from engine.codecs.words import END, HOLE, tokenize
 from engine.config import Modality
 from engine.errors import InputError, shown
 from engine.files import load_tensors, save_tensors, unreadable, write_atomically
 from engine.request import NO_WORD
 
-END = "</s>"  # index 0 of every vocabulary; `tokenize` never yields it
-HOLE = "_"  # a word to be filled in
 HOLE_INDEX = -1  # of a word to be filled in
 NOISE = 0.5  # standard deviation per channel that confidences assume of a decoded vector
-PRODUCTS = 1 << 23  # of word vectors that are in memory at a time
 SUGGESTED_FOR = 5  # unknown words whose nearest known ones an error names: each takes a pass over the vocabulary
-
-# Characters without a width that do not end a word: soft hyphens, joiners, directions, variation selectors (Unicode's
-# Default_Ignorable_Code_Point but for U+200B, which separates words, and letters).
-IGNORED = re.compile(
-    "[\u00ad\u034f\u061c\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]"
-)
-# What NFKC leaves apart, or makes letters of.
-PLAIN = str.maketrans(
-    dict.fromkeys("‘’ʻʼ´\u1ffd", "'") | dict.fromkeys("‐‑", "-") | dict.fromkeys("™℠", " ") | {"ŉ": "'n"}
-)
-# Combining marks: accents without a composed letter, the vowel signs of Hindi and Thai, …
-MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
-WORD = rf"[^\W_]+(?:[{MARKS}]+[^\W_]*)*"
-# Letters with their marks and digits, with inner hyphens and apostrophes, or underscores that touch no word.
-TOKEN = re.compile(rf"{WORD}(?:['-]{WORD})*|(?<![\w{MARKS}])_+(?!\w)")
-
-
-def tokenize(caption: str) -> list[str]:
-    """Lower-case words of `caption`; punctuation is dropped, and a lone "_" (or "__" …) is a hole, given as "_".
-
-    Characters that mean the same are one (Unicode's NFKC: full-width letters, ligatures, composed accents). Words are
-    what spaces and punctuation part: Chinese, Japanese and Thai have to come with spaces between their words.
-    """
-    text = caption.lower()
-    if not text.isascii():
-        text = IGNORED.sub("", caption).translate(PLAIN)
-        # Twice, since small letters may have composed forms that capitals have not.
-        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i"))  # İ
-    return [HOLE if token[0] == HOLE else token for token in TOKEN.findall(text)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +55,7 @@ class TextCodec:
         if all(sentence == [END] for sentence in sentences):
             problem = "captions without a single word"
             raise InputError("captions", len(sentences), "give captions with words", problem)
-        vocabulary, vectors = _word2vec(sentences, channels, seed)
+        vocabulary, vectors = word2vec(sentences, channels, seed)
         return cls(vocabulary, spread(vectors))
 
     @classmethod
@@ -223,33 +189,6 @@ class TextCodec:
         return f"{known}, or have unknown ones filled in (--unknown-words fill)"
 
 
-def _word2vec(sentences: list[list[str]], channels: int, seed: int) -> tuple[tuple[str, ...], Tensor]:
-    """The words of sentences that end with "</s>", that first, and Word2Vec's vectors [V, C]."""
-    from gensim.models import Word2Vec
-    from gensim.models.callbacks import CallbackAny2Vec
-
-    class Progress(CallbackAny2Vec):
-        def on_epoch_end(self, model: Word2Vec) -> None:
-            bar.update()
-
-    # Small sets need more passes to settle.
-    epochs = min(100, max(5, math.ceil(3_000_000 / sum(len(sentence) for sentence in sentences))))
-    with tqdm(total=epochs, desc="word vectors", unit="epoch", disable=None) as bar:
-        model = Word2Vec(
-            sentences,
-            vector_size=channels,
-            sg=1,
-            min_count=1,
-            epochs=epochs,
-            seed=seed,
-            workers=1,
-            hashfxn=lambda word: zlib.crc32(word.encode()),
-            callbacks=[Progress()],
-        )
-    vocabulary = (END, *(word for word in model.wv.index_to_key if word != END))
-    return vocabulary, torch.from_numpy(model.wv[vocabulary])
-
-
 def _words(text: str, tokens: int, argument: str) -> list[str]:
     """Words and holes of a text, then "</s>" up to L."""
     words = tokenize(text)
@@ -298,67 +237,3 @@ def token_weights(indices: Tensor) -> Tensor:
     further = tokens - words - 1  # [n, 1], negative where the caption fills all tokens
     weights = torch.where(torch.arange(tokens) <= words, 1.0, 1 / further.clamp_min(1))  # [n, L]
     return weights * (tokens / weights.sum(1, keepdim=True))
-
-
-def spread(vectors: Tensor, ridge: float = 1e-3) -> Tensor:
-    """Word vectors [V, C] made fit for diffusion: near unit variance per channel, and no two words too close.
-
-    Word2Vec's vectors share a large common part and few strong directions, which carry frequency, not meaning. Their
-    mean is removed (Mu & Viswanath 2018, "All-but-the-Top"), and the rest is whitened (ZCA: the whitening that turns
-    vectors least), with a ridge relative to the mean eigenvalue. Words of like use ("girl", "boy") then still lie too
-    close for nearest-vector decoding, so `separate` parts them. Returns float32 [V, C].
-    """
-    x = vectors.double()
-    x = x - x.mean(0)  # [V, C]
-    eigenvalues, u = torch.linalg.eigh(x.T @ x / len(x))  # [C], [C, C]
-    x = x @ (u / (eigenvalues + ridge * eigenvalues.mean()).sqrt()) @ u.T  # [V, C]
-    return separate(x)
-
-
-def separate(x: Tensor, least: float = 0.5, steps: int = 100) -> Tensor:
-    """Scale vectors [V, C] to norm √C, that of unit Gaussian noise, and push them to least·√C from their nearest.
-
-    Stops after `steps` rounds: many vectors do not fit into few channels. Returns float32 [V, C].
-    """
-    radius = math.sqrt(x.shape[1])
-    aim = 1.05 * least * radius  # 5 % further than needed, so that the rounds end
-    reach = 1.001 * aim  # some room for rounding
-    x = torch.nn.functional.normalize(x.float()) * radius  # [V, C]
-    room = torch.zeros(len(x))  # [V], at most the distance to the nearest vector
-    with tqdm(desc="parting words", unit="word", disable=None) as bar:
-        for step in range(steps):
-            # Most are far from all others and need no second look until they and others have moved that far.
-            rows = (room < reach).nonzero()[:, 0]  # [n]
-            bar.reset(len(rows))
-            bar.set_postfix_str(f"round {step + 1}")
-            room[rows], nearest = _nearest_others(x, rows, reach, bar)
-            rows, nearest = rows[room[rows] < reach], nearest[room[rows] < reach]  # [m]
-            apart = x[rows] - x[nearest]  # [m, C]
-            distance = apart.norm(dim=1, keepdim=True).clamp_min(1e-6)  # [m, 1]
-            if (distance >= least * radius).all():
-                break
-            # Both of a mutual pair move, each the half way.
-            moved = x.clone()
-            moved[rows] += (aim / distance - 1).clamp_min(0) / 2 * apart
-            moved = torch.nn.functional.normalize(moved) * radius
-            path = (moved - x).norm(dim=1)  # [V]
-            room -= path + path.max()
-            x = moved
-    return x
-
-
-def _nearest_others(x: Tensor, rows: Tensor, reach: float, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """Distance and index [n] of the vector nearest to each of x[rows], all of one norm; the index is 0 beyond reach."""
-    radius_squared = x.shape[1]
-    distances, indices = [], []
-    for part in rows.split(max(1, PRODUCTS // len(x))):
-        products = x[part] @ x.T  # [n, V]
-        products[torch.arange(len(part)), part] = -torch.inf
-        distance = (2 * (radius_squared - products.amax(1))).clamp_min(0).sqrt()  # [n]
-        close = distance < reach  # for the others, no index is needed: amax is much faster than argmax
-        index = torch.zeros_like(part)
-        index[close] = products[close].argmax(1)
-        distances.append(distance)
-        indices.append(index)
-        bar.update(len(part))
-    return torch.cat(distances), torch.cat(indices)

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from engine.codecs.text import tokenize
+from engine.codecs.words import tokenize
 from engine.errors import InputError
 from engine.files import is_file, unreadable
 

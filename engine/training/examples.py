@@ -7,7 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine.codecs.text import HOLE, TextCodec, token_weights, tokenize
+from engine.codecs.text import TextCodec, token_weights
+from engine.codecs.words import HOLE, tokenize
 from engine.config import Config
 from engine.data.latents import LatentCache
 from engine.errors import errors_named

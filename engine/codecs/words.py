@@ -1,0 +1,36 @@
+"""Texts to words: the tokens of the text codec. Imports no torch."""
+
+import re
+import unicodedata
+
+END = "</s>"  # index 0 of every vocabulary; `tokenize` never yields it
+HOLE = "_"  # a word to be filled in
+
+# Characters without a width that do not end a word: soft hyphens, joiners, directions, variation selectors (Unicode's
+# Default_Ignorable_Code_Point but for U+200B, which separates words, and letters).
+IGNORED = re.compile(
+    "[\u00ad\u034f\u061c\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]"
+)
+# What NFKC leaves apart, or makes letters of.
+PLAIN = str.maketrans(
+    dict.fromkeys("‘’ʻʼ´\u1ffd", "'") | dict.fromkeys("‐‑", "-") | dict.fromkeys("™℠", " ") | {"ŉ": "'n"}
+)
+# Combining marks: accents without a composed letter, the vowel signs of Hindi and Thai, …
+MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+WORD = rf"[^\W_]+(?:[{MARKS}]+[^\W_]*)*"
+# Letters with their marks and digits, with inner hyphens and apostrophes, or underscores that touch no word.
+TOKEN = re.compile(rf"{WORD}(?:['-]{WORD})*|(?<![\w{MARKS}])_+(?!\w)")
+
+
+def tokenize(caption: str) -> list[str]:
+    """Lower-case words of `caption`; punctuation is dropped, and a lone "_" (or "__" …) is a hole, given as "_".
+
+    Characters that mean the same are one (Unicode's NFKC: full-width letters, ligatures, composed accents). Words are
+    what spaces and punctuation part: Chinese, Japanese and Thai have to come with spaces between their words.
+    """
+    text = caption.lower()
+    if not text.isascii():
+        text = IGNORED.sub("", caption).translate(PLAIN)
+        # Twice, since small letters may have composed forms that capitals have not.
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i"))  # İ
+    return [HOLE if token[0] == HOLE else token for token in TOKEN.findall(text)]
