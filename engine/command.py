@@ -6,6 +6,7 @@ Imports no torch, so that --help and bad options answer at once.
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -28,7 +29,7 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
     """Prints why in one line, without the message's line breaks; returns the exit status.
 
     error    an exception or a message. One that has an `argument`, such as an InputError, is about that argument, or
-             about several, separated by ", "
+             about several, separated by ", ". One that a failing import raised is about that package
     options  names of the command's options, as Python spells them: an argument that is one is printed as "--steps"
     """
     message, argument = str(error), getattr(error, "argument", None)
@@ -36,8 +37,29 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
         names, options = argument.split(", "), set(options)
         spelled = ", ".join(f"--{name.replace('_', '-')}" for name in names) if options.issuperset(names) else argument
         message = f"{spelled}: {message.removeprefix(f'{argument}: ')}"
+    elif isinstance(error, BaseException) and (package := broken_package(error)):
+        remedy = "reinstall it, or uninstall it if nothing needs it"
+        message = f"the package {package} cannot be imported ({_root(error)}); {remedy}"
     print(f"{command}: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
+
+
+def broken_package(error: BaseException) -> str | None:
+    """The package, other than this one, whose import raised an error; None for errors of other causes."""
+    error = _root(error)
+    module = error.name if isinstance(error, ImportError) else None
+    if module is None:  # the innermost module that was being imported
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+        module = frames[-1].f_globals.get("__name__") if frames else None
+    package = (module or "").partition(".")[0]
+    return package if package not in ("", "__main__", "engine") else None
+
+
+def _root(error: BaseException) -> BaseException:
+    """The error that those were raised from which name no cause of their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def run(command: str, main: Callable[[], int]) -> NoReturn:
@@ -51,9 +73,13 @@ def run(command: str, main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         status = 1
         _discard_output()
-    except OSError as error:  # such as standard output on a full disk
+    except Exception as error:
+        broken = broken_package(error)
+        if broken is None and not isinstance(error, OSError):
+            raise
         status = refuse(command, error)
-        _discard_output()
+        if broken is None:  # such as standard output on a full disk
+            _discard_output()
     sys.exit(status)
 
 

@@ -8,7 +8,7 @@ import argparse
 
 from safetensors import SafetensorError
 
-from engine.command import Parser, name, path, refuse, run
+from engine.command import Parser, broken_package, name, path, refuse, run
 from engine.errors import InputError
 from engine.presets import PRESETS
 from engine.training.options import DTYPES, TrainOptions
@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, FloatingPointError, ModuleNotFoundError) as error:
         return refuse(COMMAND, error, values)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that was removed
-        return refuse(COMMAND, f"{error}; fix this, then the same command resumes the run")
+        resumes = f"{error}; fix this, then the same command resumes the run"
+        return refuse(COMMAND, error if broken_package(error) else resumes)
     return 0
 
 

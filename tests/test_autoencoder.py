@@ -196,6 +196,35 @@ sys.exit("diffusers" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+BROKEN = {
+    "accelerate": "raise RuntimeError('operator does not exist')",
+    "bitsandbytes": "raise OSError('libcuda.so')",
+    "peft": "[].absent",
+    "torchvision": "raise ImportError('libjpeg.so')",
+    "transformers": "",  # imports, but lacks what diffusers takes from it
+}
+
+
+def test_broken_packages_that_an_autoencoder_does_not_need_do_not_matter(tmp_path):
+    for name, line in BROKEN.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(line)
+        info = tmp_path / f"{name}-5.0.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 5.0.0\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from engine.codecs.autoencoder import UNUSED, autoencoder_class
+import torch
+with torch.device("meta"):
+    autoencoder_class("AutoencoderDC")()
+assert None not in [sys.modules.get(name, 1) for name in UNUSED]
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_threads_that_need_the_autoencoder_at_once_build_it_once(folders, monkeypatch):
     codec, builds, barrier = load(folders["AutoencoderDC"]), [], threading.Barrier(4)
     build = SavedAutoencoder.build

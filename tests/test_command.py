@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.command import Parser, check_writable, path, refuse
+from engine.command import Parser, check_writable, path, refuse, run
 from engine.errors import InputError, errors_named
 
 
@@ -95,3 +95,42 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # for root, every folder is writable
     with pytest.raises(InputError, match="cannot be written; give another folder"):
         check_writable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "raise ImportError('libx.so: cannot open')",
+        "raise OSError('libx.so: undefined symbol')",
+        "raise RuntimeError('no operator')",
+        "raise ValueError('numpy.dtype size changed')",
+        "[].absent",
+        "from json import absent as libx",
+        "import libx_absent",
+    ],
+)
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_broken_package_is_named_in_one_line(tmp_path, monkeypatch, capsys, line, chained):
+    (tmp_path / "brokenpackage.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def main():
+        try:
+            import brokenpackage  # noqa: F401
+        except Exception as error:
+            if chained:  # as diffusers does
+                raise RuntimeError("look up to see its traceback") from error
+            raise
+
+    with pytest.raises(SystemExit) as ended:
+        run("python -m engine.x", main)
+    printed = capsys.readouterr().err
+    package = "json" if "json" in line else "libx_absent" if "libx_absent" in line else "brokenpackage"
+    assert ended.value.code == 2 and printed.count("\n") == 1
+    assert printed.startswith(f"python -m engine.x: the package {package} cannot be imported (")
+    assert printed.endswith("; reinstall it, or uninstall it if nothing needs it\n") and "look up" not in printed
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run("python -m engine.x", lambda: 1 // 0)

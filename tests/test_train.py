@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -461,3 +462,10 @@ def test_plotting_without_matplotlib_is_refused_in_one_line(images, tmp_path, ca
     monkeypatch.setattr(stages, "find_spec", lambda _: None)
     line = refusal(capsys, *SHORT, "--data", str(images), "--out", str(tmp_path / "run"))
     assert "matplotlib" in line and "pip install" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", ["matplotlib.figure", "gensim.models"])
+def test_a_broken_package_is_found_before_any_work(images, tmp_path, capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = refusal(capsys, *SHORT, "--data", str(images), "--out", str(tmp_path / "run"))
+    assert f"the package {module.partition('.')[0]} cannot be imported" in line and not (tmp_path / "run").exists()

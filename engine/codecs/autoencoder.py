@@ -3,11 +3,12 @@
 diffusers is imported when an autoencoder is built, never before: its import takes longer than a short sampling run.
 """
 
+import importlib
 import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,14 @@ LAYERS = (
     "layers_per_block", "num_encoder_blocks", "num_decoder_blocks", "encoder_layers_per_block",
     "decoder_layers_per_block",
 )  # fmt: skip
+# Packages that diffusers imports for its other classes.
+UNUSED = (
+    "accelerate", "auto_round", "av", "bitsandbytes", "cv2", "flash_attn", "flash_attn_3", "flashinfer", "flax", "gguf",
+    "jax", "kernels", "kornia", "librosa", "modelopt", "onnxruntime", "optimum", "peft", "sageattention", "scipy",
+    "sdnq", "sentencepiece", "timm", "torchao", "torchsde", "torchvision", "transformers", "xformers",
+)  # fmt: skip
+XFORMERS_LOG = logging.getLogger("xformers")
+log = logging.getLogger("engine.codecs")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REMEDY = "copy the autoencoder folder again"
 
@@ -124,7 +133,7 @@ class SavedAutoencoder:
             known = inspect.signature(kind.__init__).parameters
             with torch.device("meta"):  # no memory is taken until the file is known to have these weights
                 autoencoder = kind.from_config({key: value for key, value in self.config.items() if key in known})
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # diffusers and PyTorch raise nearly all kinds
             problem = f"does not describe a working {name} ({error})"
             raise InputError("checkpoint", self.source / "config.json", REMEDY, problem) from None
         with _open_weights(path) as file:
@@ -144,23 +153,39 @@ class SavedAutoencoder:
 def autoencoder_class(name: str):
     """A class of diffusers.
 
-    diffusers imports xformers where it finds it. Without a CUDA device xformers is of no use, and a broken installation
-    of it would be an error here, so it is not found then; with one, its warnings are held back.
+    diffusers imports many packages where it finds them. None of UNUSED helps an autoencoder, so a broken one must not
+    matter: where the import fails, diffusers is imported again without them, unless the program had imported it before.
+    xformers is not even looked for without a CUDA device; with one, its warnings are held back.
     """
-    hidden = not torch.cuda.is_available() and "xformers" not in sys.modules
-    log = logging.getLogger("xformers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    if hidden:
-        sys.modules["xformers"] = None
+    again = "diffusers" not in sys.modules
+    level = XFORMERS_LOG.level
+    XFORMERS_LOG.setLevel(logging.ERROR)
     try:
-        import diffusers
-
-        return getattr(diffusers, name)
+        with _hidden(() if torch.cuda.is_available() or "xformers" in sys.modules else ("xformers",)):
+            return getattr(importlib.import_module("diffusers"), name)
+    except Exception as error:  # a broken package raises anything
+        if not again:
+            raise
+        log.info("diffusers: imported again without optional packages (%s)", error)
     finally:
-        log.setLevel(level)
-        if hidden:
-            del sys.modules["xformers"]
+        XFORMERS_LOG.setLevel(level)
+    for module in [module for module in sys.modules if module.partition(".")[0] == "diffusers"]:
+        del sys.modules[module]
+    with _hidden(UNUSED):
+        return getattr(importlib.import_module("diffusers"), name)
+
+
+@contextmanager
+def _hidden(packages: Iterable[str]) -> Iterator[None]:
+    """Lets imports find none of these packages."""
+    before = {package: sys.modules[package] for package in packages if package in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))
+    try:
+        yield
+    finally:
+        for package in packages:
+            del sys.modules[package]
+        sys.modules.update(before)
 
 
 def save_autoencoder(autoencoder: nn.Module, folder: str | Path, dtype) -> None:
@@ -176,8 +201,9 @@ def _is_number(value) -> bool:
 
 
 def _hub_config(name: str) -> dict:
+    kind = autoencoder_class("AutoencoderKL")  # outside, so that a failing import is not taken for that of a download
     try:
-        return autoencoder_class("AutoencoderKL").load_config(name)
+        return kind.load_config(name)
     except (OSError, ValueError) as error:
         problem = "is neither a folder nor a model that can be downloaded"
         raise InputError("checkpoint", name, "give the folder of a diffusers autoencoder", problem) from error

@@ -9,6 +9,7 @@ Each stage resumes where it was interrupted.
 import hashlib
 import json
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,11 +55,13 @@ def train(options: TrainOptions) -> None:
     """Checks all that can be checked beforehand, then runs the three stages in order.
 
     Raises InputError; FloatingPointError if a loss is not finite; OSError if the run cannot be written;
-    ModuleNotFoundError without matplotlib.
+    ModuleNotFoundError without matplotlib; what a broken matplotlib or gensim raises.
     """
     if find_spec("matplotlib") is None:
         install = "pip install 'psunet-engine[train]'"
         raise ModuleNotFoundError(f"matplotlib, which plots the loss curves, is not installed; use {install}")
+    for module in ("matplotlib.figure", "gensim.models"):  # now: a broken one would be found after hours
+        import_module(module)
     config, run = options.config, options.out
     device, dtype = resolve(options.device, options.dtype, config.model)
     check_writable(run, ["run.json"])
