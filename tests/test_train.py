@@ -343,7 +343,7 @@ def test_a_run_of_another_recipe_is_not_resumed(images, run, monkeypatch, capsys
 )
 def test_bad_options_are_refused_before_anything_is_written(images, tmp_path, capsys, options, parts):
     line = refusal(capsys, *SHORT, "--data", str(images), "--out", str(tmp_path / "run"), *options)
-    assert all(part in line for part in parts) and "; " in line, line
+    assert all(part[:50] in line for part in parts) and "; " in line, line
     assert not (tmp_path / "run").exists()
 
 
