@@ -24,12 +24,15 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.checkpoint": 5,
     "engine.data": 5,
     "engine.sampling": 5,
+    "engine.decoding": 6,
     "engine.preparation": 6,
     "engine.runtime": 6,
     "engine.evaluation": 7,
+    "engine.serving": 7,
     "engine.training": 7,
     "engine.evaluate": 8,
     "engine.sample": 8,
+    "engine.serve": 8,
     "engine.train": 8,
     "engine": 8,  # the facade
 }
