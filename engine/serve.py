@@ -75,24 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
     app = create_app(
         engine, model=model, limits=limits, tokens=tokens, origins=options.cors, warmup=warmup, drain=options.drain
     )
-    config = uvicorn.Config(
-        app,
-        options.host,
-        options.port,
-        log_level="info",
-        server_header=False,
-        timeout_graceful_shutdown=_whole(options),
-    )
+    seconds = max(1, round(options.drain))
+    config = uvicorn.Config(app, options.host, options.port, server_header=False, timeout_graceful_shutdown=seconds)
     uvicorn.Server(config).run()
     return 0
 
 
 def _stop(*_) -> None:
     sys.exit(0)
-
-
-def _whole(options: argparse.Namespace) -> int:
-    return max(1, round(options.drain))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-import engine as package
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.errors import AsciiJSON, ServiceError, internal_error
 from engine.serving.inputs import Limits, read
@@ -58,7 +57,7 @@ def create_app(
 
     app = FastAPI(
         title="psunet-engine",
-        version=package.__version__,
+        version="1",
         summary="Joint text-and-image diffusion: give any part of an image and its caption, get the rest.",
         lifespan=lifespan,
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
