@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import logging
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +20,17 @@ from engine.serving.errors import AsciiJSON, ServiceError, internal_error
 from engine.serving.inputs import Limits, read
 from engine.serving.models import model_card, vocabulary
 from engine.serving.native import infill
-from engine.serving.schemas import ErrorAnswer, InfillAnswer, InfillBody
+from engine.serving.openai_shape import captions, edits, generations
+from engine.serving.schemas import (
+    CaptionBody,
+    CaptionsAnswer,
+    EditBody,
+    ErrorAnswer,
+    GenerationBody,
+    ImagesAnswer,
+    InfillAnswer,
+    InfillBody,
+)
 from engine.serving.service import Job, Service
 
 PAGE = Path(__file__).parent / "page"
@@ -86,7 +95,11 @@ def _add_sampling(app: FastAPI, service: Service) -> None:
             endpoint
         )
 
+    shape = "OpenAI's shape"
     add("/v1/infill", InfillBody, InfillAnswer, infill, "native", "Generate whatever is not given")
+    add("/v1/images/generations", GenerationBody, ImagesAnswer, generations, shape, "Images from words")
+    add("/v1/images/edits", EditBody, ImagesAnswer, edits, shape, "A part of an image anew")
+    add("/v1/captions", CaptionBody, CaptionsAnswer, captions, "native", "Words for an image")
 
     @app.delete("/v1/requests/{id}", tags=["native"], summary="Cancel a request", responses=ERRORS)
     async def cancel(id: str) -> Response:
@@ -194,6 +207,3 @@ class BearerTokens:
 
 def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
-
-
-logging.getLogger("engine.serving").addHandler(logging.NullHandler())

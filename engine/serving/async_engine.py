@@ -70,9 +70,10 @@ class Preview:
 class Handle:
     """A request on its way. As an asynchronous context manager it cancels what is not done when it is left."""
 
-    def __init__(self, request: Request, priority: int):
+    def __init__(self, request: Request, priority: int, leave: Callable[["Handle"], None]):
         self.id = uuid.uuid4().hex
         self.request, self.priority = request, priority
+        self._leave = leave  # called when it is done
         self.submitted = time.perf_counter()
         self.started: float | None = None  # when its first step was done
         self.ended: float | None = None
@@ -138,6 +139,7 @@ class Handle:
             self._result.set_result(result)
         else:
             self._result.set_exception(error)
+        self._leave(self)
         self._changed.set()
         return True
 
@@ -156,18 +158,18 @@ class AsyncEngine:
         self._handles: dict[str, Handle] = {}  # of requests that are not done
         self._queue: list[Handle] = []  # those that have not started, in the order in which they will
         self._tasks: set[asyncio.Task] = set()
-        self._draining = self._closed = False
+        self._draining = False
         self._threads = ThreadPoolExecutor(READERS, "psunet-reader")
 
     @property
     def alive(self) -> bool:
         """Whether the engine can still compute."""
-        return not self._closed
+        return not self.engine.closed
 
     @property
     def ready(self) -> bool:
         """Whether a request of one sample would be taken now, and served without warming up."""
-        return self.warm and not self._draining and self.samples < self.engine.max_rows + self.max_queue
+        return self.warm and self.alive and not self._draining and self.samples < self.engine.max_rows + self.max_queue
 
     @property
     def samples(self) -> int:
@@ -216,7 +218,7 @@ class AsyncEngine:
             raise InputError("deadline", deadline, "use a number of seconds above 0")
         if isinstance(preview_every, bool) or not isinstance(preview_every, int) or preview_every < 0:
             raise InputError("preview_every", preview_every, "use a number of steps, 0 for no previews")
-        handle = Handle(request, priority)
+        handle = Handle(request, priority, self._leave)
         self._handles[handle.id] = handle
         places = [i for i, other in enumerate(self._queue) if other.priority < priority]
         self._queue.insert(places[0] if places else len(self._queue), handle)
@@ -248,7 +250,6 @@ class AsyncEngine:
             handle._end(error=EngineClosed("the engine was shut down before the request was done"))
         if self._tasks:
             await asyncio.wait(set(self._tasks))
-        self._closed = True
         await asyncio.to_thread(self.engine.close)
         self._threads.shutdown(wait=False)
 
@@ -265,7 +266,9 @@ class AsyncEngine:
             preview=preview, preview_every=every,
         )  # fmt: skip
         try:
-            future = await loop.run_in_executor(self._threads, submit)
+            future = await loop.run_in_executor(self._threads, lambda: None if handle.done else submit())
+            if future is None:
+                return
             if not accepted.done():
                 accepted.set_result(None)
             waited = asyncio.wrap_future(future)
@@ -284,8 +287,6 @@ class AsyncEngine:
         finally:
             if timer:
                 timer.cancel()
-            del self._handles[handle.id]
-            self._leave_queue(handle)
 
     def _on_progress(self, handle: Handle, done: int, total: int) -> None:
         if handle.started is None:
@@ -296,6 +297,10 @@ class AsyncEngine:
 
     def _on_preview(self, handle: Handle, samples: dict[int, Sample]) -> None:
         handle._tell(Preview(handle.steps, samples))
+
+    def _leave(self, handle: Handle) -> None:
+        del self._handles[handle.id]
+        self._leave_queue(handle)
 
     def _leave_queue(self, handle: Handle) -> None:
         if handle in self._queue:

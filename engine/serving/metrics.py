@@ -1,7 +1,5 @@
 """What Prometheus is told, under names that other engines use too."""
 
-import logging
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engine.serving.async_engine import AsyncEngine, Handle
@@ -14,7 +12,6 @@ class Metrics:
     """One service's; several in a process do not meet."""
 
     def __init__(self, engine: AsyncEngine):
-        self.log = logging.getLogger("engine.serving")
         self.registry = CollectorRegistry()
         where = {"registry": self.registry}
         running = Gauge("psunet:num_requests_running", "Requests that have started", **where)

@@ -44,20 +44,26 @@ def _request(body: InfillBody, service: Service) -> Request:
             given[name] = open_upload(value, f"inputs[{name!r}]", limits)
         else:
             given[name] = text(value, f"inputs[{name!r}]", limits)
-    prompt = text(body.prompt, "prompt", limits)
-    if prompt == "":  # `Request` takes a known empty text by the name of its modality only
-        if "text" in given:
-            raise ServiceError(400, "invalid_value", "prompt: is given twice; leave it out of inputs", "prompt")
-        prompt, given["text"] = None, ""
+    if body.prompt is not None and "text" in given:
+        raise ServiceError(400, "invalid_value", "prompt: is given twice; leave it out of inputs", "prompt")
+    words = known_text(service, body.prompt)
     return Request(
-        prompt=prompt,
+        prompt=words.get("prompt"),
         image=None if body.image is None else open_upload(body.image, "image", limits),
         mask=None if body.mask is None else open_upload(body.mask, "mask", limits),
-        inputs=given,
+        inputs=given | words.get("inputs", {}),
         masks={name: open_upload(value, f"masks[{name!r}]", limits) for name, value in body.masks.items()},
         seed=new_seed(body.num) if body.seed is None else body.seed,
         **{name: getattr(body, name) for name in SAME},
     )
+
+
+def known_text(service: Service, prompt: str | None) -> dict:
+    """The arguments of `Request` for a prompt, of which "" is known to be empty; None: there is none."""
+    prompt = text(prompt, "prompt", service.limits)
+    if prompt is None:
+        return {}
+    return {"prompt": prompt} if prompt else {"inputs": {"text": ""}}
 
 
 def text(value: str | bytes | None, param: str, limits: Limits) -> str | None:

@@ -117,3 +117,79 @@ class ErrorObject(BaseModel):
 
 class ErrorAnswer(BaseModel):
     error: ErrorObject
+
+
+class GenerationBody(Body):
+    """OpenAI's fields as far as they mean something here, and seed, num_inference_steps, guidance_scale."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "red heart", "n": 2, "seed": 7}]})
+
+    prompt: str | None = Field(None, description="words; _ is a word to be filled in; null: generated too")
+    model: str | None = None
+    n: int | None = Field(None, ge=1, le=WHOLE_NUMBERS["num"][1], description="images; null: 1")
+    size: str | None = Field(None, description='the model\'s, such as "64x64", or "auto"')
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
+    background: Literal["auto", "opaque"] | None = None
+    quality: Literal["auto"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image; needs stream")
+    user: str | None = Field(None, max_length=256, description="kept in the service's log")
+    seed: Seed | None = None
+    num_inference_steps: int | None = Field(None, ge=1, le=WHOLE_NUMBERS["steps"][1])
+    guidance_scale: float | None = Field(None, ge=-100, le=100)
+    unknown_words: Literal["error", "fill"] = "error"
+
+
+class EditBody(GenerationBody):
+    """As for generations, with an image of which a part is made anew."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "red heart", "image": PNG, "mask_image": PNG, "seed": 7}]}
+    )
+
+    image: ImageData
+    mask: ImageData | None = Field(None, description="of the image's size: transparent where the image is edited")
+    mask_image: ImageData | None = Field(None, description="of the image's size: white where the image is edited")
+
+
+class ImageAnswer(BaseModel):
+    b64_json: str
+    revised_prompt: str | None = Field(None, description="the words, with those that were filled in")
+    seed: int
+
+
+class ImagesAnswer(BaseModel):
+    created: int
+    data: list[ImageAnswer]
+    background: Literal["opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+
+
+class CaptionBody(Body):
+    """An image to describe."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"image": PNG}, {"image": PNG, "prompt": "_ heart"}]})
+
+    image: ImageData
+    prompt: str | None = Field(None, description="words that are known, _ for each one to be filled in")
+    model: str | None = None
+    n: int = Field(1, ge=1, le=WHOLE_NUMBERS["num"][1], description="captions")
+    seed: Seed | None = None
+    steps: int = _whole("steps", 25, "of the solver")
+    guidance: float | None = Field(None, ge=-100, le=100)
+    unknown_words: Literal["error", "fill"] = "error"
+
+
+class Caption(BaseModel):
+    text: str
+    confidence: float
+    words: list[Word]
+    seed: int
+
+
+class CaptionsAnswer(BaseModel):
+    created: int
+    data: list[Caption]

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -19,6 +20,7 @@ from engine.serving.errors import AsciiJSON, ServiceError, dumps, internal_error
 from engine.serving.inputs import Limits
 from engine.serving.metrics import Metrics
 
+log = logging.getLogger("engine.serving")
 Event = tuple[str | None, dict]  # name and data
 
 
@@ -36,6 +38,7 @@ class Job:
     stream: bool = False
     counts: bool = True  # whether a stream has events of the queue and of steps
     preview_every: int = 0
+    user: str | None = None
 
 
 class Service:
@@ -68,6 +71,8 @@ class Service:
                 request, priority=job.priority, deadline=seconds, preview_every=job.preview_every
             )
             self.metrics.watch(handle)
+            if job.user is not None:
+                log.info("request %s is of user %r", handle.id, job.user)
             if job.stream:
                 return EventStream(handle, self._events(handle, job))
             async with handle, _cancelled_on_disconnect(http, handle):
@@ -104,7 +109,7 @@ class Service:
             known = service_error(error, job.names)
             events = [("error", (known or internal_error()).body())]
             if known is None:
-                self.metrics.log.exception("request %s failed", handle.id)
+                log.exception("request %s failed", handle.id)
         for name, data in events:
             yield server_sent(name, data)
         yield "data: [DONE]\n\n"
