@@ -93,15 +93,14 @@ def open_page(browser, served):
     """Opens the page in a context of given options; at the end, nothing may have failed or left the origin."""
     contexts, problems = [], []
 
-    def open_page(url: str = served.url, refused: tuple[int, ...] = (), **options):
-        """refused: statuses of answers that are errors, which the browser reports on the console too"""
+    def open_page(url: str = served.url, expected: str = "nothing", **options):
+        """expected: part of what the browser itself reports on its console, where a request is to fail"""
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
-        expected = [f"status of {status}" for status in refused]
 
         def on_console(message) -> None:
-            if message.type in ("error", "warning") and not any(text in message.text for text in expected):
+            if message.type in ("error", "warning") and expected not in message.text:
                 problems.append(message.text)
 
         page.on("console", on_console)
@@ -243,8 +242,13 @@ def test_a_word_is_blanked_given_again_and_filled_in(open_page):
     assert page.locator(".caption .generated").count() == 1
     words = page.locator(".caption > span:not(.confidence)").all_text_contents()
     assert (words[0], words[2], len(words)) == ("red", "dog", 3)
+    page.fill("#word", "gre")
+    page.click("#suggestions li:text('green')")
+    expect(page.locator(".chip-word")).to_have_text(["red", "cat", "dog", "green"])
+    page.fill("#word", "bl")  # which, like the words, the caption replaces
     page.click(".use-caption")
     expect(page.locator(".chip-word")).to_have_text(words)
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: given.")
     page.click("#caption-leave")
     expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
 
@@ -277,7 +281,7 @@ def test_what_is_no_image_is_refused_where_it_was_given(open_page, name):
 
 
 def test_errors_stand_at_the_field_that_they_are_about(open_page):
-    page = open_page(refused=(400,))
+    page = open_page(expected="status of 400")
     set_options(page, num="65")
     page.click("#generate")
     expect(page.locator("#num-error")).to_contain_text("64")
@@ -301,6 +305,22 @@ def test_errors_stand_at_the_field_that_they_are_about(open_page):
     expect(page.locator("#summary")).to_contain_text("Words: 1 of 2 generated.")
     generate(page)
     expect(page.locator("#caption-error")).to_be_hidden()
+    assert page.locator(".caption .generated").count() == 1
+
+
+def test_a_server_that_is_away_can_be_tried_again(open_page):
+    page = open_page(expected="ERR_FAILED")
+    for addresses in ("**/v1/infill", "**/v1/models"):
+        page.route(addresses, lambda route: route.abort())
+        if addresses.endswith("models"):
+            page.reload()
+        else:
+            page.click("#generate")
+        expect(page.locator("#error")).to_contain_text("The server does not answer.")
+        page.unroute(addresses)
+        set_options(page, **FEW_STEPS)
+        generate(page)
+        expect(page.locator("#error")).to_be_hidden()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -324,7 +344,7 @@ def test_phone_needs_no_sideways_scrolling_and_text_is_readable(open_page, schem
 def test_a_token_is_asked_for_and_kept(open_page, tiny_checkpoint):
     served = Served(tiny_checkpoint, tokens=["secret"])
     try:
-        page = open_page(served.url, refused=(401,))
+        page = open_page(served.url, expected="status of 401")
         expect(page.locator("#token")).to_be_focused()
         for token in ("wrong", "secret"):
             page.fill("#token", token)

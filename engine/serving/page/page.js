@@ -327,14 +327,14 @@ const isGenerated = ({ blank, unknown }) => blank || (unknown && $("fill-unknown
 function addWords(text) {
   for (const entry of entriesOf(text)) {
     caption.words.push(entry);
-    if (entry.word) checkWord(entry);
+    if (entry.word) markUnknown(entry);
   }
   caption.left = false;
   clearError("prompt");
   refresh();
 }
 
-async function checkWord(entry) {
+async function markUnknown(entry) {
   const known = await wordsFrom(entry.word).catch(() => [entry.word]); // the service refuses it, if need be
   entry.unknown = !known.includes(entry.word);
   if (entry.unknown) refresh();
@@ -342,6 +342,7 @@ async function checkWord(entry) {
 
 function setCaption(text) {
   caption.words = [];
+  $("word").value = "";
   addWords(text);
 }
 
@@ -424,7 +425,7 @@ async function suggest() {
   const options = words.map((word, i) => {
     const option = document.createElement("li");
     Object.assign(option, { id: `suggestion-${i}`, role: "option", ariaSelected: "false", textContent: word });
-    option.addEventListener("pointerdown", (event) => event.preventDefault()); // the word field keeps the focus
+    option.addEventListener("mousedown", (event) => event.preventDefault()); // the word field keeps the focus
     option.addEventListener("click", () => takeSuggestion(option));
     return option;
   });
@@ -511,6 +512,19 @@ function taskOf({ image: drawn, words }) {
 /** Brings the page in line with the state. */
 function refresh() {
   const planned = plan();
+  showImage();
+  showWords();
+  const guidance = model.defaults.guidance?.[taskOf(planned)];
+  $("guidance").placeholder = guidance === undefined ? "automatic" : `automatic (${guidance})`;
+  const seed = isLocked() ? `seed ${$("seed").value}` : "random seed";
+  const num = Number($("num").value);
+  $("options-summary").textContent = `${num} ${num === 1 ? "sample" : "samples"} · ${$("steps").value} steps · ${seed}`;
+  const sentence = sentenceOf(planned);
+  if ($("summary").textContent !== sentence) $("summary").textContent = sentence; // else it is announced again
+  $("generate").disabled = planned.image === "none" && planned.words === "none";
+}
+
+function showImage() {
   for (const id of ["canvas", "overlay", "mask-tools", "image-leave", "replace", "remove"]) $(id).hidden = !image.given;
   $("drop").hidden = image.given;
   $("stage").classList.toggle("empty", !image.given);
@@ -522,30 +536,22 @@ function refresh() {
     button.setAttribute("aria-pressed", button.dataset.preset === preset);
   }
   if (image.given) paintOverlay();
+}
 
-  $("caption-card").classList.toggle("left", caption.left);
-  $("caption-leave").setAttribute("aria-pressed", caption.left);
-  for (const id of ["caption-leave", "clear-words"]) $(id).hidden = !caption.words.length;
+function showWords() {
+  const { words, left } = caption;
+  $("caption-card").classList.toggle("left", left);
+  $("caption-leave").setAttribute("aria-pressed", left);
+  for (const id of ["caption-leave", "clear-words"]) $(id).hidden = !words.length;
   showChips();
-  $("word").placeholder = caption.words.length ? "" : "Type words";
-  $("caption-hint").textContent = caption.words.length ? "Press a word to blank it." : "Without words, the model writes the caption.";
-  $("add-blank").disabled = caption.words.length >= model.words;
-  const unknown = caption.words.filter((entry) => entry.unknown && !isGenerated(entry)).map(({ word }) => `“${word}”`);
-  if (unknown.length && !caption.left) {
-    const does = unknown.length === 1 ? "is not a word" : "are not words";
-    const remedy = "Use others, blank them, or have such words filled in (under Options).";
-    showError("prompt", `${unknown.join(", ")} ${does} of this model. ${remedy}`);
-  }
-
-  const guidance = model.defaults.guidance?.[taskOf(planned)];
-  $("guidance").placeholder = guidance === undefined ? "automatic" : `automatic (${guidance})`;
-  const seed = isLocked() ? `seed ${$("seed").value}` : "random seed";
-  const num = Number($("num").value);
-  $("options-summary").textContent = `${num} ${num === 1 ? "sample" : "samples"} · ${$("steps").value} steps · ${seed}`;
-  const sentence = sentenceOf(planned);
-  if ($("summary").textContent !== sentence) $("summary").textContent = sentence; // else it is announced again
-  const nothingLeft = planned.image === "none" && planned.words === "none";
-  $("generate").disabled = !model.id || nothingLeft;
+  $("word").placeholder = words.length ? "" : "Type words";
+  $("caption-hint").textContent = words.length ? "Press a word to blank it." : "Without words, the model writes the caption.";
+  $("add-blank").disabled = words.length >= model.words;
+  const unknown = words.filter((entry) => entry.unknown && !isGenerated(entry)).map(({ word }) => `“${word}”`);
+  if (!unknown.length || left) return;
+  const does = unknown.length === 1 ? "is not a word" : "are not words";
+  const remedy = "Choose known words, use blanks, or have unknown words filled in (Options).";
+  showError("prompt", `${unknown.join(", ")} ${does} of this model. ${remedy}`);
 }
 
 // ------------------------------------------------------------------------------------------------------ Options
@@ -572,7 +578,7 @@ function keepSeed(seed) {
 /** Shows what is wrong with the options; whether nothing is. */
 function optionsAreValid() {
   const wrong = ["num", "steps", "seed", "guidance"].filter((id) => !$(id).checkValidity());
-  for (const id of wrong) showError(id, $(id).validationMessage);
+  for (const id of wrong) showError(id, `Use a${id === "guidance" ? "" : " whole"} number from ${$(id).min} to ${$(id).max}.`);
   if (wrong.length) $(wrong[0]).focus();
   return !wrong.length;
 }
@@ -596,6 +602,8 @@ function requestOf({ image: drawn, words }) {
 
 async function generate() {
   if (running) return;
+  if (!model.id) await start(); // it has failed before
+  if (!model.id) return;
   addTyped();
   clearErrors();
   refresh(); // which also shows again the words that are not known
@@ -605,7 +613,7 @@ async function generate() {
   running = {
     controller: new AbortController(),
     body: requestOf(planned),
-    isGenerated: planned.words === "all" ? null : caption.words.map(isGenerated), // by word; null: all
+    words: planned.words === "all" ? [] : caption.words.map(({ word, blank }) => (blank ? null : word)), // that are given
     article: copyOf("run-template"),
     step: "",
   };
@@ -746,7 +754,7 @@ function showSample(run, sample, item) {
     other.src = `data:image/png;base64,${sample.outputs[name]}`;
     find(".frame").after(other);
   }
-  const words = (sample.words ?? []).map((word, i) => ({ ...word, generated: run.isGenerated ? run.isGenerated[i] : true }));
+  const words = (sample.words ?? []).map((word, i) => ({ ...word, generated: word.word !== run.words[i] }));
   showCaption(find(".caption"), words);
   const made = words.filter(({ generated }) => generated);
   const mean = made.reduce((sum, { confidence }) => sum + confidence, 0) / made.length;
@@ -808,7 +816,6 @@ async function start() {
     $("about").textContent = "No model";
     return report(error);
   }
-  $("token-form").hidden = true;
   $("about").textContent = `${model.id} · ${model.size}-pixel images · ${model.vocabulary_size.toLocaleString("en")} words`;
   image.mask = new Uint8Array(model.size ** 2);
   $("brush-size").max = model.size / 2;
@@ -921,7 +928,8 @@ on("sharpness", "change", () => document.body.classList.toggle("smooth", !$("sha
 on("token-form", "submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(TOKEN, $("token").value.trim());
-  start();
+  $("token-form").hidden = true;
+  model.id ? generate() : start();
 });
 
 document.addEventListener("keydown", (event) => {
