@@ -260,7 +260,8 @@ class Engine:
             for p, decoded in zip(begun, (yield self._decoded(m.name, codecs, pairs)), strict=True):
                 outputs.setdefault(p.position, {})[m.name] = decoded
         seeds = {i: p.request.seed + j for i, (_, p, j) in enumerate(owners)}
-        show({i: sample_of(seeds[i], output) for i, output in outputs.items()})
+        if outputs:
+            show({i: sample_of(seeds[i], output) for i, output in outputs.items()})
 
     def _encoded(self, name: str, codec: Codec, given: list[Given]):
         """Known values of a modality, [n, L·C] float32; zero where nothing is given."""

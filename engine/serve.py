@@ -6,7 +6,9 @@ Parse, load, serve: everything else is `engine.serving`. SIGTERM and Ctrl-C let 
 import argparse
 import dataclasses
 import signal
+import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine.command import Parser, name, path, refuse, run
@@ -14,7 +16,8 @@ from engine.errors import InputError
 
 COMMAND = "python -m engine.serve"
 INSTALL = "pip install 'psunet-engine[serve]'"
-NEEDED = {"fastapi", "uvicorn", "prometheus_client", "python_multipart"}
+NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+CONNECTIONS = 256  # beside those of requests that are served
 
 
 def _parser() -> Parser:
@@ -59,26 +62,35 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tokens = _tokens(options.token_file)
         _check(options)
-        try:
-            import uvicorn
-
-            from engine.serving.app import create_app
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] not in NEEDED | {"pydantic", "starlette"}:
-                raise
-            return refuse(COMMAND, f"{error.name} is not installed; {INSTALL}")
+        missing = [module for module in NEEDED if find_spec(module) is None]
+        if missing:
+            return refuse(COMMAND, f"{', '.join(missing)}: not installed; install with {INSTALL}")
         limits = _limits(options.limit)
-        engine, model = _engine(options)
+        with _bound(options.host, options.port) as bound:
+            engine, model = _engine(options)
+            _serve(options, engine, model, limits, tokens, bound)
     except InputError as error:
         return refuse(COMMAND, error, vars(options))
+    return 0
+
+
+def _serve(options: argparse.Namespace, engine, model: str, limits, tokens: list[str], bound: socket.socket) -> None:
+    import uvicorn
+
+    from engine.serving.app import create_app
+
     warmup = options.warmup if options.warmup is not None else options.max_rows if options.compile else 1
     app = create_app(
         engine, model=model, limits=limits, tokens=tokens, origins=options.cors, warmup=warmup, drain=options.drain
     )
     seconds = max(1, round(options.drain))
-    config = uvicorn.Config(app, options.host, options.port, server_header=False, timeout_graceful_shutdown=seconds)
-    uvicorn.Server(config).run()
-    return 0
+    most = options.max_rows + options.max_queue + CONNECTIONS
+    config = uvicorn.Config(
+        app, server_header=False, limit_concurrency=most, timeout_graceful_shutdown=seconds, log_level="warning"
+    )
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"{COMMAND}: {model} at http://{host}:{bound.getsockname()[1]}/", flush=True)
+    uvicorn.Server(config).run([bound])
 
 
 def _stop(*_) -> None:
@@ -97,6 +109,24 @@ def _check(options: argparse.Namespace) -> None:
     for origin in options.cors:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise InputError("cors", origin, "give scheme, host and port, such as https://example.org")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket with this address; it does not listen yet, so that nobody waits while the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a name"
+        argument, value = ("host", host) if isinstance(error, socket.gaierror | UnicodeError) else ("port", port)
+        raise InputError(argument, value, f"give another {argument}", f"cannot be used ({reason})") from None
+    return bound
 
 
 def _tokens(file: Path | None) -> list[str]:

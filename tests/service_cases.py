@@ -18,18 +18,18 @@ LONG = {"num": 2, "steps": 250, "resample": 10, "seed": 0}  # 2,500 steps of two
 
 
 def asynchronous(test: Callable) -> Callable:
-    """A test that is a coroutine, run in an event loop of its own, a minute at most."""
+    """A test that is a coroutine, run in an event loop of its own, three minutes at most."""
 
     @functools.wraps(test)
     def run(*arguments, **named):
-        asyncio.run(asyncio.wait_for(test(*arguments, **named), 60))
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), 180))
 
     return run
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what other tasks or threads bring about, ten seconds at most."""
-    for _ in range(2000):
+    """Waits for what other tasks or threads bring about, half a minute at most."""
+    for _ in range(6000):
         if condition():
             return
         await asyncio.sleep(0.005)

@@ -90,10 +90,11 @@ def _add_sampling(app: FastAPI, service: Service) -> None:
         async def endpoint(http: HttpRequest) -> Response:
             return await service.serve(http, job(service, await read(http, body, service.limits)))
 
-        answers = {200: {"model": answer, "content": {"text/event-stream": {"schema": {"type": "string"}}}}, **ERRORS}
-        app.post(path, responses=answers, tags=[tag], summary=about, openapi_extra=_body_of(body), name=job.__name__)(
-            endpoint
-        )
+        answers = {200: {"model": answer}, **ERRORS}
+        if "stream" in body.model_fields:
+            answers[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        about = {"summary": about, "tags": [tag], "name": job.__name__, "openapi_extra": _body_of(body)}
+        app.add_api_route(path, endpoint, methods=["POST"], responses=answers, **about)
 
     shape = "OpenAI's shape"
     add("/v1/infill", InfillBody, InfillAnswer, infill, "native", "Generate whatever is not given")

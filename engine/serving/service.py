@@ -164,7 +164,7 @@ def new_seed(num: int) -> int:
 def encoded(image: Image.Image, output_format: str, quality: int | None = None) -> str:
     """An image file in base64."""
     file, options = io.BytesIO(), {} if quality is None else {"quality": quality}
-    image.convert("RGB").save(file, output_format.upper(), **options)
+    image.save(file, output_format.upper(), **options)
     return base64.b64encode(file.getvalue()).decode()
 
 
