@@ -379,7 +379,30 @@ async def test_other_pages_may_call_only_where_that_was_asked_for(engine):
         assert "access-control-allow-origin" not in other.headers
 
 
+@asynchronous
+async def test_a_form_that_another_page_sends_is_refused(engine):
+    form = {"files": {"steps": (None, "1")}}
+    async with service(engine, origins=["https://a.example"]) as http:
+        for site, origin, status in (
+            ("cross-site", "https://b.example", 403),
+            ("cross-site", "null", 403),
+            ("cross-site", "https://a.example", 200),
+            ("same-origin", "http://service", 200),
+        ):
+            answer = await http.post(INFILL, headers={"sec-fetch-site": site, "origin": origin}, **form)
+            assert answer.status_code == status
+
+
 # ------------------------------------------------------------------------------------------------- events
+
+
+@asynchronous
+async def test_a_stream_that_waits_is_not_silent(engine, monkeypatch):
+    monkeypatch.setattr("engine.serving.service.SILENCE", 0.0001)
+    async with service(engine) as http:
+        answer = await http.post(INFILL, json={"steps": 9, "stream": True})
+    blocks = answer.text.split("\n\n")
+    assert ": nothing new" in blocks and blocks[-2] == "data: [DONE]"
 
 
 @asynchronous
@@ -465,3 +488,4 @@ async def test_the_openapi_document_describes_bodies_with_examples_that_work(eng
                 answer = await http.post(path, json=example["value"] | few)
                 assert answer.status_code == 200, (path, answer.text)
             assert {"400", "429", "504"} <= document["paths"][path]["post"]["responses"].keys()
+        assert "422" not in json.dumps(document) and "ValidationError" not in json.dumps(document)

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.errors import AsciiJSON, ServiceError, internal_error
-from engine.serving.inputs import Limits, read
+from engine.serving.inputs import Limits
 from engine.serving.models import model_card, vocabulary
 from engine.serving.native import infill
 from engine.serving.openai_shape import captions, edits, generations
@@ -35,7 +35,7 @@ from engine.serving.service import Job, Service
 
 PAGE = Path(__file__).parent / "page"
 PROTECTED = ("/v1/", "/metrics")
-ERRORS = {status: {"model": ErrorAnswer} for status in (400, 401, 408, 409, 413, 415, 429, 500, 503, 504)}
+ERRORS = {status: {"model": ErrorAnswer} for status in (400, 401, 403, 408, 409, 413, 415, 429, 500, 503, 504)}
 
 
 def create_app(
@@ -77,8 +77,8 @@ def create_app(
     _add_lists(app, service)
     _add_service(app, service)
     _add_page(app)
-    if tokens:
-        app.add_middleware(BearerTokens, tokens=tokens)
+    app.openapi = partial(_openapi, app)
+    app.add_middleware(Gate, tokens=tokens, origins=origins)
     if origins:
         headers = ["Authorization", "Content-Type"]
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
@@ -88,7 +88,7 @@ def create_app(
 def _add_sampling(app: FastAPI, service: Service) -> None:
     def add(path: str, body: type[BaseModel], answer: type[BaseModel], job: Callable[..., Job], tag: str, about: str):
         async def endpoint(http: HttpRequest) -> Response:
-            return await service.serve(http, job(service, await read(http, body, service.limits)))
+            return await service.serve(http, job(service, await service.read(http, body)))
 
         answers = {200: {"model": answer}, **ERRORS}
         if "stream" in body.model_fields:
@@ -117,6 +117,17 @@ def _body_of(model: type[BaseModel]) -> dict:
     examples = {f"example {i}": {"value": value} for i, value in enumerate(schema.pop("examples", ()), 1)}
     content = {"application/json": {"schema": schema, "examples": examples}, "multipart/form-data": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _openapi(app: FastAPI) -> dict:
+    """The document, without the status 422 that FastAPI puts everywhere and this service never answers with."""
+    document = FastAPI.openapi(app)
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    return document
 
 
 def _add_lists(app: FastAPI, service: Service) -> None:
@@ -186,24 +197,29 @@ def _add_errors(app: FastAPI) -> None:
         return internal_error().response()
 
 
-class BearerTokens:
-    """Asks for a token in front of what costs time or tells of others' requests."""
+class Gate:
+    """In front of what costs time or tells of others' requests: asks for a token, and refuses other pages' scripts."""
 
-    def __init__(self, app, tokens: Sequence[str]):
+    def __init__(self, app, tokens: Sequence[str], origins: Sequence[str]):
         self.app, self._digests = app, [_digest(token.encode()) for token in tokens]
+        self._origins = {origin.encode() for origin in origins}
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(PROTECTED) and scope["method"] != "OPTIONS":
-            kind, _, token = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-            # Of equal length and all of them compared: the time tells nothing of the tokens.
-            matches = [secrets.compare_digest(_digest(token.strip()), digest) for digest in self._digests]
-            if kind.lower() != b"bearer" or not any(matches):
-                error = ServiceError(
-                    401, "unauthorized", "send a token: Authorization: Bearer …", headers={"WWW-Authenticate": "Bearer"}
-                )
-                await error.response()(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        protected = scope["type"] == "http" and scope["path"].startswith(PROTECTED) and scope["method"] != "OPTIONS"
+        error = self._error(dict(scope["headers"])) if protected else None
+        await (self.app if error is None else error.response())(scope, receive, send)
+
+    def _error(self, headers: dict[bytes, bytes]) -> ServiceError | None:
+        # A form can be sent to any address from any page; browsers say so.
+        if headers.get(b"sec-fetch-site") == b"cross-site" and headers.get(b"origin") not in self._origins:
+            return ServiceError(403, "forbidden", "scripts of other pages may not call this service (--cors)")
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        # Of equal length and all of them compared: the time tells nothing of the tokens.
+        matches = [secrets.compare_digest(_digest(token.strip()), digest) for digest in self._digests]
+        if self._digests and (kind.lower() != b"bearer" or not any(matches)):
+            challenge = {"WWW-Authenticate": "Bearer"}
+            return ServiceError(401, "unauthorized", "send a token: Authorization: Bearer …", headers=challenge)
+        return None
 
 
 def _digest(token: bytes) -> bytes:

@@ -186,6 +186,13 @@ class AsyncEngine:
         """Of these, the samples of requests that have not started."""
         return sum(handle.request.num for handle in self._queue)
 
+    def check_room(self, samples: int = 1) -> None:
+        """Raises EngineClosed or QueueFull if a request of so many samples would not be taken now."""
+        if self._draining or not self.alive:
+            raise EngineClosed("the engine is shutting down; try again later, or elsewhere")
+        if self.samples + samples > self.engine.max_rows + self.max_queue:
+            raise QueueFull(max(0, self.samples - self.engine.max_rows), self.max_queue)
+
     def find(self, id: str) -> Handle | None:
         """The request of this id, if it is not done."""
         return self._handles.get(id)
@@ -207,13 +214,10 @@ class AsyncEngine:
         Raises QueueFull and EngineClosed at once, InputError if the request cannot be served, and Cancelled or
         DeadlineExceeded if that comes first. If the wait is cancelled, so is the request.
         """
-        if self._draining:
-            raise EngineClosed("the engine is shutting down; try again later, or elsewhere")
         limit = self.engine.max_rows + self.max_queue
         if request.num > limit:
             raise InputError("num", request.num, f"use at most {limit}", "is more than the queue holds")
-        if self.samples + request.num > limit:
-            raise QueueFull(max(0, self.samples - self.engine.max_rows), self.max_queue)
+        self.check_room(request.num)
         if deadline is not None and not 0 < deadline < float("inf"):
             raise InputError("deadline", deadline, "use a number of seconds above 0")
         if isinstance(preview_every, bool) or not isinstance(preview_every, int) or preview_every < 0:

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response, StreamingResponse
 from PIL import Image
+from pydantic import BaseModel
 
 from engine.request import MAX_SEED, Request, Result, Sample
 from engine.serving.async_engine import AsyncEngine, Handle, Preview, Progress
 from engine.serving.errors import AsciiJSON, ServiceError, dumps, internal_error, service_error
-from engine.serving.inputs import Limits
+from engine.serving.inputs import Limits, read
 from engine.serving.metrics import Metrics
 
 log = logging.getLogger("engine.serving")
+SILENCE = 15.0  # seconds
 Event = tuple[str | None, dict]  # name and data
 
 
@@ -61,6 +63,14 @@ class Service:
             if self.engine.alive:
                 raise
 
+    async def read(self, http: HttpRequest, model: type[BaseModel]) -> BaseModel:
+        """The body of a request, which is not read if there is no room for it. Raises ServiceError."""
+        try:
+            self.engine.check_room()
+        except RuntimeError as error:
+            raise service_error(error) from None
+        return await read(http, model, self.limits)
+
     async def serve(self, http: HttpRequest, job: Job) -> Response:
         """Answers with JSON or with events; cancels the request if the client disconnects. Raises ServiceError."""
         try:
@@ -100,7 +110,10 @@ class Service:
                 raise ServiceError(400, "invalid_value", message, name)
 
     async def _events(self, handle: Handle, job: Job) -> AsyncIterator[str]:
-        async for event in handle.events():
+        async for event in _with_pauses(handle.events()):
+            if event is None:
+                yield ": nothing new\n\n"
+                continue
             for name, data in await self._event(handle, event, job):
                 yield server_sent(name, data)
         try:
@@ -122,6 +135,20 @@ class Service:
         if isinstance(event, Progress):
             return [("progress", {"done": event.done, "total": event.total})]
         return [("queued", {"id": handle.id, "position": event.position})]
+
+
+async def _with_pauses(events: AsyncIterator) -> AsyncIterator:
+    """These events, and None where there are none for a while: proxies end what is silent."""
+    while True:
+        following = asyncio.ensure_future(anext(events))
+        try:
+            while not (await asyncio.wait({following}, timeout=SILENCE))[0]:
+                yield None
+            yield following.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            following.cancel()
 
 
 class EventStream(StreamingResponse):
