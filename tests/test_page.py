@@ -1,5 +1,6 @@
 """The page in headless Chromium, against the real service of a tiny checkpoint; skipped where there is no Chromium."""
 
+import json
 import shutil
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from engine import Engine
+from engine.images import ORIENTATION, fit_image, open_image
 from tests.engine_cases import noise
 
 pytest.importorskip("fastapi", reason="the service's packages are not installed")
@@ -132,6 +134,12 @@ def give_image(page, data: bytes, name: str = "given.png") -> None:
     page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": data})
 
 
+def shown_pixels(page) -> np.ndarray:
+    """The given image as the page has it, [32, 32, 3]."""
+    data = page.locator("#canvas").evaluate("(c) => [...c.getContext('2d').getImageData(0, 0, 32, 32).data]")
+    return np.reshape(data, (32, 32, 4))[..., :3]
+
+
 def generate(page) -> None:
     page.click("#generate")
     expect(page.locator("#gallery .run:not(.running)").first).to_be_visible()
@@ -210,8 +218,7 @@ def test_only_what_the_brush_painted_is_generated(open_page):
     page.mouse.move(x + side / 4, y + side * 3 / 4, steps=3)
     page.mouse.up()
     expect(page.locator("#summary")).to_contain_text("% generated. Words: all generated.")
-    shown = page.locator("#canvas").evaluate("(c) => [...c.getContext('2d').getImageData(0, 0, 32, 32).data]")
-    assert (np.reshape(shown, (32, 32, 4))[..., :3] == GIVEN).all(), "the mask has changed the image below it"
+    assert (shown_pixels(page) == GIVEN).all(), "the mask has changed the image below it"
     painted = page.locator("#overlay").evaluate("(c) => [...c.getContext('2d').getImageData(180, 380, 40, 40).data]")
     assert 20 < np.mean(painted[3::4]) < 160, "the mask is invisible, or hides the image"
 
@@ -278,6 +285,57 @@ def test_what_is_no_image_is_refused_where_it_was_given(open_page, name):
     give_image(page, file_of(PICTURE.resize((50, 40))))
     expect(page.locator("#canvas")).to_be_visible()
     expect(page.locator("#image-error")).to_be_hidden()
+
+
+@pytest.mark.parametrize("kind", ["transparent", "palette with a transparent colour", "turned by EXIF", "oblong"])
+def test_an_image_is_shown_and_sent_as_the_engine_reads_it(open_page, kind, tmp_path):
+    file = tmp_path / "given"
+    if kind == "transparent":
+        alpha = Image.linear_gradient("L").resize((32, 32))
+        image = PICTURE.copy()
+        image.putalpha(alpha)
+        file.write_bytes(file_of(image))
+    elif kind == "palette with a transparent colour":
+        file.write_bytes(file_of(PICTURE.quantize(16), transparency=3))
+    elif kind == "turned by EXIF":
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6
+        file.write_bytes(file_of(PICTURE, "JPEG", exif=exif, quality=95))
+    else:
+        file.write_bytes(file_of(noise(4, (46, 32))))
+    page = open_page()
+    give_image(page, file.read_bytes())
+    expect(page.locator("#canvas")).to_be_visible()
+    expected = fit_image(open_image(file), 32).permute(1, 2, 0).numpy().astype(int)
+    assert abs(shown_pixels(page) - expected).max() <= 4
+
+
+REFUSAL = {"error": {"message": "seed: is bad", "param": "seed"}}
+QUEUED = {"id": "1", "position": 3}
+ANSWERS = {  # of the service, and where the page tells what of them
+    "queue full": (
+        429,
+        json.dumps({"error": {"message": "the queue is full", "param": None}}),
+        "#error",
+        "queue is full",
+    ),
+    "no JSON": (502, "<html>bad gateway</html>", "#error", "The server answered with status 502."),
+    "error in the stream": (200, f"event: error\ndata: {json.dumps(REFUSAL)}\n\n", "#seed-error", "is bad"),
+    "stream without an end": (200, f"event: queued\ndata: {json.dumps(QUEUED)}\n\n", "#error", "connection ended"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_failed_answer_is_told_and_another_try_is_possible(open_page, answer):
+    status, body, place, text = ANSWERS[answer]
+    page = open_page(expected=f"status of {status}")
+    kind = "text/event-stream" if status == 200 else "application/json"
+    page.route("**/v1/infill", lambda route: route.fulfill(status=status, content_type=kind, body=body))
+    page.click("#generate")
+    expect(page.locator(place)).to_contain_text(text)
+    expect(page.locator("#generate")).to_be_visible()
+    expect(page.locator(".run")).to_have_count(0)
+    expect(page.locator("#welcome")).to_be_visible()
 
 
 def test_errors_stand_at_the_field_that_they_are_about(open_page):

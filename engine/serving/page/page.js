@@ -48,7 +48,10 @@ async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true }; // the connection broke
+    });
     if (done) return;
     pending += value.replaceAll("\r", "");
     const blocks = pending.split("\n\n");
