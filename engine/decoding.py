@@ -1,16 +1,36 @@
-"""From packed states to a caller's samples. Host only: the functions that the worker runs, and what becomes of them."""
+"""From packed states to a caller's samples, and how the caller watches them. Host only."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from engine.codecs.codec import Codec, Decoded, Given
 from engine.config import Modality
+from engine.errors import InputError
 from engine.preparation import PreparedRequest
 from engine.request import Sample
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a call wants to be served, see `Engine.submit`. Raises InputError."""
+
+    progress: Callable[[int, int], None] | None = None
+    priority: int = 0
+    preview: Callable[[dict[int, Sample]], None] | None = None
+    preview_every: int = 1
+
+    def __post_init__(self):
+        for key, lowest in (("priority", None), ("preview_every", 1)):
+            value = getattr(self, key)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if not whole or (lowest is not None and value < lowest):
+                problem = "use a whole number" + ("" if lowest is None else f" from {lowest}")
+                raise InputError(key, value, problem)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.checkpoint import BUILT_IN, Checkpoint, load
 from engine.codecs.codec import Codec, Decoded, Given
-from engine.decoding import Decoder, on_arrival, sample_of
+from engine.decoding import Decoder, Watch, on_arrival, sample_of
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import InputError
 from engine.kernels import backend
@@ -189,6 +189,7 @@ class Engine:
         is closed meanwhile, and what the model raised where it fails; other calls' samples are not affected.
         """
         alone, started = isinstance(requests, Request), time.perf_counter()
+        watch = Watch(progress, priority, preview, preview_every)
         if not alone and not isinstance(requests, Iterable):
             raise InputError("requests", requests, "give a Request or a list of them", "is not a Request")
         listed = [requests] if alone else list(requests)
@@ -199,11 +200,10 @@ class Engine:
         self._sampler.worker.check()
         prepared = [prepare(r, self.config, codecs, denoiser.can_cache) for r in listed]
         self._build(codecs)  # now, since a damaged file is to be reported before the sampling, not after
-        watch = _Watch(progress, priority, preview, preview_every)
         return drive(self._flow(prepared, codecs, watch, alone, started))
 
     def _flow(
-        self, prepared: list[PreparedRequest], codecs: dict[str, Codec], watch: "_Watch", alone: bool, started: float
+        self, prepared: list[PreparedRequest], codecs: dict[str, Codec], watch: Watch, alone: bool, started: float
     ):
         """The way of some requests, as a generator: each `yield` waits for the worker."""
         if not prepared:
@@ -226,7 +226,7 @@ class Engine:
         try:
             show = watch.preview and (lambda found: drive(self._preview(found, owners, codecs, watch.preview)))
             states = yield self._sampler.submit(
-                specs, watch.progress, priority=watch.priority, preview=show, preview_every=watch.every
+                specs, watch.progress, priority=watch.priority, preview=show, preview_every=watch.preview_every
             )  # [B, N]
         except NotFiniteError as error:
             i, p, j = owners[error.positions[0]]
@@ -305,7 +305,7 @@ class Engine:
             parts = [min(MAX_NUM, rows - i) for i in range(0, rows, MAX_NUM)]
             requests = [Request(num=num, steps=2, guidance=w, order=order) for num in parts]
             prepared = [settle(request, given, self.config) for request in requests]
-            drive(self._flow(prepared, self.codecs, _Watch(), alone=False, started=time.perf_counter())).result()
+            drive(self._flow(prepared, self.codecs, Watch(), alone=False, started=time.perf_counter())).result()
 
     def _patterns(self) -> list[tuple[dict[str, Given], str | None]]:
         """What is given and the order of every task in which each modality is wholly known or wholly generated."""
@@ -345,13 +345,3 @@ class Engine:
         with self._lock:
             self._seconds[stage] += now - since
         return now
-
-
-@dataclass(frozen=True)
-class _Watch:
-    """How a call wants to be served, see `Engine.submit`."""
-
-    progress: Callable[[int, int], None] | None = None
-    priority: int = 0
-    preview: Callable[[dict[int, Sample]], None] | None = None
-    every: int = 1

@@ -5,6 +5,7 @@ Parse, load, serve: everything else is `engine.serving`. SIGTERM and Ctrl-C let 
 
 import argparse
 import dataclasses
+import logging
 import signal
 import socket
 import sys
@@ -79,6 +80,8 @@ def _serve(options: argparse.Namespace, engine, model: str, limits, tokens: list
 
     from engine.serving.app import create_app
 
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # to stderr
+    logging.getLogger("engine.serving").setLevel(logging.INFO)
     warmup = options.warmup if options.warmup is not None else options.max_rows if options.compile else 1
     app = create_app(
         engine, model=model, limits=limits, tokens=tokens, origins=options.cors, warmup=warmup, drain=options.drain
@@ -86,7 +89,7 @@ def _serve(options: argparse.Namespace, engine, model: str, limits, tokens: list
     seconds = max(1, round(options.drain))
     most = options.max_rows + options.max_queue + CONNECTIONS
     config = uvicorn.Config(
-        app, server_header=False, limit_concurrency=most, timeout_graceful_shutdown=seconds, log_level="warning"
+        app, server_header=False, limit_concurrency=most, timeout_graceful_shutdown=seconds, log_config=None
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"{COMMAND}: {model} at http://{host}:{bound.getsockname()[1]}/", flush=True)

@@ -64,6 +64,7 @@ async def test_a_reader_that_comes_late_gets_the_latest_only(engine):
     handle = await AsyncEngine(engine).submit(Request(prompt="red", steps=50))
     await handle.result()
     assert [event async for event in handle.events()] == [Queued(0), Progress(50, 50)]
+    assert [event async for event in handle.events()] == []
 
 
 def test_previews_come_in_the_order_of_generation_and_change_no_result(engine, mixed):
@@ -147,7 +148,11 @@ async def test_the_queue_is_bounded_in_samples(narrow):
     assert served.ready and len((await served.generate(Request(num=4, steps=1))).samples) == 4
 
 
-@pytest.mark.parametrize("options", [{"deadline": 0}, {"deadline": float("nan")}, {"preview_every": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"deadline": 0}, {"deadline": float("nan")}, {"preview_every": -1}, {"preview_every": 0.5}, {"priority": "high"}],
+    ids=str,
+)
 @asynchronous
 async def test_bad_options_are_refused_and_take_no_place(engine, options):
     served = AsyncEngine(engine)
@@ -156,6 +161,9 @@ async def test_bad_options_are_refused_and_take_no_place(engine, options):
     with pytest.raises(InputError, match="^prompt: 'purple'"):
         await served.submit(Request(prompt="purple"))
     assert served.samples == served.waiting == 0
+    if "deadline" not in options:
+        with pytest.raises(InputError, match=f"^{next(iter(options))}: "):
+            engine.submit(Request(), preview=print, **options)
     with pytest.raises(InputError, match="^max_queue: -1"):
         AsyncEngine(engine, -1)
 

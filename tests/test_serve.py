@@ -69,7 +69,8 @@ async def test_a_process_serves_offline_and_finishes_what_runs_when_it_is_termin
             process.send_signal(signal.SIGTERM)
             assert (await running).status_code == 200
         assert await asyncio.to_thread(process.wait, 30) == 0
-        assert process.stderr.read() == ""
+        lines = process.stderr.read().splitlines()
+        assert len(lines) == 2 and all("INFO engine.serving: request" in line and ": done, " in line for line in lines)
     finally:
         process.kill()
         process.communicate()

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from engine.decoding import Watch
 from engine.errors import InputError
 from engine.request import Request, Result, Sample
 from engine.runtime import Engine
@@ -116,14 +117,12 @@ class Handle:
 
     async def events(self) -> AsyncIterator[Queued | Progress | Preview]:
         """What happens to the request, until it is done or fails; of what a slow reader has missed, the latest."""
-        while True:
+        while self._news or not self.done:
             await self._changed.wait()
             self._changed.clear()
             news, self._news = self._news, {}
             for event in news.values():
                 yield event
-            if self.done and not self._news:
-                return
 
     def _tell(self, event: Queued | Progress | Preview) -> None:
         if not self.done:
@@ -220,8 +219,7 @@ class AsyncEngine:
         self.check_room(request.num)
         if deadline is not None and not 0 < deadline < float("inf"):
             raise InputError("deadline", deadline, "use a number of seconds above 0")
-        if isinstance(preview_every, bool) or not isinstance(preview_every, int) or preview_every < 0:
-            raise InputError("preview_every", preview_every, "use a number of steps, 0 for no previews")
+        Watch(priority=priority, preview_every=preview_every or 1)  # before the queue is sorted by it
         handle = Handle(request, priority, self._leave)
         self._handles[handle.id] = handle
         places = [i for i, other in enumerate(self._queue) if other.priority < priority]
@@ -264,11 +262,9 @@ class AsyncEngine:
         def tell(method, *arguments) -> None:  # on the engine's thread
             loop.call_soon_threadsafe(partial(method, handle, *arguments))
 
-        preview = None if every == 0 else partial(tell, self._on_preview)
-        submit = partial(
-            self.engine.submit, handle.request, partial(tell, self._on_progress), priority=handle.priority,
-            preview=preview, preview_every=every,
-        )  # fmt: skip
+        watch = {"preview": partial(tell, self._on_preview), "preview_every": every} if every else {}
+        progress = partial(tell, self._on_progress)
+        submit = partial(self.engine.submit, handle.request, progress, priority=handle.priority, **watch)
         try:
             future = await loop.run_in_executor(self._threads, lambda: None if handle.done else submit())
             if future is None:

@@ -1,9 +1,12 @@
 """What Prometheus is told, under names that other engines use too."""
 
+import logging
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engine.serving.async_engine import AsyncEngine, Handle
 
+log = logging.getLogger("engine.serving")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEPS = (1, 5, 10, 25, 50, 100, 250, 500, 1000)
 
@@ -33,14 +36,19 @@ class Metrics:
         handle.add_done_callback(self._count)
 
     def _count(self, handle: Handle) -> None:
+        started, reason = handle.started or handle.ended, type(handle.error).__name__
+        times = started - handle.submitted, handle.ended - started
+        outcome = "done" if handle.error is None else reason
+        log.info(
+            "request %s: %s, %d samples, waited %.2f s, ran %.2f s", handle.id, outcome, handle.request.num, *times
+        )
         if handle.error is not None:
-            self.failed.labels(type(handle.error).__name__).inc()
+            self.failed.labels(reason).inc()
             return
-        started = handle.started or handle.ended
         self.succeeded.inc()
         self.latency.observe(handle.ended - handle.submitted)
-        self.queued.observe(started - handle.submitted)
-        self.ran.observe(handle.ended - started)
+        self.queued.observe(times[0])
+        self.ran.observe(times[1])
         self.steps.observe(handle.request.steps)
         self.images.inc(handle.request.num)
 
