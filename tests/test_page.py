@@ -206,6 +206,17 @@ def test_words_become_an_image_by_keyboard_alone(open_page):
     assert is_focused(page, ".chip-word"), "the word keeps the focus"
 
 
+def test_an_example_is_generated_by_itself(open_page):
+    page = open_page()
+    sent = sent_by(page)
+    give_image(page, file_of(PICTURE))
+    expect(page.locator("#canvas")).to_be_visible()
+    set_options(page, **FEW_STEPS)
+    page.click("#examples button:text('red heart')")
+    expect(page.locator(".sample .caption")).to_have_text("red heart")
+    assert sent[0]["prompt"] == "red heart" and "image" not in sent[0]
+
+
 def test_only_what_the_brush_painted_is_generated(open_page):
     page = open_page()
     sent = sent_by(page)

@@ -175,10 +175,8 @@ async function giveImage(bitmap) {
 
 function removeImage() {
   Object.assign(image, { given: false, left: false, undos: [] });
-  image.mask.fill(0);
   clearError("image");
   refresh();
-  $("choose").focus();
 }
 
 /** Replaces the mask, or keeps a copy of it before a stroke changes it in place. */
@@ -819,7 +817,9 @@ async function start() {
     $("about").textContent = "No model";
     return report(error);
   }
-  $("about").textContent = `${model.id} · ${model.size}-pixel images · ${model.vocabulary_size.toLocaleString("en")} words`;
+  const words = model.vocabulary_size.toLocaleString("en");
+  const about = [model.id, has("image") && `${model.size}-pixel images`, has("text") && `${words} words`];
+  $("about").textContent = about.filter(Boolean).join(" · ");
   image.mask = new Uint8Array(model.size ** 2);
   $("brush-size").max = model.size / 2;
   $("brush-size").value = Math.round(model.size / 6);
@@ -847,6 +847,7 @@ async function showExamples() {
       button.replaceChildren(blank, text.slice(2));
     }
     button.addEventListener("click", () => {
+      removeImage();
       setCaption(text);
       generate();
     });
@@ -861,7 +862,10 @@ const on = (id, event, act) => $(id).addEventListener(event, act);
 
 on("choose", "click", () => $("file").click());
 on("replace", "click", () => $("file").click());
-on("remove", "click", removeImage);
+on("remove", "click", () => {
+  removeImage();
+  $("choose").focus();
+});
 on("file", "change", () => {
   if ($("file").files.length) giveFile($("file").files[0]);
   $("file").value = ""; // so that the same file can be chosen again
