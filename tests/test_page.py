@@ -273,7 +273,7 @@ def test_a_word_is_blanked_given_again_and_filled_in(open_page):
 
 def test_a_run_is_cancelled_on_the_page_and_in_the_engine(open_page, served):
     page = open_page()
-    set_options(page, num="32", steps="250")
+    set_options(page, num="16", steps="250")
     page.select_option("#order", label="together")
     with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
         page.click("#generate")
