@@ -425,3 +425,15 @@ def test_a_token_is_asked_for_and_kept(open_page, tiny_checkpoint):
         expect(page.locator("#token")).to_be_hidden()
     finally:
         served.close()
+
+
+def test_further_modalities_are_shown(open_page, three_modality_checkpoint):
+    served = Served(three_modality_checkpoint)
+    try:
+        page = open_page(served.url)
+        set_options(page, **FEW_STEPS)
+        generate(page)
+        assert page.locator(".other").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 32
+        expect(page.locator(".other")).to_have_attribute("alt", "sketch")
+    finally:
+        served.close()
