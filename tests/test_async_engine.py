@@ -1,6 +1,7 @@
 """`AsyncEngine`: events, priorities, deadlines, a bounded queue, cancelling and the end."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from service_cases import asynchronous, until
 from engine import Engine, Request
 from engine.errors import InputError
 from engine.serving.async_engine import (
+    READERS,
     AsyncEngine,
     Cancelled,
     DeadlineExceeded,
@@ -237,6 +239,28 @@ async def test_reading_a_request_blocks_neither_the_loop_nor_its_cancelling(own,
     submitting.cancel()
     await until(lambda: served.samples == 0)
     await until(lambda: not any(engine._sampler.scheduler.slots))  # it does not run on
+
+
+@asynchronous
+async def test_a_request_that_is_cancelled_before_it_is_read_is_not_read(engine, monkeypatch):
+    served, submit, calls, leave = AsyncEngine(engine), engine.submit, [], threading.Event()
+
+    def slow(*arguments, **named):
+        calls.append(arguments)
+        assert leave.wait(60)
+        return submit(*arguments, **named)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    busy = [asyncio.ensure_future(served.generate(Request(steps=1))) for _ in range(READERS)]
+    await until(lambda: len(calls) == READERS)
+    waiting = asyncio.ensure_future(served.submit(Request(steps=1)))
+    await until(lambda: served.samples == READERS + 1)
+    waiting.cancel()
+    await until(lambda: served.samples == READERS)
+    leave.set()
+    await asyncio.gather(*busy)
+    await until(lambda: not served._tasks)
+    assert len(calls) == READERS
 
 
 # ------------------------------------------------------------------------------------------------- the end
