@@ -133,6 +133,11 @@ def test_light_names_import_no_torch(statement):
     assert not loaded_modules(statement) & {"torch", "diffusers", "gensim"}
 
 
+def test_the_engine_needs_nothing_of_the_service():
+    loaded = loaded_modules("import engine.serving.async_engine, engine.runtime, engine.serve")
+    assert not loaded & {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "python_multipart"}
+
+
 def test_facade_offers_what_it_lists():
     import engine
 

@@ -330,12 +330,18 @@ async def test_what_nobody_foresaw_is_a_500_without_details(engine, monkeypatch)
 @asynchronous
 async def test_a_full_queue_is_a_429_and_a_deadline_a_504(tiny_checkpoint):
     with Engine.from_pretrained(tiny_checkpoint, dtype="float32", max_rows=1) as engine:
-        app, served = app_of(engine, max_queue=1)
+        app, served, read = *app_of(engine, max_queue=1), []
+
+        async def body():
+            read.append(True)
+            yield b'{"steps": 1}'
+
         async with client(app) as http:
             waiting = asyncio.ensure_future(http.post(INFILL, json=LONG))
             await until(lambda: served.samples == 2)
-            answer = await http.post(INFILL, json={"steps": 1})
+            answer = await http.post(INFILL, content=body(), headers={"content-type": "application/json"})
             assert_error(answer, 429, "queue_full")
+            assert not read, "what there is no room for is not read"
             assert int(answer.headers["retry-after"]) > 0
             assert (await http.get("/ready")).status_code == 503
             for handle in list(served._handles.values()):
@@ -462,15 +468,27 @@ async def test_health_readiness_and_metrics(tiny_checkpoint):
             assert (await http.get("/ready")).status_code == 200
             await http.post(INFILL, json={"num": 3, "steps": 2})
             await http.post(INFILL, json=LONG | {"deadline": 0.1})
+            await http.post(INFILL, json={"prompt": "purple"})
             text = (await http.get("/metrics")).text
         assert (await http.get("/health")).status_code == (await http.get("/ready")).status_code == 503
         assert_error(await http.post(INFILL, json={}), 503, "closed")
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    expected = {"num_requests_running": 0, "num_requests_waiting": 0,
-                "requests_success_total": 1, "image_count_total": 3,
-                "e2e_request_latency_s_count": 1, "request_queue_wait_s_count": 1, "diffusion_exec_s_count": 1,
-                "num_inference_steps_sum": 2, 'requests_failure_total{reason="DeadlineExceeded"}': 1}  # fmt: skip
+    expected = {"num_requests_running": 0, "num_requests_waiting": 0, "image_count_total": 3}
+    expected |= {"requests_success_total": 1, "num_inference_steps_sum": 2}
+    expected |= {f'requests_failure_total{{reason="{name}"}}': 1 for name in ("InputError", "DeadlineExceeded")}
+    expected |= {f"{name}_count": 1 for name in ("e2e_request_latency_s", "request_queue_wait_s", "diffusion_exec_s")}
     assert {name: float(values[f"psunet:{name}"]) for name in expected} == expected
+
+
+@asynchronous
+async def test_a_warm_up_that_fails_is_logged_and_leaves_the_service_unready(own, monkeypatch, caplog):
+    engine, _ = own
+    app, served = app_of(engine, warmup=1)
+    served.warm = False
+    monkeypatch.setattr(engine, "warmup", lambda _: 1 / 0)
+    async with client(app) as http, app.router.lifespan_context(app):
+        await until(lambda: "the warm-up failed" in caplog.text)
+        assert (await http.get("/ready")).status_code == 503 and (await http.get("/health")).status_code == 200
 
 
 @asynchronous

@@ -111,9 +111,11 @@ async def test_a_request_ends_when_its_client_leaves_and_blocks_no_other(engine,
             assert (await http.get("/health")).status_code == 200
             turns += 1
         assert turns > 10, "the loop answers while the engine computes"
+        before = engine.stats().forwards
         connection.gone.set()
         await connection.task
         await until(lambda: served.samples == 0)
+        assert engine.stats().forwards <= before + 200, "of 2,500"
         before = engine.stats().forwards
         await infill(http, prompt="red")
         assert engine.stats().forwards <= before + 3 + 1, "nothing else, but for the step under way"

@@ -203,13 +203,20 @@ class AsyncEngine:
         self.warm = True
 
     async def submit(
-        self, request: Request, *, priority: int = 0, deadline: float | None = None, preview_every: int = 0
+        self,
+        request: Request,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        preview_every: int = 0,
+        done: Callable[[Handle], None] | None = None,
     ) -> Handle:
         """Takes a request once it has been read and checked; does not wait for its steps.
 
         priority       waiting requests of a higher one are served first
         deadline       seconds from now after which it is cancelled; None: never
         preview_every  steps after which its events show x̂0; 0: never
+        done           is called on the event loop once the request is done, also where that is an error raised here
         Raises QueueFull and EngineClosed at once, InputError if the request cannot be served, and Cancelled or
         DeadlineExceeded if that comes first. If the wait is cancelled, so is the request.
         """
@@ -221,6 +228,8 @@ class AsyncEngine:
             raise InputError("deadline", deadline, "use a number of seconds above 0")
         Watch(priority=priority, preview_every=preview_every or 1)  # before the queue is sorted by it
         handle = Handle(request, priority, self._leave)
+        if done is not None:
+            handle.add_done_callback(done)
         self._handles[handle.id] = handle
         places = [i for i, other in enumerate(self._queue) if other.priority < priority]
         self._queue.insert(places[0] if places else len(self._queue), handle)

@@ -31,11 +31,8 @@ class Metrics:
         self.steps = Histogram("psunet:num_inference_steps", "Steps of each request", buckets=STEPS, **where)
         self.images = Counter("psunet:image_count", "Images that were made", **where)
 
-    def watch(self, handle: Handle) -> None:
-        """Counts a request once it is done."""
-        handle.add_done_callback(self._count)
-
-    def _count(self, handle: Handle) -> None:
+    def count(self, handle: Handle) -> None:
+        """Counts a request that is done."""
         started, reason = handle.started or handle.ended, type(handle.error).__name__
         times = started - handle.submitted, handle.ended - started
         outcome = "done" if handle.error is None else reason

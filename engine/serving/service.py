@@ -56,12 +56,12 @@ class Service:
         return codec is not None and codec.kind == "text"
 
     async def warmup(self, batch: int) -> None:
-        """Warms up for batches of so many samples; 0: not at all. Ends quietly where the engine is closed meanwhile."""
+        """Warms up for batches of so many samples; 0: not at all. If that fails, the service never becomes ready."""
         try:
             await self.engine.warmup(batch)
-        except RuntimeError:
-            if self.engine.alive:
-                raise
+        except Exception:
+            if self.engine.alive:  # else it was closed meanwhile
+                log.exception("the warm-up failed")
 
     async def read(self, http: HttpRequest, model: type[BaseModel]) -> BaseModel:
         """The body of a request, which is not read if there is no room for it. Raises ServiceError."""
@@ -77,10 +77,8 @@ class Service:
             request = await asyncio.to_thread(job.request)
             self._check(request, job.names)
             seconds = min(job.deadline or self.limits.seconds, self.limits.seconds)
-            handle = await self.engine.submit(
-                request, priority=job.priority, deadline=seconds, preview_every=job.preview_every
-            )
-            self.metrics.watch(handle)
+            watch = {"preview_every": job.preview_every, "done": self.metrics.count}
+            handle = await self.engine.submit(request, priority=job.priority, deadline=seconds, **watch)
             if job.user is not None:
                 log.info("request %s is of user %r", handle.id, job.user)
             if job.stream:
