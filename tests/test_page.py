@@ -390,6 +390,9 @@ def test_a_server_that_is_away_can_be_tried_again(open_page):
         set_options(page, **FEW_STEPS)
         generate(page)
         expect(page.locator("#error")).to_be_hidden()
+    page.route("**/v1/vocabulary*", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#examples button")).to_have_text(["Surprise me"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

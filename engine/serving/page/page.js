@@ -835,9 +835,10 @@ async function start() {
 
 /** Captions to begin with, of those whose words the model knows. */
 async function showExamples() {
+  const isKnown = async (word) => word === "_" || (await wordsFrom(word).catch(() => [])).includes(word);
   const texts = [];
   for (const text of EXAMPLES) {
-    const known = await Promise.all(wordsOf(text).map(async (word) => word === "_" || (await wordsFrom(word)).includes(word)));
+    const known = await Promise.all(wordsOf(text).map(isKnown));
     if (known.every(Boolean)) texts.push(text);
   }
   const items = ["", ...texts].map((text) => {
