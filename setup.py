@@ -13,7 +13,8 @@ setup(
         "engine.kernels",
         "engine.model",
         "engine.sampling",
+        "engine.serving",
         "engine.training",
     ],
-    package_data={"engine": ["assets/**/*"], "engine.kernels": ["measured.json"]},
+    package_data={"engine": ["assets/**/*"], "engine.kernels": ["measured.json"], "engine.serving": ["page/*"]},
 )

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from engine.errors import InputError
     from engine.request import Request, Result
     from engine.runtime import Engine
+    from engine.serving.async_engine import AsyncEngine
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "InputError", "Request", "Result", "__version__"]
+__all__ = ["AsyncEngine", "Engine", "InputError", "Request", "Result", "__version__"]
 
 _HOME = {
+    "AsyncEngine": "engine.serving.async_engine",
     "Engine": "engine.runtime",
     "InputError": "engine.errors",
     "Request": "engine.request",

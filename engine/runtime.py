@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
 from os import PathLike
 from queue import SimpleQueue
@@ -16,15 +15,17 @@ from torch import Tensor
 
 from engine.checkpoint import BUILT_IN, Checkpoint, load
 from engine.codecs.codec import Codec, Decoded, Given
+from engine.decoding import Decoder, Watch, on_arrival, results_of, sample_of
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import InputError
 from engine.kernels import backend
 from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
 from engine.preparation import PreparedRequest, prepare, settle
-from engine.request import ATTENTIONS, MAX_NUM, NotFiniteSamplesError, Request, Result, Sample
+from engine.request import ATTENTIONS, MAX_NUM, Request, Result, Sample
 from engine.sampling.batch import SampleSpec
 from engine.sampling.graphs import StepGraphs, compile_blocks
+from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
 from engine.sampling.worker import check_process, drive, in_own_thread
@@ -128,6 +129,10 @@ class Engine:
     def __exit__(self, *exception) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        return self._sampler.worker.closed
+
     def close(self) -> None:
         """Frees the model, after the step that is under way; the engine cannot be used afterwards.
 
@@ -161,12 +166,22 @@ class Engine:
             future.cancel()  # without effect on one that is done
 
     def submit(
-        self, requests: Request | Sequence[Request], progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Request | Sequence[Request],
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        priority: int = 0,
+        preview: Callable[[dict[int, Sample]], None] | None = None,
+        preview_every: int = 1,
     ) -> Future:
         """Starts sampling one request, or several of any tasks together, and returns a future of what `generate` does.
 
         progress  called on the engine's thread as `progress(steps done, steps in all)`; it has to return at once, since
                   all samples wait for it. What it raises, the future raises
+        priority  samples that wait for a slot enter in the order of their priorities, the highest first
+        preview   called like `progress`, after every `preview_every` steps of a sample but the last, with what x̂0
+                  decodes to by sample, counted over all requests: of the generated modalities those that have begun.
+                  Decoding takes the engine's time, and changes no result. What it raises is dropped
 
         Callbacks of the future (`add_done_callback`) run on the engine's thread too. Like `progress` they may `submit`,
         but not wait for the engine.
@@ -179,8 +194,7 @@ class Engine:
         calls' samples are not affected.
         """
         alone, started = isinstance(requests, Request), time.perf_counter()
-        if progress is not None and not callable(progress):
-            raise InputError("progress", progress, "give a function of two numbers", "cannot be called")
+        watch = Watch(progress, priority, preview, preview_every)
         if not alone and not isinstance(requests, Iterable):
             raise InputError("requests", requests, "give a Request or a list of them", "is not a Request")
         listed = [requests] if alone else list(requests)
@@ -191,9 +205,11 @@ class Engine:
         self._sampler.worker.check()
         prepared = [prepare(r, self.config, codecs, denoiser.can_cache) for r in listed]
         self._build(codecs)  # now, since a damaged file is to be reported before the sampling, not after
-        return drive(self._flow(prepared, codecs, progress, alone, started))
+        return drive(self._flow(prepared, codecs, watch, alone, started))
 
-    def _flow(self, prepared: list[PreparedRequest], codecs: dict[str, Codec], progress, alone: bool, started: float):
+    def _flow(
+        self, prepared: list[PreparedRequest], codecs: dict[str, Codec], watch: Watch, alone: bool, started: float
+    ):
         """The way of some requests, as a generator: each `yield` waits for the worker."""
         if not prepared:
             return []
@@ -209,7 +225,7 @@ class Engine:
         values[~usable] = 0
         # Why samples are not finite, by their positions.
         failed = {k: f"what is given is encoded as {NOT_FINITE}" for k, (i, _, _) in enumerate(owners) if not usable[i]}
-        arrivals = [_on_arrival(p, codecs) for p in prepared]
+        arrivals = [on_arrival(p, codecs) for p in prepared]
         specs = [
             SampleSpec(p.request.seed + j, p.table, p.generate, values[i], null, arrivals[i]) for i, p, j in owners
         ]
@@ -217,7 +233,10 @@ class Engine:
 
         self._sampler.worker.check()  # it may have been closed meanwhile
         try:
-            states = yield self._sampler.submit(specs, progress)  # [B, N]
+            show = watch.preview and (lambda found: drive(self._preview(found, owners, codecs, watch.preview)))
+            states = yield self._sampler.submit(
+                specs, watch.progress, priority=watch.priority, preview=show, preview_every=watch.preview_every
+            )  # [B, N]
         except NotFiniteError as error:
             states = error.states
             failed |= dict.fromkeys(set(error.positions) - failed.keys(), str(error))
@@ -225,16 +244,34 @@ class Engine:
 
         outputs = [{} for _ in owners]
         for m in model.modalities:
-            tokens = states[:, model.state_slices[m.name]].unflatten(1, (m.tokens, m.channels))  # [B, L, C]
-            pairs = [(x, p.given[m.name]) for x, (_, p, _) in zip(tokens, owners, strict=True)]
-            decoder = _Decoder(codecs[m.name])
-            for k, decoded in enumerate((yield self._sampler.call(decoder, pairs))):
+            pairs = [(x, p.given[m.name]) for x, (_, p, _) in zip(states, owners, strict=True)]
+            for k, decoded in enumerate((yield self._decoded(m.name, codecs, pairs))):
                 outputs[k][m.name] = decoded
                 if decoded.value is None:
                     failed.setdefault(k, f"the {m.name} is decoded as {NOT_FINITE}")
         self._count(2, sampled)
-        results = _results(prepared, owners, outputs, failed)
+        results = results_of(prepared, outputs, failed)
         return results[0] if alone else results
+
+    def _decoded(self, name: str, codecs: dict[str, Codec], pairs: Sequence[tuple[Tensor, Given]]) -> Future:
+        """A future of a modality's values in packed states [N], each with what was given of it."""
+        part = self.config.model.state_slices[name]
+        decoder = Decoder(codecs[name], self.config.model.modality(name), (part.start, part.stop))
+        return self._sampler.call(decoder, pairs)
+
+    def _preview(self, found: list[Preview], owners, codecs: dict[str, Codec], show: Callable):
+        """Decodes samples on their way and shows them to the caller; a generator like `_flow`."""
+        outputs: dict[int, dict[str, Decoded]] = {}
+        found = [p for p in found if p.x0.isfinite().all()]  # what is not finite, the future reports
+        for m in self.config.model.modalities:
+            begun = [p for p in found if m.name in p.modalities]
+            pairs = [(p.x0, owners[p.position][1].given[m.name]) for p in begun]
+            for p, decoded in zip(begun, (yield self._decoded(m.name, codecs, pairs)), strict=True):
+                if decoded.value is not None:
+                    outputs.setdefault(p.position, {})[m.name] = decoded
+        seeds = {i: p.request.seed + j for i, (_, p, j) in enumerate(owners)}
+        if outputs:
+            show({i: sample_of(seeds[i], output) for i, output in outputs.items()})
 
     def _encoded(self, name: str, codec: Codec, given: list[Given]):
         """Known values of a modality, [n, L·C] float32; zero where nothing is given."""
@@ -278,7 +315,7 @@ class Engine:
             parts = [min(MAX_NUM, rows - i) for i in range(0, rows, MAX_NUM)]
             requests = [Request(num=num, steps=2, guidance=w, order=order) for num in parts]
             prepared = [settle(request, given, self.config) for request in requests]
-            drive(self._flow(prepared, self.codecs, None, alone=False, started=time.perf_counter())).result()
+            drive(self._flow(prepared, self.codecs, Watch(), alone=False, started=time.perf_counter())).result()
 
     def _patterns(self) -> list[tuple[dict[str, Given], str | None]]:
         """What is given and the order of every task in which each modality is wholly known or wholly generated."""
@@ -319,42 +356,3 @@ class Engine:
         with self._lock:
             self._seconds[stage] += now - since
         return now
-
-
-def _on_arrival(p: PreparedRequest, codecs: dict[str, Codec]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Turns a modality that is generated before others into what its codec would encode, once it is done."""
-    return {name: partial(codecs[name].project, given=p.given[name]) for name in p.order}
-
-
-def _results(
-    prepared: list[PreparedRequest], owners: list, outputs: list[dict], failed: dict[int, str]
-) -> list[Result]:
-    """One result of each request, from all samples' outputs; raises NotFiniteSamplesError if some have failed."""
-    samples = [[] for _ in prepared]
-    for k, ((i, p, j), output) in enumerate(zip(owners, outputs, strict=True)):
-        if k not in failed:
-            samples[i].append(_sample(p.request.seed + j, output))
-    results = [p.result(tuple(made)) for p, made in zip(prepared, samples, strict=True)]
-    if not failed:
-        return results
-    first, others = min(failed), len(failed) - 1
-    i, p, j = owners[first]
-    more = f" ({others} other sample{'s' * (others > 1)} failed too)" if others else ""
-    raise NotFiniteSamplesError(f"requests[{i}], seed {p.request.seed + j}: {failed[first]}{more}", results)
-
-
-def _sample(seed: int, outputs: dict[str, Decoded]) -> Sample:
-    words = [decoded for decoded in outputs.values() if isinstance(decoded.value, str)]
-    confidence = sum(decoded.confidence for decoded in words) / len(words) if words else 1.0
-    by_word = outputs["text"].part_confidence if "text" in outputs else ()
-    return Sample({name: decoded.value for name, decoded in outputs.items()}, seed, confidence, by_word)
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """A codec's `decode` as a function of one list, so that the worker can decode for several requests at once."""
-
-    codec: Codec
-
-    def __call__(self, pairs: Sequence[tuple[Tensor, Given]]) -> list:
-        return self.codec.decode(torch.stack([tokens for tokens, _ in pairs]), [given for _, given in pairs])

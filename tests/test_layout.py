@@ -25,13 +25,16 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.checkpoint": 5,
     "engine.data": 5,
     "engine.sampling": 5,
+    "engine.decoding": 6,
     "engine.preparation": 6,
     "engine.runtime": 6,
     "engine.evaluation": 7,
+    "engine.serving": 7,
     "engine.training": 7,
     "engine.evaluate": 8,
     "engine.sample": 8,
     "engine.sample_folder": 8,
+    "engine.serve": 8,
     "engine.train": 8,
     "engine": 8,  # the facade
 }
@@ -130,6 +133,11 @@ def test_slow_packages_are_imported_where_they_are_used(module):
 @pytest.mark.parametrize("statement", ["import engine", "import engine.config", "from engine import Request"])
 def test_light_names_import_no_torch(statement):
     assert not loaded_modules(statement) & {"torch", "diffusers", "gensim"}
+
+
+def test_the_engine_needs_nothing_of_the_service():
+    loaded = loaded_modules("import engine.serving.async_engine, engine.runtime, engine.serve")
+    assert not loaded & {"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "python_multipart"}
 
 
 def test_facade_offers_what_it_lists():

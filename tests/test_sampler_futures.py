@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from denoisers import SECONDS, FunctionDenoiser, gated, sample, table
+from denoisers import SECONDS, FunctionDenoiser, N, gated, sample, table
 
 from engine.config import Modality, ModelConfig
+from engine.diffusion.schedule import NoiseSchedule
 from engine.errors import InputError
 from engine.sampling.batch import SampleSpec
 from engine.sampling.sampler import Sampler
@@ -284,3 +285,29 @@ def test_a_sampler_can_be_closed_from_its_own_callbacks(where):
             second.result()
         with pytest.raises(RuntimeError, match=CLOSED):
             sampler.submit([spec(3)])
+
+
+# --- Previews ------------------------------------------------------------------------------------------------------
+
+
+def test_a_preview_is_x0_where_the_sample_is_generated_and_the_known_values_elsewhere():
+    alpha_bar, target, known = (
+        torch.tensor(NoiseSchedule("cosine", N).alpha_bar),
+        torch.arange(6.0),
+        torch.full((6,), -5.0),
+    )
+    generate = torch.tensor([True] * 4 + [False] * 2)
+
+    def oracle(inputs, times, outputs):
+        """The v whose x̂0 is the target, whatever the state."""
+        a = alpha_bar[times.max(1, keepdim=True).values.long()].float()
+        return (a.sqrt() * inputs - target) / (1 - a).sqrt()
+
+    seen = []
+    with running(function=oracle) as sampler:
+        specs = [SampleSpec(seed, table(steps, 1), generate, known) for seed, steps in ((1, 6), (2, 3))]
+        sampler.submit(specs, preview=seen.append, preview_every=2).result(SECONDS)
+    assert [[preview.position for preview in previews] for previews in seen] == [[0, 1], [0]], "none of a last step"
+    for preview in [preview for previews in seen for preview in previews]:
+        assert preview.modalities == {"image"}
+        torch.testing.assert_close(preview.x0, torch.where(generate, target, known), rtol=0, atol=1e-4)

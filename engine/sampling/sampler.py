@@ -23,6 +23,7 @@ from engine.model.denoiser import Denoiser
 from engine.sampling.batch import Batch, SampleSpec, batch_constants, upload
 from engine.sampling.calls import Call, Calls
 from engine.sampling.graphs import StepGraphs
+from engine.sampling.preview import Preview, preview
 from engine.sampling.scheduler import Arrangement, CacheMode, Job, Scheduler, StepPlan
 from engine.sampling.step import denoise_step
 from engine.sampling.worker import Worker, finish_future
@@ -47,6 +48,8 @@ class _Run:
     jobs: list[Job]
     future: Future
     progress: Callable[[int, int], None] | None
+    preview: Callable[[list[Preview]], None] | None
+    preview_every: int  # steps
     states: dict[int, Tensor]  # by position among the jobs, [N] float32 on the device; of those that are done
     reported: int = 0  # steps at the last call of `progress`
 
@@ -93,11 +96,22 @@ class Sampler:
 
     # ------------------------------------------------------------------------------------------ for callers
 
-    def submit(self, specs: Sequence[SampleSpec], progress: Callable[[int, int], None] | None = None) -> Future:
+    def submit(
+        self,
+        specs: Sequence[SampleSpec],
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        priority: int = 0,
+        preview: Callable[[list[Preview]], None] | None = None,
+        preview_every: int = 1,
+    ) -> Future:
         """A future of these samples' final states, packed, [B, N] float32 on the CPU; known values are unaltered.
 
         progress  called on the worker's thread as `progress(steps done, steps in all)` after each step that some of the
                   samples took part in; it should return at once. What it raises, the future raises
+        priority  waiting samples of a higher one enter first; those that are in slots stay there
+        preview   called like `progress`, and after it, with the samples of which `preview_every`, twice as many, …
+                  steps are done, but not all. Results are the same with it and without
 
         Cancelling the future frees the slots before the next step. Raises InputError if a sample does not fit the model
         and RuntimeError if the sampler is closed or was made before a fork. The future raises NotFiniteError if a
@@ -106,10 +120,10 @@ class Sampler:
         """
         denoiser = self.denoiser
         self.worker.check()
-        jobs = [self.scheduler.job(spec) for spec in specs]
+        jobs = [self.scheduler.job(spec, priority) for spec in specs]
         if not denoiser.can_cache and any(job.needs.uses_cache for job in jobs):
             raise InputError("step_cache", "a value above 1", "use 1", "needs inner blocks, which this model has not")
-        return self.worker.post(_Run(jobs, Future(), progress, {}), self._inbox)
+        return self.worker.post(_Run(jobs, Future(), progress, preview, preview_every, {}), self._inbox)
 
     def call(self, function: Callable[[Sequence], Sequence], items: Sequence) -> Future:
         """A future of the list `function(items)`, run on the worker, which owns the device.
@@ -195,13 +209,14 @@ class Sampler:
         # Before the step counts as done, since memory may not suffice for it.
         self._arrive(batch)
         states = {job: batch.state.state[i].clone() for i, job in self.scheduler.finishing()}
+        previews = self._previews(batch)
         self.scheduler.advance()
         for job, state in states.items():
             run, position = self._run_of[job]
             run.states[position] = state
         self.finished += len(states)
         for run in dict.fromkeys(self._run_of[job][0] for job in live):
-            self._report(run)
+            self._report(run, previews.get(run))
             self._finish(run)
 
     def _rearrange(self, change: Arrangement) -> None:
@@ -251,14 +266,26 @@ class Sampler:
         if arrived:
             write_inputs(batch.constants, batch.state)
 
-    def _report(self, run: _Run) -> None:
-        """Calls the run's progress; not again for steps that are repeated after a restart."""
+    def _previews(self, batch: Batch) -> dict[_Run, list[Preview]]:
+        """What the step that was just done shows to the callers who want to see it."""
+        previews: dict[_Run, list[Preview]] = {}
+        for i, job in [(i, job) for i, job in enumerate(self.scheduler.slots) if job is not None]:
+            (run, position), step = self._run_of[job], job.step + 1
+            if run.preview is not None and step % run.preview_every == 0 and step < job.steps:
+                previews.setdefault(run, []).append(preview(batch, i, job, position, self.scheduler.model))
+        return previews
+
+    def _report(self, run: _Run, previews: list[Preview] | None) -> None:
+        """Calls the run's progress and preview; not again for steps that are repeated after a restart."""
         steps = sum(job.step for job in run.jobs)
-        if run.progress is None or steps <= run.reported:
+        if steps <= run.reported:
             return
         run.reported = steps
         try:
-            run.progress(steps, sum(job.steps for job in run.jobs))
+            if run.progress is not None:
+                run.progress(steps, sum(job.steps for job in run.jobs))
+            if previews:
+                run.preview(previews)
         except BaseException as error:
             self._reject(run, error)
 

@@ -48,6 +48,7 @@ class Job:
     spec: SampleSpec
     needs: "_Steps"
     arrivals: dict[int, list[str]]  # by steps done: modalities that have arrived then, while others are to come
+    priority: int = 0
     step: int = 0  # done so far
     features: dict[str, int] = field(default_factory=dict)  # the step from which on the slot's features are valid
     alone: bool = False  # shares no step with other samples, because a step that it was part of has failed
@@ -96,7 +97,7 @@ class Scheduler:
         self.capacity = self.buckets[-1]  # slots in use at most; fewer than the largest bucket once memory ran out
         self._patience, self._calm = PATIENCE, 0
 
-    def job(self, spec: SampleSpec) -> Job:
+    def job(self, spec: SampleSpec, priority: int = 0) -> Job:
         """A sample as a job; raises InputError if it does not fit the model."""
         _check(spec, self.model)
         parts = [spec.generate[part] for part in self.model.state_slices.values()]
@@ -109,11 +110,15 @@ class Scheduler:
             done = needs.arrival.get(name, spec.table.steps)
             if done < spec.table.steps:
                 arrivals.setdefault(done, []).append(name)
-        return Job(spec, needs, arrivals)
+        return Job(spec, needs, arrivals, priority)
 
     def add(self, jobs: Iterable[Job]) -> None:
-        """The longest first: short ones fill the slots that are free at the end."""
-        self.waiting.extend(sorted(jobs, key=lambda job: -job.steps))
+        """Behind all that wait with the same priority or a higher one.
+
+        Of jobs added together the longest first: short ones fill the slots that are free at the end.
+        """
+        added = sorted(jobs, key=lambda job: -job.steps)
+        self.waiting = deque(sorted([*self.waiting, *added], key=lambda job: -job.priority))
 
     @property
     def idle(self) -> bool:

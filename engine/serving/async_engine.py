@@ -1,0 +1,326 @@
+"""`AsyncEngine`: an `Engine` for asyncio, with a bounded queue, priorities, deadlines, events and an orderly end.
+
+All requests share the slots of the one engine: its scheduler lets samples enter and leave between steps, so nothing is
+batched here. What takes time (opening images, encoding and decoding, steps) runs in threads, never on the event loop.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from engine.decoding import Watch
+from engine.errors import InputError
+from engine.request import Request, Result, Sample
+from engine.runtime import Engine
+
+READERS = 4  # threads that open and check images
+
+
+class QueueFull(RuntimeError):
+    """There is no room for the request's samples: `waiting` samples are in the queue, which holds `limit`."""
+
+    def __init__(self, waiting: int, limit: int):
+        self.waiting, self.limit = waiting, limit
+        super().__init__(f"the queue is full: {waiting} samples wait, it holds {limit}; try again later")
+
+
+class Cancelled(RuntimeError):
+    """The request was cancelled."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """The request was not done within `seconds`, its deadline; it has been cancelled."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        super().__init__(f"not done within the deadline of {seconds:g} s")
+
+
+class EngineClosed(RuntimeError):
+    """The engine is closed, or finishes what it has and takes nothing new."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """`position` samples of other requests enter before those of this one."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` steps of `total`, those of all samples counted."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What samples look like after `done` steps, by number; of each the modalities that have begun."""
+
+    done: int
+    samples: dict[int, Sample]
+
+
+class Handle:
+    """A request on its way. As an asynchronous context manager it cancels what is not done when it is left."""
+
+    def __init__(self, request: Request, priority: int, leave: Callable[["Handle"], None]):
+        self.id = uuid.uuid4().hex
+        self.request, self.priority = request, priority
+        self._leave = leave  # called when it is done
+        self.submitted = time.perf_counter()
+        self.started: float | None = None  # when its first step was done
+        self.ended: float | None = None
+        self.steps = 0  # done, those of all samples counted
+        self.position = -1  # samples of other requests that enter before; −1: not yet told
+        self._result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._result.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody has to ask for it
+        self._news: dict[type, Queued | Progress | Preview] = {}  # the latest of each kind: a slow reader skips some
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> "Handle":
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        self.cancel()
+
+    @property
+    def done(self) -> bool:
+        return self._result.done()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the request that is done has failed with."""
+        return self._result.exception()
+
+    def add_done_callback(self, function: Callable[["Handle"], None]) -> None:
+        """Has `function(handle)` called on the event loop once the request is done."""
+        self._result.add_done_callback(lambda _: function(self))
+
+    def cancel(self) -> bool:
+        """Frees the request's slots before the next step; False if it is done."""
+        return self._end(error=Cancelled("the request was cancelled"))
+
+    async def result(self) -> Result:
+        """Waits for the result. Cancelling the wait does not cancel the request.
+
+        Raises what the engine's future raises, and Cancelled, DeadlineExceeded or EngineClosed.
+        """
+        return await asyncio.shield(self._result)
+
+    async def events(self) -> AsyncIterator[Queued | Progress | Preview]:
+        """What happens to the request, until it is done or fails; of what a slow reader has missed, the latest."""
+        while self._news or not self.done:
+            await self._changed.wait()
+            self._changed.clear()
+            news, self._news = self._news, {}
+            for event in news.values():
+                yield event
+
+    def _tell(self, event: Queued | Progress | Preview) -> None:
+        if not self.done:
+            self._news.pop(type(event), None)  # the order is that of the latest
+            self._news[type(event)] = event
+            self._changed.set()
+
+    def _end(self, result: Result | None = None, error: BaseException | None = None) -> bool:
+        if self.done:
+            return False
+        self.ended = time.perf_counter()
+        if error is None:
+            self._result.set_result(result)
+        else:
+            self._result.set_exception(error)
+        self._leave(self)
+        self._changed.set()
+        return True
+
+
+class AsyncEngine:
+    """Serves requests on an engine, which it closes at its end. Belongs to the event loop in which it is used.
+
+    max_queue  samples that may wait for a slot, beyond those that the engine computes together
+    """
+
+    def __init__(self, engine: Engine, max_queue: int = 256):
+        if not isinstance(max_queue, int) or isinstance(max_queue, bool) or max_queue < 0:
+            raise InputError("max_queue", max_queue, "use a whole number from 0")
+        self.engine, self.max_queue = engine, max_queue
+        self.warm = False  # whether `warmup` is done
+        self._handles: dict[str, Handle] = {}  # of requests that are not done
+        self._queue: list[Handle] = []  # those that have not started, in the order in which they will
+        self._tasks: set[asyncio.Task] = set()
+        self._draining = False
+        self._threads = ThreadPoolExecutor(READERS, "psunet-reader")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine can still compute."""
+        return not self.engine.closed
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request of one sample would be taken now, and served without warming up."""
+        return self.warm and self.alive and not self._draining and self.samples < self.engine.max_rows + self.max_queue
+
+    @property
+    def samples(self) -> int:
+        """Samples of all requests that are not done."""
+        return sum(handle.request.num for handle in self._handles.values())
+
+    @property
+    def requests(self) -> tuple[int, int]:
+        """Requests that have started and are not done, and those that wait."""
+        return len(self._handles) - len(self._queue), len(self._queue)
+
+    @property
+    def waiting(self) -> int:
+        """Of these, the samples of requests that have not started."""
+        return sum(handle.request.num for handle in self._queue)
+
+    def check_room(self, samples: int = 1) -> None:
+        """Raises EngineClosed or QueueFull if a request of so many samples would not be taken now."""
+        if self._draining or not self.alive:
+            raise EngineClosed("the engine is shutting down; try again later, or elsewhere")
+        if self.samples + samples > self.engine.max_rows + self.max_queue:
+            raise QueueFull(max(0, self.samples - self.engine.max_rows), self.max_queue)
+
+    def find(self, id: str) -> Handle | None:
+        """The request of this id, if it is not done."""
+        return self._handles.get(id)
+
+    async def warmup(self, batch: int = 1) -> None:
+        """See `Engine.warmup`; 0: nothing is warmed up. Requests may come meanwhile."""
+        if batch:
+            await asyncio.to_thread(self.engine.warmup, batch)
+        self.warm = True
+
+    async def submit(
+        self,
+        request: Request,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        preview_every: int = 0,
+        done: Callable[[Handle], None] | None = None,
+    ) -> Handle:
+        """Takes a request once it has been read and checked; does not wait for its steps.
+
+        priority       waiting requests of a higher one are served first
+        deadline       seconds from now after which it is cancelled; None: never
+        preview_every  steps after which its events show x̂0; 0: never
+        done           is called on the event loop once the request is done, also where that is an error raised here
+        Raises QueueFull and EngineClosed at once, InputError if the request cannot be served, and Cancelled or
+        DeadlineExceeded if that comes first. If the wait is cancelled, so is the request.
+        """
+        limit = self.engine.max_rows + self.max_queue
+        if request.num > limit:
+            raise InputError("num", request.num, f"use at most {limit}", "is more than the queue holds")
+        self.check_room(request.num)
+        if deadline is not None and not 0 < deadline < float("inf"):
+            raise InputError("deadline", deadline, "use a number of seconds above 0")
+        Watch(priority=priority, preview_every=preview_every or 1)  # before the queue is sorted by it
+        handle = Handle(request, priority, self._leave)
+        if done is not None:
+            handle.add_done_callback(done)
+        self._handles[handle.id] = handle
+        places = [i for i, other in enumerate(self._queue) if other.priority < priority]
+        self._queue.insert(places[0] if places else len(self._queue), handle)
+        self._tell_positions()
+        accepted = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(self._serve(handle, accepted, deadline, preview_every))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            await asyncio.wait([accepted, handle._result], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            handle.cancel()
+            raise
+        if not accepted.done():
+            await handle.result()  # raises
+        return handle
+
+    async def generate(self, request: Request, **options) -> Result:
+        """`submit`, and waits for the result; if the wait is cancelled, so is the request."""
+        async with await self.submit(request, **options) as handle:
+            return await handle.result()
+
+    async def drain(self, seconds: float = 30.0) -> None:
+        """Refuses what is new, waits for what runs, ends after `seconds` what is not done, and closes the engine."""
+        self._draining = True
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=seconds)
+        for handle in list(self._handles.values()):
+            handle._end(error=EngineClosed("the engine was shut down before the request was done"))
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+        await asyncio.to_thread(self.engine.close)
+        self._threads.shutdown(wait=False)
+
+    async def _serve(self, handle: Handle, accepted: asyncio.Future, deadline: float | None, every: int) -> None:
+        loop = asyncio.get_running_loop()
+        timer = deadline and loop.call_later(deadline, lambda: handle._end(error=DeadlineExceeded(deadline)))
+
+        def tell(method, *arguments) -> None:  # on the engine's thread
+            loop.call_soon_threadsafe(partial(method, handle, *arguments))
+
+        watch = {"preview": partial(tell, self._on_preview), "preview_every": every} if every else {}
+        progress = partial(tell, self._on_progress)
+        submit = partial(self.engine.submit, handle.request, progress, priority=handle.priority, **watch)
+        try:
+            future = await loop.run_in_executor(self._threads, lambda: None if handle.done else submit())
+            if future is None:
+                return
+            if not accepted.done():
+                accepted.set_result(None)
+            waited = asyncio.wrap_future(future)
+            await asyncio.wait([waited, handle._result], return_when=asyncio.FIRST_COMPLETED)
+            if handle.done:  # cancelled, or past its deadline
+                future.cancel()
+                with suppress(BaseException):
+                    await waited
+            else:
+                handle._end(await waited)
+        except asyncio.CancelledError:  # the engine was closed, or the loop ends
+            handle._end(error=EngineClosed("the engine was closed before the request was done"))
+        except Exception as error:
+            closed = type(error) is RuntimeError and self.engine.closed
+            handle._end(error=EngineClosed(str(error)) if closed else error)
+        finally:
+            if timer:
+                timer.cancel()
+
+    def _on_progress(self, handle: Handle, done: int, total: int) -> None:
+        if handle.started is None:
+            handle.started = time.perf_counter()
+            self._leave_queue(handle)
+        handle.steps = done
+        handle._tell(Progress(done, total))
+
+    def _on_preview(self, handle: Handle, samples: dict[int, Sample]) -> None:
+        handle._tell(Preview(handle.steps, samples))
+
+    def _leave(self, handle: Handle) -> None:
+        del self._handles[handle.id]
+        self._leave_queue(handle)
+
+    def _leave_queue(self, handle: Handle) -> None:
+        if handle in self._queue:
+            self._queue.remove(handle)
+            self._tell_positions()
+
+    def _tell_positions(self) -> None:
+        """Tells the requests that wait how many samples are before theirs, where that has changed."""
+        position = 0
+        for handle in self._queue:
+            if handle.position != position:
+                handle.position = position
+                handle._tell(Queued(position))
+            position += handle.request.num

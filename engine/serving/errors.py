@@ -1,0 +1,81 @@
+"""What a client is told when something cannot be done: a status and an error object."""
+
+import json
+from collections.abc import Mapping
+
+from fastapi.responses import JSONResponse
+from PIL import Image
+
+from engine.errors import InputError, shown
+from engine.serving.async_engine import Cancelled, DeadlineExceeded, EngineClosed, QueueFull
+
+RETRY_AFTER = {"Retry-After": "1"}  # seconds
+
+
+class ServiceError(Exception):
+    """An answer that is an error.
+
+    status  of HTTP
+    code    for programs: "invalid_value", "queue_full", …
+    param   the name of the argument, as the client sent it
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ):
+        self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers
+        super().__init__(message)
+
+    def body(self) -> dict:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return AsciiJSON(self.body(), self.status, headers=dict(self.headers or {}))
+
+
+class AsciiJSON(JSONResponse):
+    """JSON in ASCII, which also holds names that a client sent and that UTF-8 cannot hold (lone surrogates)."""
+
+    def render(self, content) -> bytes:
+        return dumps(content).encode()
+
+
+def dumps(content) -> str:
+    return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def service_error(error: BaseException, names: Mapping[str, str] | None = None) -> ServiceError | None:
+    """What a client is told about an error of the engine; None for one that nobody has foreseen.
+
+    names  the client's names of arguments of `Request` that it calls otherwise
+    """
+    match error:
+        case ServiceError():
+            return error
+        case InputError():
+            return _input_error(error, names or {})
+        case QueueFull():
+            return ServiceError(429, "queue_full", str(error), headers=RETRY_AFTER)
+        case Cancelled():
+            return ServiceError(409, "cancelled", str(error))
+        case DeadlineExceeded():
+            return ServiceError(504, "deadline_exceeded", str(error), "deadline")
+        case EngineClosed():
+            return ServiceError(503, "closed", str(error), headers=RETRY_AFTER)
+        case FloatingPointError():
+            message = "the result is NaN or infinite; use less guidance, or a service with dtype float32"
+            return ServiceError(500, "not_finite", message)
+    return None
+
+
+def _input_error(error: InputError, names: Mapping[str, str]) -> ServiceError:
+    param = ", ".join(names.get(name, name) for name in error.argument.split(", "))
+    value = "" if isinstance(error.value, Image.Image | bytes) or error.value is None else f"{shown(error.value)} "
+    code = "invalid_image" if param.partition("[")[0] in ("image", "mask", "mask_image", "masks") else "invalid_value"
+    return ServiceError(400, code, f"{param}: {value}{error.problem}; {error.remedy}", param)
+
+
+def internal_error() -> ServiceError:
+    """Says nothing of what went wrong; the log does."""
+    return ServiceError(500, "internal_error", "the service failed; its log says why")

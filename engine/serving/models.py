@@ -1,0 +1,57 @@
+"""What the service says of its model."""
+
+import bisect
+from dataclasses import asdict
+from functools import lru_cache
+
+from engine.codecs.text import TextCodec
+from engine.request import Request
+from engine.serving.service import Service
+
+TASKS = ("joint", "text-to-image", "image-to-text", "infill")
+
+
+def model_card(service: Service) -> dict:
+    """The model as in OpenAI's list, and what a client needs to know of it beyond."""
+    config, defaults = service.config, Request()
+    codecs = service.codecs
+    text = codecs.get("text")
+    image = codecs.get("image")
+    known = {"size": f"{image.size}x{image.size}"} if image is not None else {}
+    if isinstance(text, TextCodec):
+        known |= {"words": text.tokens, "vocabulary_size": len(text.vocabulary) - 1}
+    modalities = [{"name": name, "kind": config.codecs[name].kind} for name in codecs]
+    order = list(config.sampling.order) if config.sampling.order != "together" else "together"
+    return {
+        "id": service.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "psunet-engine",
+        "modalities": modalities,
+        **known,
+        "tasks": [task for task in TASKS if {"text", "image"} <= codecs.keys() or task in ("joint", "infill")],
+        "defaults": {
+            "steps": defaults.steps,
+            "guidance": dict(config.sampling.guidance),
+            "order": order,
+            "feather": config.sampling.feather,
+            "solver": defaults.solver,
+        },
+        "limits": asdict(service.limits) | {"queue": service.engine.max_queue},
+    }
+
+
+def vocabulary(service: Service, prefix: str, limit: int) -> list[str]:
+    """The first known words, in alphabetical order, that begin with `prefix`."""
+    text = service.codecs.get("text")
+    if not isinstance(text, TextCodec):
+        return []
+    words, prefix = _sorted(text.vocabulary), prefix.lower()
+    start = bisect.bisect_left(words, prefix)
+    found = words[start : start + limit]
+    return [word for word in found if word.startswith(prefix)]
+
+
+@lru_cache(maxsize=4)
+def _sorted(vocabulary: tuple[str, ...]) -> list[str]:
+    return sorted(vocabulary[1:])  # without "</s>"

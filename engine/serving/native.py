@@ -1,0 +1,76 @@
+"""`/v1/infill`: everything that `Request` has, under its own names."""
+
+from engine.request import Request
+from engine.serving.async_engine import Handle, Preview
+from engine.serving.errors import ServiceError
+from engine.serving.inputs import Limits, open_upload
+from engine.serving.schemas import InfillBody
+from engine.serving.service import Event, Job, Service, created, described, new_seed, timings
+
+SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interval", "eta", "resample", "jump",
+        "step_cache", "order", "unknown_words", "task")  # fmt: skip
+
+
+def infill(service: Service, body: InfillBody) -> Job:
+    if body.preview_every and not body.stream:
+        raise ServiceError(400, "invalid_value", "preview_every: needs stream; set stream to true", "preview_every")
+
+    def answer(handle: Handle, result) -> dict:
+        samples = [described(sample, i, body.output_format) for i, sample in enumerate(result.samples)]
+        head = {"id": handle.id, "created": created(), "model": service.model, "task": result.task}
+        middle = {"order": list(result.order), "guidance": result.guidance, "samples": samples}
+        return head | middle | {"timings": timings(handle)}
+
+    def preview(handle: Handle, shown: Preview) -> list[Event]:
+        samples = [described(sample, i, body.output_format) for i, sample in sorted(shown.samples.items())]
+        return [("preview", {"done": shown.done, "samples": samples})]
+
+    return Job(
+        lambda: _request(body, service),
+        answer,
+        preview=preview,
+        priority=body.priority,
+        deadline=body.deadline,
+        stream=body.stream,
+        preview_every=body.preview_every,
+    )
+
+
+def _request(body: InfillBody, service: Service) -> Request:
+    limits = service.limits
+    given = dict(body.inputs)
+    for name, value in body.inputs.items():
+        if not service.is_text(name):
+            given[name] = open_upload(value, f"inputs[{name!r}]", limits)
+        else:
+            given[name] = text(value, f"inputs[{name!r}]", limits)
+    if body.prompt is not None and "text" in given:
+        raise ServiceError(400, "invalid_value", "prompt: is given twice; leave it out of inputs", "prompt")
+    words = known_text(service, body.prompt)
+    return Request(
+        prompt=words.get("prompt"),
+        image=None if body.image is None else open_upload(body.image, "image", limits),
+        mask=None if body.mask is None else open_upload(body.mask, "mask", limits),
+        inputs=given | words.get("inputs", {}),
+        masks={name: open_upload(value, f"masks[{name!r}]", limits) for name, value in body.masks.items()},
+        seed=new_seed(body.num) if body.seed is None else body.seed,
+        **{name: getattr(body, name) for name in SAME},
+    )
+
+
+def known_text(service: Service, prompt: str | None) -> dict:
+    """The arguments of `Request` for a prompt, of which "" is known to be empty; None: there is none."""
+    prompt = text(prompt, "prompt", service.limits)
+    if prompt is None:
+        return {}
+    return {"prompt": prompt} if prompt else {"inputs": {"text": ""}}
+
+
+def text(value: str | bytes | None, param: str, limits: Limits) -> str | None:
+    """A text within the limits. Raises ServiceError about `param`."""
+    if value is not None and not isinstance(value, str):
+        raise ServiceError(400, "invalid_value", f"{param}: is a file; send a text", param)
+    if value is not None and len(value) > limits.prompt_chars:
+        message = f"{param}: has {len(value)} characters; use at most {limits.prompt_chars}"
+        raise ServiceError(400, "invalid_value", message, param)
+    return value

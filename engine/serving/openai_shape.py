@@ -1,0 +1,135 @@
+"""`/v1/images/generations`, `/v1/images/edits` and `/v1/captions`: requests in the shape of OpenAI's."""
+
+from dataclasses import replace
+
+from PIL import Image
+
+from engine.images import open_image
+from engine.request import Request, Result, Sample
+from engine.serving.async_engine import Handle, Preview
+from engine.serving.errors import ServiceError
+from engine.serving.inputs import open_upload
+from engine.serving.native import known_text
+from engine.serving.schemas import CaptionBody, EditBody, GenerationBody
+from engine.serving.service import Event, Job, Service, created, encoded, new_seed, words_of
+
+NAMES = {"num": "n", "steps": "num_inference_steps", "guidance": "guidance_scale"}
+
+
+def generations(service: Service, body: GenerationBody) -> Job:
+    return _images(service, body, "image_generation", lambda: {})
+
+
+def edits(service: Service, body: EditBody) -> Job:
+    if body.mask is not None and body.mask_image is not None:
+        raise _bad("mask_image", "is given beside mask; send one of them")
+    job = _images(service, body, "image_edit", lambda: _image_and_mask(service, body))
+    return job if body.mask_image is None else replace(job, names={**NAMES, "mask": "mask_image"})
+
+
+def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
+    """kind   the first word of the events' names
+    given  makes the arguments of `Request` that are images
+    """
+    _check_model(service, body.model)
+    size, image_format = _check_output(service, body), body.output_format or "png"
+    steps, partial = body.num_inference_steps or 25, body.partial_images or 0
+    about = {"size": size, "background": "opaque", "output_format": image_format}
+    shown: dict[int, int] = {}  # previews that were sent, by sample
+
+    def request() -> Request:
+        num, text = body.n or 1, known_text(service, body.prompt)
+        seed = new_seed(num) if body.seed is None else body.seed
+        options = {"steps": steps, "guidance": body.guidance_scale, "unknown_words": body.unknown_words}
+        return Request(num=num, seed=seed, **options, **text, **given())
+
+    def image(sample: Sample) -> str:
+        return encoded(sample.image, image_format, body.output_compression)
+
+    def answer(handle: Handle, result: Result) -> dict:
+        data = [
+            {"b64_json": image(sample), "revised_prompt": sample.outputs.get("text"), "seed": sample.seed}
+            for sample in result.samples
+        ]
+        return {"created": created(), "data": data, **about}
+
+    def preview(handle: Handle, news: Preview) -> list[Event]:
+        events = []
+        for i, sample in sorted(news.samples.items()):
+            number = shown.get(i, 0)
+            if "image" in sample.outputs and number < partial:
+                shown[i] = number + 1
+                name = f"{kind}.partial_image"
+                data = {"b64_json": image(sample), "partial_image_index": number, "index": i}
+                events.append((name, {"type": name, **data, "created_at": created(), "quality": "auto", **about}))
+        return events
+
+    def final(whole: dict) -> list[Event]:
+        name = f"{kind}.completed"
+        rest = {"created_at": whole["created"], "quality": "auto", **about}
+        return [(name, {"type": name, **one, "index": i, **rest}) for i, one in enumerate(whole["data"])]
+
+    return Job(
+        request, answer, final, preview, NAMES, stream=bool(body.stream), counts=False,
+        user=body.user,
+        preview_every=-(-steps // (partial + 1)) if partial else 0,
+    )  # fmt: skip
+
+
+def _check_model(service: Service, model: str | None) -> None:
+    if model not in (None, service.model):
+        raise ServiceError(404, "model_not_found", f"model: is not served here; use {service.model}", "model")
+
+
+def _check_output(service: Service, body: GenerationBody) -> str:
+    """The size of the images. Raises ServiceError about fields that ask for something else."""
+    codec = service.codecs.get("image")
+    if codec is None:
+        raise _bad("model", "makes no images", "unsupported_field")
+    size = f"{codec.size}x{codec.size}"
+    if body.size not in (None, "auto", size):
+        raise _bad("size", f"is not that of this model; use {size} or auto")
+    if body.output_compression is not None and body.output_format in (None, "png"):
+        raise _bad("output_compression", "is for jpeg and webp; set output_format")
+    if body.partial_images and not body.stream:
+        raise _bad("partial_images", "needs stream; set stream to true")
+    return size
+
+
+def _image_and_mask(service: Service, body: EditBody) -> dict[str, Image.Image]:
+    image = open_image(open_upload(body.image, "image", service.limits), "image")
+    if body.mask_image is not None:
+        return {"image": image, "mask": open_upload(body.mask_image, "mask_image", service.limits)}
+    param = "image" if body.mask is None else "mask"
+    mask = image if body.mask is None else open_image(open_upload(body.mask, "mask", service.limits), "mask")
+    if mask.mode != "RGBA":
+        raise _bad(param, "has no transparency to say where to edit; send one with it, or mask_image", "invalid_image")
+    return {"image": image, "mask": mask.getchannel("A").point(lambda alpha: 255 - alpha)}
+
+
+def captions(service: Service, body: CaptionBody) -> Job:
+    _check_model(service, body.model)
+
+    def request() -> Request:
+        return Request(
+            image=open_upload(body.image, "image", service.limits),
+            num=body.n,
+            seed=new_seed(body.n) if body.seed is None else body.seed,
+            steps=body.steps,
+            guidance=body.guidance,
+            unknown_words=body.unknown_words,
+            **known_text(service, body.prompt),
+        )
+
+    def answer(handle: Handle, result: Result) -> dict:
+        data = [
+            {"text": s.text, "confidence": round(s.confidence, 4), "words": words_of(s), "seed": s.seed}
+            for s in result.samples
+        ]
+        return {"created": created(), "data": data}
+
+    return Job(request, answer, names={"num": "n"})
+
+
+def _bad(param: str, problem: str, code: str = "invalid_value") -> ServiceError:
+    return ServiceError(400, code, f"{param}: {problem}", param)

@@ -1,0 +1,195 @@
+"""Bodies and answers of the service, from which its OpenAPI document is made.
+
+Bounds are the engine's; a service's own limits, which may be lower, are in its list of models.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from engine.request import GUIDANCE_KINDS, MAX_SEED, SOLVERS, WHOLE_NUMBERS
+
+ImageData = Annotated[
+    str | bytes,
+    WithJsonSchema(
+        {
+            "type": "string",
+            "contentEncoding": "base64",
+            "description": "base64 or a data: URL; in a form also a file. PNG, JPEG, WebP, GIF or BMP",
+        }
+    ),
+]
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"  # 1×1, white
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="of the first sample, the others count up; null: random")]
+
+
+def _whole(key: str, default: int, description: str):
+    lowest, highest = WHOLE_NUMBERS[key]
+    return Field(default, ge=lowest, le=highest, description=description)
+
+
+class Body(BaseModel):
+    """Unknown fields are refused, and so are values of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class InfillBody(Body):
+    """What is given is known, everything else is generated."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "red heart", "seed": 7},
+                {"image": PNG, "num": 2, "steps": 10},
+                {"prompt": "_ heart", "image": PNG, "mask": PNG, "stream": True, "preview_every": 5},
+            ]
+        }
+    )
+
+    prompt: str | None = Field(None, description="words; _ is a word to be filled in; empty: known to be empty")
+    image: ImageData | None = None
+    mask: ImageData | None = Field(None, description="white: generate; black or transparent: keep")
+    inputs: dict[str, ImageData] = Field({}, description="what is given of any modality, by its name")
+    masks: dict[str, ImageData] = Field({}, description="masks of given images, by modality")
+    num: int = _whole("num", 1, "samples")
+    steps: int = _whole("steps", 25, "of the solver; for each modality in an order")
+    solver: Literal[SOLVERS] = "dpm++"
+    guidance: float | None = Field(None, ge=-100, le=100, description="scale; 1: none; null: the model's, by task")
+    guidance_kind: Literal[GUIDANCE_KINDS] | None = None
+    guidance_interval: list[float] | None = Field(
+        None, min_length=2, max_length=2, description="[start, end] of the guided steps, 0 to 1"
+    )
+    eta: float = Field(0.0, ge=0, le=1, description="of solver ddim")
+    seed: Seed | None = None
+    resample: int = _whole("resample", 1, "RePaint: how often each stretch of `jump` steps is done")
+    jump: int = _whole("jump", 5, "steps of such a stretch")
+    step_cache: int = _whole("step_cache", 1, "an approximation: inner blocks at every so many steps only")
+    order: list[str] | Literal["together"] | None = Field(None, description="modalities, first to last; or together")
+    unknown_words: Literal["error", "fill"] = "error"
+    task: Literal["auto", "joint", "text-to-image", "image-to-text", "infill"] = "auto"
+    priority: int = Field(0, ge=-100, le=100, description="higher ones are served first")
+    deadline: float | None = Field(None, gt=0, le=86400, description="seconds until the request is given up")
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    stream: bool = Field(False, description="answer with server-sent events")
+    preview_every: int = Field(0, ge=0, le=1000, description="steps between previews; 0: none; needs stream")
+
+
+class Word(BaseModel):
+    word: str
+    confidence: float
+
+
+class SampleAnswer(BaseModel):
+    index: int
+    seed: int
+    outputs: dict[str, str]
+    image: str | None = Field(None, description="base64")
+    text: str | None = None
+    confidence: dict[str, float]
+    words: list[Word]
+
+
+class Timings(BaseModel):
+    queue_s: float
+    run_s: float
+    total_s: float
+    steps: int
+
+
+class InfillAnswer(BaseModel):
+    id: str
+    created: int
+    model: str
+    task: str
+    order: list[str]
+    guidance: float
+    samples: list[SampleAnswer]
+    timings: Timings
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorObject
+
+
+class GenerationBody(Body):
+    """OpenAI's fields as far as they mean something here, and seed, num_inference_steps, guidance_scale."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "red heart", "n": 2, "seed": 7}]})
+
+    prompt: str | None = Field(None, description="words; _ is a word to be filled in; null: generated too")
+    model: str | None = None
+    n: int | None = Field(None, ge=1, le=WHOLE_NUMBERS["num"][1], description="images; null: 1")
+    size: str | None = Field(None, description='the model\'s, such as "64x64", or "auto"')
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp")
+    background: Literal["auto", "opaque"] | None = None
+    quality: Literal["auto"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image; needs stream")
+    user: str | None = Field(None, max_length=256, description="kept in the service's log")
+    seed: Seed | None = None
+    num_inference_steps: int | None = Field(None, ge=1, le=WHOLE_NUMBERS["steps"][1])
+    guidance_scale: float | None = Field(None, ge=-100, le=100)
+    unknown_words: Literal["error", "fill"] = "error"
+
+
+class EditBody(GenerationBody):
+    """As for generations, with an image of which a part is made anew."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "red heart", "image": PNG, "mask_image": PNG, "seed": 7}]}
+    )
+
+    image: ImageData
+    mask: ImageData | None = Field(None, description="of the image's size: transparent where the image is edited")
+    mask_image: ImageData | None = Field(None, description="of the image's size: white where the image is edited")
+
+
+class ImageAnswer(BaseModel):
+    b64_json: str
+    revised_prompt: str | None = Field(None, description="the words, with those that were filled in")
+    seed: int
+
+
+class ImagesAnswer(BaseModel):
+    created: int
+    data: list[ImageAnswer]
+    background: Literal["opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str
+
+
+class CaptionBody(Body):
+    """An image to describe."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"image": PNG}, {"image": PNG, "prompt": "_ heart"}]})
+
+    image: ImageData
+    prompt: str | None = Field(None, description="words that are known, _ for each one to be filled in")
+    model: str | None = None
+    n: int = Field(1, ge=1, le=WHOLE_NUMBERS["num"][1], description="captions")
+    seed: Seed | None = None
+    steps: int = _whole("steps", 25, "of the solver")
+    guidance: float | None = Field(None, ge=-100, le=100)
+    unknown_words: Literal["error", "fill"] = "error"
+
+
+class Caption(BaseModel):
+    text: str
+    confidence: float
+    words: list[Word]
+    seed: int
+
+
+class CaptionsAnswer(BaseModel):
+    created: int
+    data: list[Caption]

@@ -1,0 +1,442 @@
+"""The page in headless Chromium, against the real service of a tiny checkpoint; skipped where there is no Chromium."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import Engine
+from engine.images import ORIENTATION, fit_image, open_image
+from tests.engine_cases import noise
+
+pytest.importorskip("fastapi", reason="the service's packages are not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="the service's packages are not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
+expect.set_options(timeout=20_000)
+
+from engine.serving.app import create_app  # noqa: E402 - needs fastapi
+from engine.serving.async_engine import AsyncEngine  # noqa: E402
+from tests.service_cases import file_of, image_of  # noqa: E402
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+PICTURE = noise(3)  # of the model's size, so that it is sent as it is
+GIVEN = np.asarray(PICTURE)
+FEW_STEPS = {"num": "1", "steps": "3"}
+AA = 4.5  # WCAG's least contrast of text
+CONTRASTS = """() => {
+  const levels = (colour) => colour.match(/[0-9.]+/g).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (element) => {
+    const colour = levels(getComputedStyle(element).backgroundColor);
+    return colour.length === 4 && colour[3] === 0 && element.parentElement ? ground(element.parentElement) : colour;
+  };
+  const own = (element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  const readable = [...document.body.querySelectorAll("*")].filter((e) => own(e) && e.checkVisibility() && !e.disabled);
+  return readable.map((e) => {
+    const [a, b] = [luminance(levels(getComputedStyle(e).color)), luminance(ground(e))];
+    return [e.textContent.trim().slice(0, 40), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
+  });
+}"""
+
+
+class Served:
+    """A service in a thread of its own."""
+
+    def __init__(self, checkpoint: Path, **options):
+        self.engine = AsyncEngine(Engine.from_pretrained(checkpoint, device="cpu", dtype="float32"))
+        app = create_app(self.engine, model="tiny", **options)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/"
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+def wait_until(condition) -> None:
+    for _ in range(4000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it does not come about")
+
+
+@pytest.fixture(scope="module")
+def served(tiny_checkpoint) -> Iterator[Served]:
+    served = Served(tiny_checkpoint)
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # CI runs as root
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, served):
+    """Opens the page in a context of given options; at the end, nothing may have failed or left the origin."""
+    contexts, problems = [], []
+
+    def open_page(url: str = served.url, expected: str = "nothing", **options):
+        """expected: part of what the browser itself reports on its console, where a request is to fail"""
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+
+        def on_console(message) -> None:
+            if message.type in ("error", "warning") and expected not in message.text:
+                problems.append(message.text)
+
+        page.on("console", on_console)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda r: r.url.startswith((url, "blob:", "data:")) or problems.append(r.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def sent_by(page) -> list[dict]:
+    """Bodies of the requests to generate, as they come."""
+    bodies = []
+    page.on("request", lambda r: r.url.endswith("/v1/infill") and bodies.append(r.post_data_json))
+    return bodies
+
+
+def set_options(page, **values: str) -> None:
+    page.locator("#options").evaluate("(details) => { details.open = true; }")
+    for name, value in values.items():
+        page.fill(f"#{name}", value)
+
+
+def give_image(page, data: bytes, name: str = "given.png") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": data})
+
+
+def shown_pixels(page) -> np.ndarray:
+    """The given image as the page has it, [32, 32, 3]."""
+    data = page.locator("#canvas").evaluate("(c) => [...c.getContext('2d').getImageData(0, 0, 32, 32).data]")
+    return np.reshape(data, (32, 32, 4))[..., :3]
+
+
+def generate(page) -> None:
+    page.click("#generate")
+    expect(page.locator("#gallery .run:not(.running)").first).to_be_visible()
+    expect(page.locator("#generate")).to_be_visible()
+
+
+def downloaded(page) -> np.ndarray:
+    """The newest image of the gallery, [H, W, 3] uint8, as a person would save it."""
+    with page.expect_download() as download:
+        page.locator(".run .download").first.click()
+    assert download.value.suggested_filename.endswith(".png")
+    return np.asarray(Image.open(download.value.path()).convert("RGB"))
+
+
+def is_focused(page, selector: str) -> bool:
+    return page.evaluate("(selector) => document.activeElement.matches(selector)", selector)
+
+
+def tab_to(page, selector: str) -> None:
+    for _ in range(60):
+        if is_focused(page, selector):
+            assert (
+                page.evaluate("getComputedStyle(document.activeElement.closest('#chip-field, button')).outlineStyle")
+                == "solid"
+            )
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"{selector} cannot be reached with the Tab key")
+
+
+def test_names_of_elements_are_unique(open_page):
+    names = open_page().evaluate("[...document.querySelectorAll('[id]')].map(({ id }) => id)")
+    assert len(names) == len(set(names))
+
+
+def test_words_become_an_image_by_keyboard_alone(open_page):
+    page = open_page()
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
+    set_options(page, **FEW_STEPS)
+    page.locator("body").focus()
+    page.evaluate("document.activeElement.blur()")
+    tab_to(page, "#word")
+    page.keyboard.type("big re")
+    expect(page.locator("#suggestions li").first).to_have_text("red")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: given.")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".sample .caption")).to_have_text("big red")
+    assert downloaded(page).shape == (32, 32, 3)
+
+    tab_to(page, ".use-image")
+    page.keyboard.press("Enter")
+    expect(page.locator("#summary")).to_have_text(
+        "Everything is given. Paint over a part of the image, or blank a word."
+    )
+    expect(page.locator("#generate")).to_be_disabled()
+    tab_to(page, "[data-preset='left half']")
+    page.keyboard.press("Enter")
+    expect(page.locator("#summary")).to_have_text("Image: left half generated. Words: given.")
+    tab_to(page, ".chip-word")
+    page.keyboard.press("Space")
+    expect(page.locator("#summary")).to_have_text("Image: left half generated. Words: 1 of 2 generated.")
+    assert is_focused(page, ".chip-word"), "the word keeps the focus"
+
+
+def test_an_example_is_generated_by_itself(open_page):
+    page = open_page()
+    sent = sent_by(page)
+    give_image(page, file_of(PICTURE))
+    expect(page.locator("#canvas")).to_be_visible()
+    set_options(page, **FEW_STEPS)
+    page.click("#examples button:text('red heart')")
+    expect(page.locator(".sample .caption")).to_have_text("red heart")
+    assert sent[0]["prompt"] == "red heart" and "image" not in sent[0]
+
+
+def test_only_what_the_brush_painted_is_generated(open_page):
+    page = open_page()
+    sent = sent_by(page)
+    set_options(page, **FEW_STEPS)
+    give_image(page, file_of(PICTURE))
+    box = page.locator("#overlay").bounding_box()
+    x, y, side = box["x"], box["y"], box["width"]
+    page.mouse.move(x + side / 4, y + side / 4)
+    page.mouse.down()
+    page.mouse.move(x + side / 4, y + side * 3 / 4, steps=3)
+    page.mouse.up()
+    expect(page.locator("#summary")).to_contain_text("% generated. Words: all generated.")
+    assert (shown_pixels(page) == GIVEN).all(), "the mask has changed the image below it"
+    painted = page.locator("#overlay").evaluate("(c) => [...c.getContext('2d').getImageData(180, 380, 40, 40).data]")
+    assert 20 < np.mean(painted[3::4]) < 160, "the mask is invisible, or hides the image"
+
+    generate(page)
+    mask = np.asarray(image_of(sent[0]["mask"].partition(",")[2]).convert("L")) > 127  # [32, 32]
+    assert mask[8:24, 8].all() and not mask[:, 16:].any() and set(sent[0]) >= {"image", "seed", "stream"}
+    assert (np.asarray(image_of(sent[0]["image"].partition(",")[2]).convert("RGB")) == GIVEN).all()
+    result = downloaded(page)
+    assert (result[~mask] == GIVEN[~mask]).all() and (result[mask] != GIVEN[mask]).any()
+
+    page.click("#undo")
+    expect(page.locator("#summary")).to_have_text("Image: given. Words: all generated.")
+    page.click("#invert")
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
+
+
+def test_a_word_is_blanked_given_again_and_filled_in(open_page):
+    page = open_page()
+    sent = sent_by(page)
+    set_options(page, **FEW_STEPS)
+    page.fill("#word", "red cat, dog")  # the last one still being typed
+    word = page.locator(".chip-word", has_text="cat")
+    for sentence in ("Words: 1 of 3 generated.", "Words: given.", "Words: 1 of 3 generated."):
+        word.click()
+        expect(page.locator("#summary")).to_contain_text(sentence)
+    generate(page)
+    assert sent[0]["prompt"] == "red _ dog" and "image" not in sent[0]
+    assert page.locator(".caption .generated").count() == 1
+    words = page.locator(".caption > span:not(.confidence)").all_text_contents()
+    assert (words[0], words[2], len(words)) == ("red", "dog", 3)
+    page.fill("#word", "gre")
+    page.click("#suggestions li:text('green')")
+    expect(page.locator(".chip-word")).to_have_text(["red", "cat", "dog", "green"])
+    page.fill("#word", "bl")  # which, like the words, the caption replaces
+    page.click(".use-caption")
+    expect(page.locator(".chip-word")).to_have_text(words)
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: given.")
+    page.click("#caption-leave")
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
+
+
+def test_a_run_is_cancelled_on_the_page_and_in_the_engine(open_page, served):
+    page = open_page()
+    set_options(page, num="16", steps="250")
+    page.select_option("#order", label="together")
+    with page.expect_response(lambda response: response.request.method == "DELETE") as deleted:
+        page.click("#generate")
+        expect(page.locator(".run-state")).to_contain_text("of 250")
+        expect(page.locator(".sample img:visible").first).to_be_visible()  # a preview
+        page.keyboard.press("Escape")
+    assert deleted.value.ok
+    expect(page.locator(".run-state")).to_contain_text("Cancelled at step")
+    expect(page.locator("#generate")).to_be_focused()
+    wait_until(lambda: served.engine.requests == (0, 0))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "truncated.png"])
+def test_what_is_no_image_is_refused_where_it_was_given(open_page, name):
+    page = open_page()
+    data = b"some notes" if name == "notes.txt" else file_of(PICTURE)[:-500]
+    give_image(page, data, name)
+    expect(page.locator("#image-error")).to_contain_text(f"“{name}” cannot be read as an image.")
+    expect(page.locator("#canvas")).to_be_hidden()
+    give_image(page, file_of(PICTURE.resize((50, 40))))
+    expect(page.locator("#canvas")).to_be_visible()
+    expect(page.locator("#image-error")).to_be_hidden()
+
+
+@pytest.mark.parametrize("kind", ["transparent", "palette with a transparent colour", "turned by EXIF", "oblong"])
+def test_an_image_is_shown_and_sent_as_the_engine_reads_it(open_page, kind, tmp_path):
+    file = tmp_path / "given"
+    if kind == "transparent":
+        alpha = Image.linear_gradient("L").resize((32, 32))
+        image = PICTURE.copy()
+        image.putalpha(alpha)
+        file.write_bytes(file_of(image))
+    elif kind == "palette with a transparent colour":
+        file.write_bytes(file_of(PICTURE.quantize(16), transparency=3))
+    elif kind == "turned by EXIF":
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6
+        file.write_bytes(file_of(PICTURE, "JPEG", exif=exif, quality=95))
+    else:
+        file.write_bytes(file_of(noise(4, (46, 32))))
+    page = open_page()
+    give_image(page, file.read_bytes())
+    expect(page.locator("#canvas")).to_be_visible()
+    expected = fit_image(open_image(file), 32).permute(1, 2, 0).numpy().astype(int)
+    assert abs(shown_pixels(page) - expected).max() <= 4
+
+
+REFUSAL = {"error": {"message": "seed: is bad", "param": "seed"}}
+QUEUED = {"id": "1", "position": 3}
+ANSWERS = {  # of the service, and where the page tells what of them
+    "queue full": (
+        429,
+        json.dumps({"error": {"message": "the queue is full", "param": None}}),
+        "#error",
+        "queue is full",
+    ),
+    "no JSON": (502, "<html>bad gateway</html>", "#error", "The server answered with status 502."),
+    "error in the stream": (200, f"event: error\ndata: {json.dumps(REFUSAL)}\n\n", "#seed-error", "is bad"),
+    "stream without an end": (200, f"event: queued\ndata: {json.dumps(QUEUED)}\n\n", "#error", "connection ended"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_failed_answer_is_told_and_another_try_is_possible(open_page, answer):
+    status, body, place, text = ANSWERS[answer]
+    page = open_page(expected=f"status of {status}")
+    kind = "text/event-stream" if status == 200 else "application/json"
+    page.route("**/v1/infill", lambda route: route.fulfill(status=status, content_type=kind, body=body))
+    page.click("#generate")
+    expect(page.locator(place)).to_contain_text(text)
+    expect(page.locator("#generate")).to_be_visible()
+    expect(page.locator(".run")).to_have_count(0)
+    expect(page.locator("#welcome")).to_be_visible()
+
+
+def test_errors_stand_at_the_field_that_they_are_about(open_page):
+    page = open_page(expected="status of 400")
+    set_options(page, num="65")
+    page.click("#generate")
+    expect(page.locator("#num-error")).to_contain_text("64")
+    expect(page.locator("#num")).to_be_focused()
+    set_options(page, **FEW_STEPS)
+    expect(page.locator("#num-error")).to_be_hidden()
+
+    page.locator("#steps").evaluate("(steps) => { steps.max = 1000; }")  # so that the service refuses it
+    page.fill("#steps", "251")
+    page.click("#generate")
+    expect(page.locator("#steps-error")).to_contain_text("use at most 250")
+    expect(page.locator("#steps")).to_have_attribute("aria-invalid", "true")
+    page.fill("#steps", "2")
+
+    page.fill("#word", "red dragonfly")
+    page.click("#generate")
+    expect(page.locator("#caption-error")).to_contain_text("dragonfly")
+    expect(page.locator(".chip.unknown")).to_have_text("dragonfly")
+    expect(page.locator("#generate")).to_be_enabled()
+    page.check("#fill-unknown")
+    expect(page.locator("#summary")).to_contain_text("Words: 1 of 2 generated.")
+    generate(page)
+    expect(page.locator("#caption-error")).to_be_hidden()
+    assert page.locator(".caption .generated").count() == 1
+
+
+def test_a_server_that_is_away_can_be_tried_again(open_page):
+    page = open_page(expected="ERR_FAILED")
+    for addresses in ("**/v1/infill", "**/v1/models"):
+        page.route(addresses, lambda route: route.abort())
+        if addresses.endswith("models"):
+            page.reload()
+        else:
+            page.click("#generate")
+        expect(page.locator("#error")).to_contain_text("The server does not answer.")
+        page.unroute(addresses)
+        set_options(page, **FEW_STEPS)
+        generate(page)
+        expect(page.locator("#error")).to_be_hidden()
+    page.route("**/v1/vocabulary*", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#examples button")).to_have_text(["Surprise me"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone_needs_no_sideways_scrolling_and_text_is_readable(open_page, scheme):
+    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True, color_scheme=scheme)
+    set_options(page, **FEW_STEPS | {"num": "3"})
+    page.fill("#word", "_ cat dog bird")
+    page.tap("#generate")
+    expect(page.locator(".use-image")).to_have_count(3)
+    expect(page.locator(".use-image").first).to_be_visible()
+    page.locator(".use-image").first.tap()
+    page.locator("#overlay").tap()
+    expect(page.locator("#summary")).to_contain_text("% generated")
+    page.fill("#word", "dragonfly ")
+    expect(page.locator("#caption-error")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    low = {text: round(ratio, 2) for text, ratio in page.evaluate(CONTRASTS) if ratio < AA}
+    assert not low
+
+
+def test_a_token_is_asked_for_and_kept(open_page, tiny_checkpoint):
+    served = Served(tiny_checkpoint, tokens=["secret"])
+    try:
+        page = open_page(served.url, expected="status of 401")
+        expect(page.locator("#token")).to_be_focused()
+        for token in ("wrong", "secret"):
+            page.fill("#token", token)
+            page.keyboard.press("Enter")
+            expect(page.locator("#token-error")).to_be_visible(visible=token == "wrong")
+        expect(page.locator("#about")).to_contain_text("tiny")
+        page.reload()
+        expect(page.locator("#about")).to_contain_text("tiny")
+        expect(page.locator("#token")).to_be_hidden()
+    finally:
+        served.close()
+
+
+def test_further_modalities_are_shown(open_page, three_modality_checkpoint):
+    served = Served(three_modality_checkpoint)
+    try:
+        page = open_page(served.url)
+        set_options(page, **FEW_STEPS)
+        generate(page)
+        assert page.locator(".other").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 32
+        expect(page.locator(".other")).to_have_attribute("alt", "sketch")
+    finally:
+        served.close()

@@ -1,0 +1,195 @@
+"""The service as a process, the official client against it, and what the command line refuses."""
+
+import asyncio
+import base64
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from engine_cases import difference, left_half, noise
+from service_cases import LONG, app_of, asynchronous, file_of, image_of, until
+
+import engine.serve as command
+from engine import Request
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ------------------------------------------------------------------------------------------------- the process
+
+
+def start(*options, **environment) -> tuple[subprocess.Popen, str]:
+    """A service on a free port and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.serve", "--port", "0", "--dtype", "float32", *map(str, options)],
+        cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    assert found, line + process.stderr.read()
+    return process, found[0].rstrip("/")
+
+
+@asynchronous
+async def test_a_process_serves_offline_and_finishes_what_runs_when_it_is_terminated(tiny_checkpoint, tmp_path):
+    """Without a network, as for those who set HF_HUB_OFFLINE=1 (a fault of another engine: vllm-omni 11447)."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("\nsecret\n")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "http_proxy": "", "OMP_NUM_THREADS": "1"}
+    process, address = start("--checkpoint", tiny_checkpoint, "--token-file", tokens, "--limit", "num=3", **offline)
+    try:
+        async with httpx.AsyncClient(base_url=address, timeout=60) as http:
+            while True:
+                try:
+                    if (await http.get("/ready")).status_code == 200:
+                        break
+                except httpx.TransportError:  # it does not listen yet
+                    assert process.poll() is None
+                await asyncio.sleep(0.05)
+            assert (await http.get("/v1/models")).status_code == 401
+            http.headers["authorization"] = "Bearer secret"
+            card = (await http.get("/v1/models")).json()["data"][0]
+            assert card["id"] == "tiny" and card["limits"]["num"] == 3
+            assert "text/html" in (await http.get("/")).headers["content-type"]
+            answer = await http.post("/v1/infill", json={"prompt": "red", "seed": 0, "steps": 2})
+            assert answer.status_code == 200 and image_of(answer.json()["samples"][0]["image"]).size == (32, 32)
+            body = {"steps": 150, "prompt": "red"}
+            running = asyncio.ensure_future(http.post("/v1/infill", json=body))
+            while "num_requests_running 1.0" not in (await http.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert (await running).status_code == 200
+        assert await asyncio.to_thread(process.wait, 30) == 0
+        lines = process.stderr.read().splitlines()
+        assert len(lines) == 2 and all("INFO engine.serving: request" in line and ": done, " in line for line in lines)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_that_is_stopped_while_it_loads_exits_at_once(tiny_checkpoint):
+    process = subprocess.Popen([sys.executable, "-m", "engine.serve", "--port", "0"], cwd=ROOT, stderr=subprocess.PIPE)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) in (0, 130) and b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+# ------------------------------------------------------------------------------------------------- the official client
+
+
+@pytest.fixture(scope="module")
+def live(engine):
+    """The address of a service of this process, and its AsyncEngine."""
+    app, served = app_of(engine)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", served
+    server.should_exit = True
+    thread.join(30)
+
+
+def test_the_official_client_lists_generates_edits_and_streams(engine, live):
+    with openai.OpenAI(base_url=f"{live[0]}/v1", api_key="none", max_retries=0) as api:
+        assert [model.id for model in api.models.list()] == ["tiny"] and api.models.retrieve("tiny").id == "tiny"
+        options = {"model": "tiny", "prompt": "red cat", "n": 2, "size": "32x32",
+                   "extra_body": {"seed": 0, "num_inference_steps": 4}}  # fmt: skip
+        made = api.images.generate(**options, response_format="b64_json")
+        expected = engine.generate(Request("red cat", num=2, seed=0, steps=4))
+        for one, sample in zip(made.data, expected.samples, strict=True):
+            assert difference(image_of(one.b64_json), sample.image) <= 1
+        events = list(api.images.generate(**options, stream=True, partial_images=1))
+        assert [event.type for event in events][-2:] == ["image_generation.completed"] * 2
+        assert [event.b64_json for event in events[-2:]] == [one.b64_json for one in made.data]
+
+        image = ("image.png", base64.b64decode(made.data[0].b64_json))
+        mask = noise().convert("RGBA")
+        mask.putalpha(left_half().point(lambda level: 255 - level))
+        edited = api.images.edit(**options, image=image, mask=("mask.png", file_of(mask))).data[0]
+        kept = (16, 0, 32, 32)
+        assert difference(image_of(edited.b64_json).crop(kept), expected.image.crop(kept)) == 0
+
+        with pytest.raises(openai.BadRequestError) as error:
+            api.images.generate(prompt="purple", size="auto")
+        assert (error.value.param, error.value.code) == ("prompt", "invalid_value")
+        with pytest.raises(openai.NotFoundError):
+            api.images.generate(prompt="red", model="dall-e-3")
+
+
+@asynchronous
+async def test_leaving_a_connection_ends_its_request(live):
+    address, served = live
+    async with httpx.AsyncClient(base_url=address) as http:
+        for body in (LONG, LONG | {"stream": True}):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(http.post("/v1/infill", json=body, timeout=60), 0.5)
+            await until(lambda: served.samples == 0)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "70000"],
+        ["--host", "256.0.0.1"],
+        ["--checkpoint", "missing"],
+        ["--device", "abacus"],
+        ["--dtype", "float8"],
+        ["--max-rows", "0"],
+        ["--max-queue", "-1"],
+        ["--warmup", "-1"],
+        ["--warmup", "65"],
+        ["--drain", "nan"],
+        ["--cors", "example.org"],
+        ["--cors", "https://example.org/"],
+        ["--token-file", "missing"],
+        ["--token-file", "empty"],
+        ["--limit", "speed=5"],
+        ["--limit", "num"],
+        ["--limit", "num=0"],
+        ["--limit", "num=1.5"],
+        ["--limit", "seconds=inf"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_option_is_refused_in_one_line(options, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    Path("empty").write_text("\n")
+    try:
+        status = command.main(["--port", "0", *options])
+    except SystemExit as end:
+        status = end.code
+    message = capsys.readouterr().err
+    assert status == 2 and message.count("\n") == 1
+    assert message.replace("argument ", "").startswith(f"python -m engine.serve: {options[0]}: ")
+
+
+def test_a_port_that_is_taken_is_refused(live, capsys, monkeypatch):
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    port = live[0].rpartition(":")[2]
+    assert command.main(["--port", port]) == 2
+    assert capsys.readouterr().err.startswith(f"python -m engine.serve: --port: {port} cannot be used (")
+
+
+@pytest.mark.parametrize("module", command.NEEDED)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(module, capsys, monkeypatch):
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert command.main([]) == 2
+    expected = f"python -m engine.serve: {module}: not installed; install with pip install 'psunet-engine[serve]'\n"
+    assert capsys.readouterr().err == expected
