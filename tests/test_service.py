@@ -174,6 +174,8 @@ async def test_the_model_and_its_words_are_listed(engine):
         assert card["limits"]["num"] == 3 and card["defaults"]["order"] == ["text", "image"]
         assert_error(await http.get("/v1/models/other"), 404, "not_found", "model")
         assert (await http.get("/v1/vocabulary?prefix=Bi&limit=5")).json() == {"words": ["big", "bird"]}
+        # In the vocabulary's order, which is that of frequency.
+        assert (await http.get("/v1/vocabulary?prefix=ca&limit=5")).json() == {"words": ["cat", "car"]}
         assert len((await http.get("/v1/vocabulary?limit=1000")).json()["words"]) == 31
         for limit in ("0", "x", "1001", "-1", "9" * 5000):
             assert_error(await http.get(f"/v1/vocabulary?limit={limit}"), 400, "invalid_value", "limit")

@@ -69,6 +69,8 @@ def create_app(
         version="1",
         summary="Joint text-and-image diffusion: give any part of an image and its caption, get the rest.",
         lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
     )
     service = Service(engine, model, limits)

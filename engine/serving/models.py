@@ -1,8 +1,6 @@
 """What the service says of its model."""
 
-import bisect
 from dataclasses import asdict
-from functools import lru_cache
 
 from engine.codecs.text import TextCodec
 from engine.request import Request
@@ -42,16 +40,10 @@ def model_card(service: Service) -> dict:
 
 
 def vocabulary(service: Service, prefix: str, limit: int) -> list[str]:
-    """The first known words, in alphabetical order, that begin with `prefix`."""
+    """Known words that begin with `prefix`: that word itself, then the most frequent ones of the training captions."""
     text = service.codecs.get("text")
     if not isinstance(text, TextCodec):
         return []
-    words, prefix = _sorted(text.vocabulary), prefix.lower()
-    start = bisect.bisect_left(words, prefix)
-    found = words[start : start + limit]
-    return [word for word in found if word.startswith(prefix)]
-
-
-@lru_cache(maxsize=4)
-def _sorted(vocabulary: tuple[str, ...]) -> list[str]:
-    return sorted(vocabulary[1:])  # without "</s>"
+    prefix = prefix.lower()
+    found = [word for word in text.vocabulary[1:] if word.startswith(prefix)]  # without "</s>"
+    return sorted(found, key=lambda word: word != prefix)[:limit]
