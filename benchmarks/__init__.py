@@ -4,3 +4,5 @@ pytest benchmarks/                  timings of contenders against each other
 python -m benchmarks.report         writes RESULTS.md and its plots from stored runs
 python -m benchmarks.experiments    the paper's comparisons: trains models and measures their quality
 """
+
+import engine  # noqa: F401 (first: it answers Ctrl-C in one line)

@@ -32,6 +32,7 @@ from benchmarks.workloads import equal_compute, equal_parameters, u_vit_config
 from engine import Engine, checkpoint
 from engine.checkpoint import BUILT_IN, Checkpoint
 from engine.command import Parser, name, path, refuse
+from engine.command import run as run_command
 from engine.device import resolve
 from engine.errors import InputError
 from engine.model.cost import forward_flops
@@ -161,7 +162,7 @@ def _commit() -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(COMMAND, description=__doc__.splitlines()[0])
+    parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
     add("experiment", choices=list(EXPERIMENTS))
     add("--data", type=path, required=True, metavar="DIR", help="images and captions, MS-COCO captions layout")
@@ -206,4 +207,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(COMMAND, main)

@@ -6,11 +6,11 @@ python -m benchmarks.report --compare NEW OLD        ratios of two runs of `pyte
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from benchmarks.descriptions import DESCRIPTIONS
 from engine.command import Parser, path, refuse
+from engine.command import run as run_command
 from engine.errors import InputError, errors_named
 
 COMMAND = "python -m benchmarks.report"
@@ -318,7 +318,7 @@ def _missing(runs: list[dict]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(COMMAND, description=__doc__.splitlines()[0])
+    parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
     add("--results", type=path, default=HERE / "results", help="folder of stored runs (default: %(default)s)")
     add("--out", type=path, default=HERE / "RESULTS.md", help="default: %(default)s")
@@ -339,4 +339,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(COMMAND, main)

@@ -6,11 +6,15 @@ The public names are imported on first use, so that `import engine` costs millis
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from engine.interrupts import answer_at_start
+
 if TYPE_CHECKING:
     from engine.errors import InputError
     from engine.request import Request, Result
     from engine.runtime import Engine
     from engine.serving.async_engine import AsyncEngine
+
+answer_at_start()  # for `python -m engine.…`, before anything slow is imported; else it does nothing
 
 __version__ = "0.1.0"
 __all__ = ["AsyncEngine", "Engine", "InputError", "Request", "Result", "__version__"]

@@ -5,20 +5,27 @@ Imports no torch, so that --help and bad options answer at once.
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import InputError, cut, shown
+from engine.interrupts import INTERRUPTED, answer
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations: they would break with every new option."""
+    """Takes no abbreviations: they would break with every new option.
 
-    def __init__(self, prog: str, **settings):
-        super().__init__(prog, allow_abbrev=False, **settings)
+    description  of which the first line is printed; a module's docstring, which is None under python -OO
+    """
+
+    def __init__(self, prog: str, description: str | None = None, **settings):
+        super().__init__(prog, description=(description or "").partition("\n")[0], allow_abbrev=False, **settings)
 
     def error(self, message: str):
         """One line instead of the whole usage."""
@@ -40,7 +47,8 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
     elif isinstance(error, BaseException) and (package := broken_package(error)):
         remedy = "reinstall it, or uninstall it if nothing needs it"
         message = f"the package {package} cannot be imported ({_root(error)}); {remedy}"
-    print(f"{command}: {' '.join(message.splitlines())}", file=sys.stderr)
+    with suppress(OSError):  # standard error may be closed or full
+        print(f"{command}: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
 
 
@@ -63,13 +71,28 @@ def _root(error: BaseException) -> BaseException:
 
 
 def run(command: str, main: Callable[[], int]) -> NoReturn:
-    """Runs a command and exits with its status; without a traceback where it is interrupted or its output is closed."""
+    """Runs a command and exits with its status.
+
+    Without a traceback where it is interrupted, where standard output or error is closed, full or a pipe that nobody
+    reads, where it cannot encode what is printed, and where the user has no home.
+    """
+    answer(command)
+    _open_streams()
     try:
-        status = main()
+        Path.home()
+    except RuntimeError:  # packages fail at their import that look for their settings there
+        os.environ["HOME"] = "/nonexistent"  # as Debian has it
+    try:
+        try:
+            status = main()
+        except SystemExit as stop:  # of the parser
+            status = stop.code
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        status = 130
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process wherever it is
+        with suppress(OSError):
+            print(f"{command}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     except BrokenPipeError:
         status = 1
         _discard_output()
@@ -77,10 +100,39 @@ def run(command: str, main: Callable[[], int]) -> NoReturn:
         broken = broken_package(error)
         if broken is None and not isinstance(error, OSError):
             raise
-        status = refuse(command, error)
+        named = broken or error.filename
+        status = refuse(command, error if named else f"standard output cannot be written ({error.strerror})")
         if broken is None:  # such as standard output on a full disk
             _discard_output()
     sys.exit(status)
+
+
+class _Stderr(TextIOWrapper):
+    """Standard error that may be lost: no progress bar or message is worth the end of a run."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def _open_streams() -> None:
+    """Puts /dev/null in the place of streams that are closed: a file opened next would become standard output."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    # Not strict: what a terminal's encoding lacks is printed as \u1234.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr = _Stderr(os.fdopen(2, "wb", closefd=False), "utf-8" if sys.stderr is None else sys.stderr.encoding,
+                         "backslashreplace", line_buffering=True)  # fmt: skip
 
 
 def _discard_output() -> None:

@@ -52,7 +52,7 @@ COMMAND = "python -m engine.evaluate"
 
 
 def _parser() -> Parser:
-    parser = Parser(COMMAND, description=__doc__.splitlines()[0])
+    parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=path, help="default: the built-in model")
     add("--data", type=path, required=True, help="folder of images, captions.json and captions_test.json")

@@ -5,6 +5,7 @@ Parse, generate, write: everything else is `engine.runtime`, and how files are w
 
 import argparse
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         return refuse(COMMAND, error, vars(options))
     if options.json:
-        print(to_json(report))
+        is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        print(to_json(report, ascii=not is_unicode))
     elif not options.quiet:
         timing = report[-1]["timing"]
         print(f"{len(report) - 1} samples in {options.out} ({', '.join(listed)}); "

@@ -17,7 +17,7 @@ COMMAND = "python -m engine.train"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(COMMAND, description=__doc__.splitlines()[0])
+    parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="emoji", help="what to train (default: %(default)s)")
     add("--data", type=path, required=True, metavar="DIR", help="images and captions.json, MS-COCO captions layout")
@@ -50,6 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
         train(options)
     except (InputError, FloatingPointError, ModuleNotFoundError) as error:
         return refuse(COMMAND, error, values)
+    except RuntimeError as error:
+        from engine.sampling.graphs import compile_failure
+
+        failure = compile_failure(error)
+        if failure is error:
+            raise
+        return refuse(COMMAND, failure, values)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that was removed
         resumes = f"{error}; fix this, then the same command resumes the run"
         return refuse(COMMAND, error if broken_package(error) else resumes)

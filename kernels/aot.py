@@ -253,7 +253,7 @@ def parse(text: str) -> list[Usage]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m engine.kernels.aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m engine.kernels.aot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all of them")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args(arguments)

@@ -64,7 +64,7 @@ def measure(dtypes: list[torch.dtype], device: str) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m engine.kernels.measure", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m engine.kernels.measure", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--dtype", action="append", choices=["bfloat16", "float16", "float32"], help="default: bfloat16")
     add("--out", type=Path, default=backend.MEASURED, metavar="FILE")

@@ -78,6 +78,12 @@ def test_bad_arguments_are_refused_in_one_line(capsys, arguments):
     assert error.startswith("python -m engine.x: ") and error.count("\n") == 1 and len(error) < 300
 
 
+def test_a_parser_prints_the_first_line_of_a_docstring_or_none():
+    assert "what it does\n" in Parser("x", "what it does\n\nat length").format_help()
+    assert "at length" not in Parser("x", "what it does\n\nat length").format_help()
+    assert Parser("x", None).format_help()  # python -OO has no docstrings
+
+
 def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "grid.png").mkdir()

@@ -1,5 +1,6 @@
 """`python -m engine.sample`: what it writes and prints."""
 
+import io
 import json
 import shutil
 import sys
@@ -149,6 +150,14 @@ def test_unknown_words_are_filled_in_on_demand(run):
 def test_json_prints_the_report_and_nothing_else(run):
     done = run("--prompt", "red", "--json")
     assert json.loads(done.out) == done.report and done.err == ""
+
+
+def test_json_is_json_in_every_encoding(run, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.stdout", stdout)
+    done = run("--prompt", "côte 日 😀", "--unknown-words", "fill", "--json")
+    stdout.flush()
+    assert json.loads(stdout.buffer.getvalue().decode("latin-1")) == done.report
 
 
 def test_quiet_prints_nothing(run):

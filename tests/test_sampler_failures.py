@@ -12,6 +12,7 @@ from denoisers import SECONDS, FunctionDenoiser, sample, table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import Modality, ModelConfig
+from engine.errors import InputError
 from engine.sampling.batch import SampleSpec
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import PATIENCE
@@ -87,6 +88,20 @@ def test_a_result_that_is_not_finite_fails_its_own_run_and_says_which_sample(val
     assert isinstance(failed, FloatingPointError) and "NaN or infinite" in str(failed)
     assert torch.equal(other, alone(spec(5), spec(6)))
     assert len(rows) == 5, "nothing starts again"
+
+
+def test_a_failure_to_compile_is_told_in_one_line_with_its_remedy():
+    kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+    def broken(*_):
+        raise kind("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    (failed,), _ = outcomes(broken, [spec(1)])
+    assert type(failed) is InputError and failed.argument == "compile"
+    assert str(failed) == (
+        "compile: True does not work here (InvalidCxxCompiler: No working C++ compiler found); "
+        "install a C++ compiler such as g++ and Python's headers, or leave it out"
+    )
 
 
 def test_a_prediction_that_is_not_finite_where_it_is_not_used_goes_nowhere():

@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,21 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_model(images, run, tmp_pat
     assert weights_of(tmp_path / "run") == weights_of(run)
     for stage in ("autoencoder", "denoiser"):
         assert (tmp_path / "run" / stage / CURVE).read_text() == (run / stage / CURVE).read_text()
+
+
+def test_a_failure_to_compile_is_told_in_one_line(images, tmp_path, monkeypatch, capsys):
+    kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    for error in (kind("no compiler\nand more"), RuntimeError("of another kind")):
+
+        def failing(options, error=error):
+            raise error
+
+        monkeypatch.setattr(stages, "train", failing)
+        with nullcontext() if type(error) is kind else pytest.raises(RuntimeError, match="of another kind"):
+            assert train_main(images, tmp_path, "--compile") == 2
+    assert capsys.readouterr().err.startswith(
+        "python -m engine.train: --compile: True does not work here (no compiler);"
+    )
 
 
 def test_word_vectors_truncated_by_a_kill_are_trained_again(images, run, tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 from torch import nn
 
+from engine.errors import InputError, cut
+
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compiles modules in place, without graph breaks; each shape is built at its first call.
@@ -28,6 +30,15 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
             block.compile(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
         else:
             block.compile(fullgraph=True)
+
+
+def compile_failure(error: Exception) -> Exception:
+    """A failure of torch.compile, such as for want of a C++ compiler, as InputError; any other error as it is."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return error
+    remedy = "install a C++ compiler such as g++ and Python's headers, or leave it out"
+    reason = cut(str(error).partition("\n")[0], 200)
+    return InputError("compile", True, remedy, f"does not work here ({reason})")
 
 
 class StepGraphs:

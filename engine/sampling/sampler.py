@@ -22,7 +22,7 @@ from engine.kernels.sampler_state import BatchConstants
 from engine.model.denoiser import Denoiser
 from engine.sampling.batch import Batch, SampleSpec, batch_constants, upload
 from engine.sampling.calls import Call, Calls
-from engine.sampling.graphs import StepGraphs
+from engine.sampling.graphs import StepGraphs, compile_failure
 from engine.sampling.preview import Preview, preview
 from engine.sampling.scheduler import Arrangement, CacheMode, Job, Scheduler, StepPlan
 from engine.sampling.step import denoise_step
@@ -320,7 +320,7 @@ class Sampler:
 
     def _failed(self, error: Exception) -> None:
         """Sends the samples of a failed step back to their start, or ends them if nothing else can be tried."""
-        live, slots = self.scheduler.live, len(self.scheduler.slots)
+        live, slots, error = self.scheduler.live, len(self.scheduler.slots), compile_failure(error)
         runs = dict.fromkeys(self._run_of[job][0] for job in live)
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         self.scheduler.restart(alone=not out_of_memory)
