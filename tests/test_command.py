@@ -116,7 +116,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("chained", [False, True])
-def test_a_broken_package_is_named_in_one_line(tmp_path, monkeypatch, capsys, line, chained):
+def test_a_broken_package_is_named_in_one_line(tmp_path, monkeypatch, capfd, line, chained):
     (tmp_path / "brokenpackage.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -130,7 +130,7 @@ def test_a_broken_package_is_named_in_one_line(tmp_path, monkeypatch, capsys, li
 
     with pytest.raises(SystemExit) as ended:
         run("python -m engine.x", main)
-    printed = capsys.readouterr().err
+    printed = capfd.readouterr().err
     package = "json" if "json" in line else "libx_absent" if "libx_absent" in line else "brokenpackage"
     assert ended.value.code == 2 and printed.count("\n") == 1
     assert printed.startswith(f"python -m engine.x: the package {package} cannot be imported (")
