@@ -156,6 +156,8 @@ def to_levels(image: Image.Image) -> Tensor:
 def _upright(image: Image.Image) -> Image.Image:
     """The image in 8 bits a channel, turned as its EXIF data say."""
     image.load()  # before anything else, so that damage in the pixels is never taken for damage in the metadata
+    if 0 in image.size:
+        raise ValueError("without a pixel")
     try:
         turn = TURNED.get(image.getexif().get(ORIENTATION))
     except Exception:  # metadata can be wrong in any way, and the pixels are whole

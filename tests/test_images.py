@@ -147,6 +147,11 @@ def test_a_folder_is_not_an_image(tmp_path):
     assert "cannot be read (Is a directory); give the file of an" in str(refusal(open_image, tmp_path, "image"))
 
 
+@pytest.mark.parametrize("size", [(0, 9), (9, 0), (0, 0)])
+def test_an_image_without_a_pixel_is_refused(size):
+    assert "is not a readable image (without a pixel)" in str(refusal(open_image, Image.new("RGB", size), "image"))
+
+
 @pytest.mark.parametrize("value", [7, b"photo.png", ["photo.png"], np.zeros((8, 8, 3))], ids=lambda v: type(v).__name__)
 def test_what_is_neither_an_image_nor_a_file_is_refused(value):
     assert "is not an image; give a PIL image or a file" in str(refusal(open_image, value, "inputs.sketch"))
