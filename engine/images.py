@@ -7,7 +7,7 @@ generated.
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from engine.files import unreadable
 # What Pillow raises on damaged files: most formats, some PNGs, TIFF and EXIF, absurd sizes (a header's flipped bit).
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 ORIENTATION = 0x0112  # tag of EXIF
+PHOTOMETRIC, WHITE_IS_ZERO = 0x0106, 0  # tag of TIFF
 TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,12 +48,15 @@ def open_image(value: Image.Image | str | PathLike, argument: str = "image") -> 
     try:
         if isinstance(value, Image.Image):
             return _upright(value)
-        with Image.open(value) as file:
+        # Opened here: files that Pillow opens itself it may map into memory, which garbles turned TIFFs.
+        with nullcontext(value) if hasattr(value, "read") else open(value, "rb") as stream, Image.open(stream) as file:
             return _upright(file)
-    except (FileNotFoundError, PermissionError) as error:
-        raise unreadable(argument, _name(value), error, "give the file of an image") from None
+    except UnidentifiedImageError:
+        raise InputError(argument, _name(value), "give a PNG or JPEG", "is not an image of a known format") from None
     except IMAGE_ERRORS as error:
-        problem = f"is not a readable image ({_reason(error)})"
+        if isinstance(error, OSError) and error.errno:  # the system's, not about what is in the file
+            raise unreadable(argument, _name(value), error, "give the file of an image") from None
+        problem = f"is not a readable image ({str(error) or type(error).__name__})"
         raise InputError(argument, _name(value), "give a whole one", problem) from None
 
 
@@ -152,6 +156,8 @@ def to_levels(image: Image.Image) -> Tensor:
 def _upright(image: Image.Image) -> Image.Image:
     """The image in 8 bits a channel, turned as its EXIF data say."""
     image.load()  # before anything else, so that damage in the pixels is never taken for damage in the metadata
+    if 0 in image.size:
+        raise ValueError("without a pixel")
     try:
         turn = TURNED.get(image.getexif().get(ORIENTATION))
     except Exception:  # metadata can be wrong in any way, and the pixels are whole
@@ -168,6 +174,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_deep_grey(image)
+    if image.mode == "La":  # which Pillow converts to nothing but LA
+        image = image.convert("LA")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
@@ -178,6 +186,8 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
         peak = levels[np.isfinite(levels)].max(initial=0)
         highest = 1 if image.mode == "F" and peak <= 1 else 255 if peak <= 255 else 65535
     levels = np.nan_to_num(levels, nan=0.0).clip(0, highest)
+    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        levels = highest - levels  # Pillow does so for 8 bits only
     # A level above 0 stays above 0: whether a mask is black must not depend on its depth.
     grey = Image.fromarray(np.maximum((levels * (255 / highest)).round(), levels > 0).astype(np.uint8))
     transparent = image.info.get("transparency")  # 16-bit PNGs may name one level that is transparent
@@ -192,13 +202,6 @@ def _name(value) -> object:
     if isinstance(value, Image.Image):
         return Path(file) if (file := getattr(value, "filename", "")) else value
     return Path(value) if isinstance(value, str) and value else value
-
-
-def _reason(error: Exception) -> str:
-    """Why Pillow could not read an image, without the name of the file or of the object that held it."""
-    if isinstance(error, UnidentifiedImageError):
-        return "of no known format"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def fill_masked(given: Tensor, mask: np.ndarray) -> Tensor:

@@ -16,10 +16,11 @@ def of_mode(grey, mode):
         return Image.fromarray(levels.astype(np.int32) * 257)
     if mode == "F of 0 to 1":
         return Image.fromarray(levels.astype(np.float32) / 255)
-    return grey.convert("P").convert(mode) if mode == "PA" else grey.convert(mode)
+    via = {"PA": "P", "La": "LA"}.get(mode, "L")
+    return grey.convert(via).convert(mode)
 
 
-MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F", "F of 0 to 1"]
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B", "I", "F", "F of 0 to 1"]
 
 
 def refusal(function, *arguments):

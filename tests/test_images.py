@@ -36,6 +36,17 @@ def test_deep_grey_files_keep_their_brightness(tmp_path, name):
     assert (load_image(tmp_path / name, 30).int() - fit_image(SOME_GREY, 30).int()).abs().max() <= 1
 
 
+def test_tiffs_in_which_0_is_white_keep_their_brightness(tmp_path):
+    for mode in ("L", "I;16"):
+        inverted = of_mode(SOME_GREY.point(lambda level: 255 - level), mode)
+        inverted.save(tmp_path / "inverted.tif")
+        entry = b"\x06\x01\x03\0\x01\0\0\0"  # of the tag that says what 0 means
+        content = (tmp_path / "inverted.tif").read_bytes()
+        assert content.count(entry + b"\x01") == 1
+        (tmp_path / "inverted.tif").write_bytes(content.replace(entry + b"\x01", entry + b"\0"))
+        assert (load_image(tmp_path / "inverted.tif", 30).int() - fit_image(SOME_GREY, 30).int()).abs().max() <= 1
+
+
 def test_a_dark_image_of_16_bits_is_dark():
     image = Image.fromarray(np.full((8, 8), 255, np.uint16))
     assert fit_image(image, 8).eq(1).all()
@@ -75,15 +86,16 @@ def test_longer_side_is_cropped_about_the_centre():
     assert cropped[1].eq(255).all() and cropped[0].eq(0).all()
 
 
+@pytest.mark.parametrize("name", ["turned.png", "turned.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_their_exif_says(tmp_path, orientation):
+def test_images_are_turned_as_their_exif_says(tmp_path, orientation, name):
     shown = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Transpose that undoes each
     stored = shown.transpose(back[orientation]) if orientation > 1 else shown
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
-    assert open_image(tmp_path / "turned.png").convert("L").tobytes() == shown.tobytes()
+    stored.save(tmp_path / name, exif=exif)
+    assert open_image(tmp_path / name).convert("L").tobytes() == shown.tobytes()
 
 
 def test_opening_leaves_the_callers_image_as_it_was():
@@ -103,8 +115,8 @@ def test_malformed_exif_is_ignored(tmp_path, kind, exif):
     "content, says",
     [
         (None, "does not exist; give the file of an image"),
-        (b"", "is not a readable image (of no known format); give a whole one"),
-        (b"<html>404</html>", "is not a readable image (of no known format); give a whole one"),
+        (b"", "is not an image of a known format; give a PNG or JPEG"),
+        (b"<html>404</html>", "is not an image of a known format; give a PNG or JPEG"),
         ("half", "is not a readable image (image file is truncated"),
     ],
     ids=["missing", "empty", "text", "half"],
@@ -132,7 +144,12 @@ def test_an_image_that_was_opened_before_is_named_by_its_file(tmp_path):
 
 
 def test_a_folder_is_not_an_image(tmp_path):
-    assert "(Is a directory)" in str(refusal(open_image, tmp_path, "image"))
+    assert "cannot be read (Is a directory); give the file of an" in str(refusal(open_image, tmp_path, "image"))
+
+
+@pytest.mark.parametrize("size", [(0, 9), (9, 0), (0, 0)])
+def test_an_image_without_a_pixel_is_refused(size):
+    assert "is not a readable image (without a pixel)" in str(refusal(open_image, Image.new("RGB", size), "image"))
 
 
 @pytest.mark.parametrize("value", [7, b"photo.png", ["photo.png"], np.zeros((8, 8, 3))], ids=lambda v: type(v).__name__)

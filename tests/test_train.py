@@ -373,11 +373,14 @@ def test_an_impossible_out_folder_is_refused_before_the_work(images, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("content", ["", '{"preset"', "[" * 100_000], ids=["empty", "truncated", "deep"])
-def test_damaged_settings_of_a_run_are_named(images, tmp_path, capsys, content):
-    (tmp_path / "run.json").write_text(content)
+@pytest.mark.parametrize(
+    "content", ["", '{"preset"', "[" * 100_000, "[1]", '{"0": 5}', '{"0": []}'], ids=lambda c: c[:9]
+)
+@pytest.mark.parametrize("name", ["run.json", "data.json"])
+def test_damaged_settings_of_a_run_are_named(images, tmp_path, capsys, name, content):
+    (tmp_path / name).write_text(content)
     line = refusal(capsys, *SHORT, "--data", str(images), "--out", str(tmp_path))
-    assert f"--out: {tmp_path / 'run.json'} cannot be read" in line and "; delete it" in line
+    assert f"--out: {tmp_path / name} cannot be read" in line and "; delete it" in line
 
 
 def test_a_second_process_is_kept_out_of_a_run(images, tmp_path, capsys):

@@ -94,7 +94,9 @@ def test_a_preset_without_an_autoencoder_needs_a_trained_one(tmp_path):
     with pytest.raises(InputError, match="needs a trained autoencoder"):
         options(preset="coco256", init=weights)  # a file of U-ViT weights has no codecs
     assert options(preset="coco256", init=weights, autoencoder="hub/id").recipe.autoencoder is None
-    assert options(preset="coco256", init=tmp_path).init_has_codecs
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    assert options(preset="coco256", init=checkpoint).init_has_codecs
 
 
 def test_an_autoencoder_beside_a_checkpoint_to_start_from_is_refused(tmp_path):
@@ -102,16 +104,29 @@ def test_an_autoencoder_beside_a_checkpoint_to_start_from_is_refused(tmp_path):
         options(init=tmp_path, autoencoder="other")
 
 
+@pytest.mark.parametrize("autoencoder", [None, "hub/id"])
+def test_what_a_run_cannot_start_from_is_refused_as_such_with_and_without_an_autoencoder(tmp_path, autoencoder):
+    (tmp_path / "nnet_ema.pth").touch()
+    for init, says in (
+        (tmp_path / "nnet.pth", "does not exist; give the folder of a checkpoint, or a file of U-ViT weights"),
+        (Path("/dev/null"), "is neither a file nor a folder"),
+        (tmp_path, r"is not a checkpoint of engine.train; give one of its files of weights \(nnet_ema.pth\)"),
+    ):
+        with pytest.raises(InputError, match=f"^init: {init} {says}"):
+            options(preset="coco256", init=init, autoencoder=autoencoder)
+
+
 def test_heads_are_for_a_file_of_weights_and_divide_the_width(tmp_path):
-    weights = tmp_path / "nnet.pth"
+    weights, checkpoint = tmp_path / "nnet.pth", tmp_path / "checkpoint"
     weights.touch()
+    checkpoint.mkdir()
     assert options(init=weights, init_heads=2).config.model.head_dim == 32  # tiny is 64 wide
     for init, heads, message in (
         (weights, 7, "7 does not divide the width; use a divisor of 64"),
         (weights, 0, "0 is out of range; use a whole number from 1 to 64"),
         (weights, 6.0, "6.0 is out of range"),
         (None, 3, "3 is for files of weights only; leave it out"),
-        (tmp_path / "run", 3, "3 is for files of weights only; leave it out"),
+        (checkpoint, 3, "3 is for files of weights only; leave it out"),
     ):
         with pytest.raises(InputError, match=f"^init_heads: {message}"):
             options(init=init, init_heads=heads)

@@ -175,14 +175,17 @@ def test_a_state_without_its_settings_is_named(tmp_path):
         stage_in(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_missing_or_truncated_curve_is_named(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing", "truncated", "", "5\n", "[1]\n", '{"step": "1"}\n', "[" * 100_000])
+@pytest.mark.parametrize("name", [CURVE, SETTINGS])
+def test_damaged_rows_are_named(tmp_path, name, damage):
     train_in(tmp_path)
-    curve = tmp_path / CURVE
+    curve = tmp_path / name
     if damage == "missing":
         curve.unlink()
+        if name == SETTINGS:  # runs of version 0.1 had none
+            return
     else:
-        curve.write_text(curve.read_text()[:-20])
+        curve.write_text(curve.read_text()[:-20] if damage == "truncated" else damage)
     with pytest.raises(InputError, match=f"(does not exist|is damaged).*; delete {tmp_path / STATE}") as error:
         stage_in(tmp_path)
     assert error.value.value == curve

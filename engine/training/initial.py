@@ -1,6 +1,5 @@
 """What a denoiser's training starts from: the network of a checkpoint, or published U-ViT weights."""
 
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.training.options import image_and_text
 
-WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # how names of files of weights end
 REMEDY = "use the preset of its shape; a text-to-image U-ViT can also start a PS-U-Net of its width"
 
 
@@ -55,21 +53,11 @@ def _network_of_file(source: Path, config: Config) -> UViT:
 
 
 def _network_of_folder(folder: Path, config: Config) -> PSUNet | UViT:
-    _refuse_folder_of_weights(folder)
     with errors_named("init"):
         loaded = checkpoint.load(folder)
     if loaded.config.codecs != config.codecs:
         raise InputError("init", folder, "use the preset it was trained with", "has other codecs than the preset")
     return loaded.network
-
-
-def _refuse_folder_of_weights(folder: Path) -> None:
-    """Raises InputError for a folder that another program, such as accelerate, saved its training in."""
-    if os.path.isdir(folder) and not os.path.exists(folder / "config.json"):
-        files = sorted(name for name in os.listdir(folder) if name.endswith(WEIGHTS))
-        if files:
-            remedy = f"give one of its files of weights ({', '.join(files[:5])})"
-            raise InputError("init", folder, remedy, "is not a checkpoint of engine.train")
 
 
 def _difference(found: ModelConfig, needed: ModelConfig) -> str:

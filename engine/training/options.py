@@ -1,18 +1,20 @@
 """`TrainOptions`: what a training run is made from, checked. Imports no torch."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import Config
 from engine.errors import InputError
-from engine.files import is_file
+from engine.files import is_file, is_folder
 from engine.presets import PRESETS
 from engine.training.recipes import RECIPES, Recipe
 
 MAX_STEPS, MAX_BATCH = 1_000_000_000, 65_536  # of a stage, of a step: far above anything useful
 MAX_SEED = (1 << 32) - 1  # gensim takes no more than 32 bits
 DTYPES = ("auto", "float32", "bfloat16")
+WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # how names of files of weights end
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class TrainOptions:
             rate = getattr(self, key)
             if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
                 raise InputError(key, rate, "use a number above 0", "is out of range")
+        if self.init is not None:
+            _check_init(self.init)
         object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
         image_and_text(self.config)
@@ -113,6 +117,20 @@ class TrainOptions:
             return
         if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
             raise InputError(key, value, f"use a whole number from {lowest} to {highest}", "is out of range")
+
+
+def _check_init(init: Path) -> None:
+    """Raises InputError if nothing is there, and for a folder that another program, such as accelerate, has written."""
+    if is_file(init, "init"):
+        return
+    if not is_folder(init, "init"):
+        problem = "is neither a file nor a folder" if os.path.exists(init) else "does not exist"
+        raise InputError("init", init, "give the folder of a checkpoint, or a file of U-ViT weights", problem)
+    if not os.path.exists(init / "config.json"):
+        files = sorted(name for name in os.listdir(init) if name.endswith(WEIGHTS))
+        if files:
+            remedy = f"give one of its files of weights ({', '.join(files[:5])})"
+            raise InputError("init", init, remedy, "is not a checkpoint of engine.train")
 
 
 def image_and_text(config: Config) -> tuple[str, str]:

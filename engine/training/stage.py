@@ -171,10 +171,13 @@ class Stage:
     def _read_rows(self, name: str) -> list[dict]:
         path, remedy = self.folder / name, f"delete {self.folder / STATE} to restart this stage"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            if not rows or not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+                raise ValueError("not every line is an object with a step")
+            return rows
         except OSError as error:
             raise unreadable("folder", path, error, remedy) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError("folder", path, remedy, f"is damaged ({error})") from None
 
     def _batch_indices(self) -> list[int]:

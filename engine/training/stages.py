@@ -9,6 +9,7 @@ Each stage resumes where it was interrupted.
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -228,7 +229,7 @@ def _given_autoencoder(source: str, config: Config) -> ImageCodec:
 def _require_same_run(options: TrainOptions) -> None:
     """Refuses to resume a run of other settings; `Stage` checks those of the optimiser. Records the settings."""
     file = options.out / "run.json"
-    recorded = _recorded(file)
+    recorded = _recorded(file, lambda setting: isinstance(setting, str))
     settings = {key: str(getattr(options, key)) for key in RUN_OPTIONS}
     settings |= {key: str(getattr(options.recipe, key)) for key in RUN_RECIPE}
     if options.config != PRESETS[options.preset]:
@@ -241,7 +242,7 @@ def _require_same_run(options: TrainOptions) -> None:
 def _require_same_data(data: CocoCaptions, options: TrainOptions) -> dict[str, list]:
     """Refuses to resume a run whose images or captions have changed. Records them; returns the record."""
     file = options.out / "data.json"
-    recorded = _recorded(file)
+    recorded = _recorded(file, lambda entry: isinstance(entry, list) and len(entry) == 4)
     record = record_of(data, recorded)
     if recorded and (changed := differences(recorded, record)):
         remedy = "restore it, or start a run in another folder, with --init to go on from this one's checkpoint"
@@ -250,10 +251,13 @@ def _require_same_data(data: CocoCaptions, options: TrainOptions) -> dict[str, l
     return record
 
 
-def _recorded(file: Path):
-    """The content of a JSON file of the run, None if there is none yet."""
+def _recorded(file: Path, is_value: Callable[[object], bool]) -> dict | None:
+    """The object in a JSON file of the run, whose values must be such; None if there is none yet."""
     try:
-        return json.loads(file.read_text()) if file.exists() else None
+        content = json.loads(file.read_text()) if file.exists() else None
+        if content is not None and not (isinstance(content, dict) and all(map(is_value, content.values()))):
+            raise ValueError("it does not hold what a run records")
+        return content
     except OSError as error:
         raise unreadable("out", file, error, "give another folder") from None
     except (ValueError, RecursionError) as error:
