@@ -5,15 +5,22 @@ import base64
 import functools
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 from PIL import Image
 
-from engine import Engine
+from engine import Engine, Request
+from engine.request import Result, Sample
 from engine.serving.app import create_app
 from engine.serving.async_engine import AsyncEngine
 
+ROOT = Path(__file__).resolve().parents[1]
 LONG = {"num": 2, "steps": 250, "resample": 10, "seed": 0}  # 2,500 steps of two samples, ten seconds at least
 
 
@@ -115,3 +122,27 @@ def image_of(text: str) -> Image.Image:
     image = Image.open(io.BytesIO(base64.b64decode(text)))
     image.load()
     return image
+
+
+def result_of(answer: dict, request: Request) -> Result:
+    """An answer of /v1/infill as the engine's result."""
+    samples = [Sample({"image": image_of(s["image"]), "text": s["text"]}, s["seed"], 1.0) for s in answer["samples"]]
+    return Result(request, answer["task"], answer["guidance"], tuple(answer["order"]), tuple(samples))
+
+
+def start(*options, **environment) -> tuple[subprocess.Popen, str]:
+    """A service on a free port and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.serve", "--port", "0", "--dtype", "float32", *map(str, options)],
+        cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    line = process.stdout.readline()
+    found = re.search(r"http://\S+", line)
+    assert found, line + process.stderr.read()
+    return process, found[0].rstrip("/")
+
+
+def memory() -> int:
+    """Bytes of this process that are resident."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

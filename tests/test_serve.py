@@ -2,8 +2,6 @@
 
 import asyncio
 import base64
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,27 +14,12 @@ import openai
 import pytest
 import uvicorn
 from engine_cases import difference, left_half, noise
-from service_cases import LONG, app_of, asynchronous, file_of, image_of, until
+from service_cases import LONG, ROOT, app_of, asynchronous, file_of, image_of, start, until
 
 import engine.serve as command
 from engine import Request
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 # ------------------------------------------------------------------------------------------------- the process
-
-
-def start(*options, **environment) -> tuple[subprocess.Popen, str]:
-    """A service on a free port and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "engine.serve", "--port", "0", "--dtype", "float32", *map(str, options)],
-        cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    line = process.stdout.readline()
-    found = re.search(r"http://\S+", line)
-    assert found, line + process.stderr.read()
-    return process, found[0].rstrip("/")
 
 
 @asynchronous

@@ -17,12 +17,12 @@ from service_cases import (
     events_of,
     file_of,
     image_of,
+    result_of,
     service,
     until,
 )
 
 from engine import Engine, Request
-from engine.request import Result, Sample
 from engine.serving.inputs import Limits
 from engine.serving.schemas import InfillBody
 
@@ -32,12 +32,6 @@ PHOTO, MASK = base64_of(noise()), base64_of(left_half())
 MINIMAL = {INFILL: {"steps": 1}, GENERATIONS: {"prompt": "red", "num_inference_steps": 1},
            EDITS: {"prompt": "red", "image": PHOTO, "mask_image": MASK, "num_inference_steps": 1},
            CAPTIONS: {"image": PHOTO, "steps": 1}}  # fmt: skip
-
-
-def result_of(answer: dict, request: Request) -> Result:
-    """An answer of /v1/infill as the engine's result."""
-    samples = [Sample({"image": image_of(s["image"]), "text": s["text"]}, s["seed"], 1.0) for s in answer["samples"]]
-    return Result(request, answer["task"], answer["guidance"], tuple(answer["order"]), tuple(samples))
 
 
 def assert_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:

@@ -4,7 +4,6 @@ Where a fault was reported stands beside its test, for who wants to read about i
 """
 
 import asyncio
-import os
 import struct
 import time
 import zlib
@@ -23,6 +22,7 @@ from service_cases import (
     client,
     events_of,
     image_of,
+    memory,
     service,
     until,
 )
@@ -352,9 +352,3 @@ async def test_memory_does_not_grow_with_requests_when_compiled(tiny_checkpoint,
                 await some(seed % 50)
             assert counters["stats"]["unique_graphs"] == compiled
             assert memory() < 1.05 * resident
-
-
-def memory() -> int:
-    """Bytes of this process that are resident."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

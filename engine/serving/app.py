@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import FileResponse, Response
-from pydantic import BaseModel
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from pydantic import BaseModel, WithJsonSchema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -35,7 +36,8 @@ from engine.serving.service import Job, Service
 
 PAGE = Path(__file__).parent / "page"
 PROTECTED = ("/v1/", "/metrics")
-ERRORS = {status: {"model": ErrorAnswer} for status in (400, 401, 403, 408, 409, 413, 415, 429, 500, 503, 504)}
+ERRORS = {status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)}
+Count = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 1000})]  # checked by the endpoint
 
 
 def create_app(
@@ -94,7 +96,7 @@ def _add_sampling(app: FastAPI, service: Service) -> None:
 
         answers = {200: {"model": answer}, **ERRORS}
         if "stream" in body.model_fields:
-            answers[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+            answers[200]["content"] = {"text/event-stream": {}}
         about = {"summary": about, "tags": [tag], "name": job.__name__, "openapi_extra": _body_of(body)}
         app.add_api_route(path, endpoint, methods=["POST"], responses=answers, **about)
 
@@ -144,7 +146,7 @@ def _add_lists(app: FastAPI, service: Service) -> None:
         return AsciiJSON(model_card(service))
 
     @app.get("/v1/vocabulary", tags=["native"], summary="Words that the model knows", responses=ERRORS)
-    async def words(http: HttpRequest, prefix: str = "", limit: str = "20") -> Response:
+    async def words(http: HttpRequest, prefix: str = "", limit: Count = "20") -> Response:
         if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= 1000:
             raise ServiceError(400, "invalid_value", "limit: use a whole number from 1 to 1000", "limit")
         return AsciiJSON({"words": vocabulary(service, prefix, int(limit))})
@@ -161,9 +163,9 @@ def _add_service(app: FastAPI, service: Service) -> None:
         ready = service.engine.ready
         return AsciiJSON({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
-    @app.get("/metrics", tags=["service"], summary="For Prometheus")
+    @app.get("/metrics", tags=["service"], summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_page(app: FastAPI) -> None:
