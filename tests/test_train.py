@@ -125,6 +125,12 @@ def fewer_images(data):
     (data / "captions.json").write_text(json.dumps(content))
 
 
+def another_order(data):
+    content = json.loads((data / "captions.json").read_text())
+    content["images"].reverse()
+    (data / "captions.json").write_text(json.dumps(content))
+
+
 def touched(data):
     os.utime(data / "images" / "3.png")
 
@@ -135,6 +141,7 @@ def touched(data):
         (another_image, "1 images changed (id 3 first)"),
         (other_caption, "1 images have other captions (id 4 first)"),
         (fewer_images, "1 images were removed (id 0 first)"),
+        (another_order, "images are listed in another order"),
         (touched, None),
     ],
 )

@@ -41,4 +41,7 @@ def differences(before: Mapping[str, list], now: Mapping[str, list]) -> str:
         "images were added": list(now.keys() - both),
         "images were removed": list(before.keys() - both),
     }
-    return ", ".join(f"{len(ids)} {kind} (id {min(ids)} first)" for kind, ids in kinds.items() if ids)
+    found = [f"{len(ids)} {kind} (id {min(ids)} first)" for kind, ids in kinds.items() if ids]
+    if not found and list(before) != list(now):  # steps take samples by their place
+        return "images are listed in another order"
+    return ", ".join(found)
