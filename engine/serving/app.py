@@ -13,6 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.serving.async_engine import AsyncEngine
@@ -70,6 +71,7 @@ def create_app(
         summary="Joint text-and-image diffusion: give any part of an image and its caption, get the rest.",
         lifespan=lifespan,
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
+        middleware=guards(tokens, origins),
     )
     service = Service(engine, model, limits)
     _add_errors(app)
@@ -78,11 +80,14 @@ def create_app(
     _add_service(app, service)
     _add_page(app)
     app.openapi = partial(_openapi, app)
-    app.add_middleware(Gate, tokens=tokens, origins=origins)
-    if origins:
-        headers = ["Authorization", "Content-Type"]
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
     return app
+
+
+def guards(tokens: Sequence[str], origins: Sequence[str]) -> list[Middleware]:
+    """What a request passes before the application, outermost first; `tokens` and `origins` as for `create_app`."""
+    headers = ["Authorization", "Content-Type"]
+    cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
+    return [cors] * bool(origins) + [Middleware(Gate, tokens=tokens, origins=origins)]
 
 
 def _add_sampling(app: FastAPI, service: Service) -> None:
