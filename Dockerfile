@@ -20,7 +20,7 @@ RUN if [ "$DEVICE" = cpu ]; then export PIP_EXTRA_INDEX_URL=https://download.pyt
     pip install --no-cache-dir '.[serve]'
 
 # Spinning threads make a service slow on cores that it shares, see benchmarks/NOTES.md.
-ENV HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=0 PYTHONUNBUFFERED=1
+ENV HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=0 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/home/psunet/.cache/triton
 USER psunet
 WORKDIR /home/psunet
 EXPOSE 8000
