@@ -170,6 +170,20 @@ async def test_an_id_is_cancelled_whichever_replica_serves_it(engine):
 
 
 @asynchronous
+async def test_the_page_and_probes_are_those_of_a_replica(engine):
+    app, cluster = front(engine)
+    async with client(app) as http:
+        page = await http.get("/")
+        assert page.status_code == 200 and "<html" in page.text
+        assert (await http.get("/health")).json() == {"status": "ok"}
+        assert (await http.get("/ready")).status_code == 200
+        assert (await http.get("/v1/vocabulary", params={"prefix": "re"})).json() == {"words": ["red"]}
+        missing = await http.get("/nothing")
+        assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
+        assert len(cluster.scopes) == 5
+
+
+@asynchronous
 async def test_metrics_are_those_of_all_replicas(engine):
     app, _ = front(engine)
     async with client(app) as http:
