@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from engine.command import Parser, name, path, refuse, run
 from engine.errors import InputError
 
 COMMAND = "python -m engine.serve"
-INSTALL = "pip install 'psunet-engine[serve]'"
+INSTALL = "pip install 'psunet-engine[{}]'"
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 CONNECTIONS = 256  # beside those of requests that are served
 
@@ -44,6 +45,12 @@ def _parser() -> Parser:
     add("--limit", action="append", default=[], type=_limit, metavar="NAME=VALUE", help=text)
     text = "seconds that running requests have to end in on SIGTERM (default: 30)"
     add("--drain", type=float, default=30.0, metavar="SECONDS", help=text)
+    text = "engines, each in a process of its own, through Ray Serve (default: one, without Ray)"
+    add("--replicas", type=int, metavar="N", help=text)
+    text = "as many as Ray may start while each has --max-rows requests (default: --replicas)"
+    add("--max-replicas", type=int, metavar="N", help=text)
+    add("--replica-cpus", type=float, default=1.0, metavar="N", help="CPU cores for each replica (default: 1)")
+    add("--replica-gpus", type=float, default=0.0, metavar="N", help="GPUs for each replica (default: 0)")
     return parser
 
 
@@ -63,31 +70,59 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tokens = _tokens(options.token_file)
         _check(options)
-        missing = [module for module in NEEDED if find_spec(module) is None]
+        needed = (*NEEDED, "ray") if options.replicas is not None else NEEDED
+        missing = [module for module in needed if find_spec(module) is None]
         if missing:
-            return refuse(COMMAND, f"{', '.join(missing)}: not installed; install with {INSTALL}")
+            extra = "ray" if "ray" in needed else "serve"
+            return refuse(COMMAND, f"{', '.join(missing)}: not installed; install with {INSTALL.format(extra)}")
         limits = _limits(options.limit)
-        with _bound(options.host, options.port) as bound:
-            engine, model = _engine(options)
-            _serve(options, engine, model, limits, tokens, bound)
+        model = _name(options)
+        with _bound(options.host, options.port) as bound, _application(options, model, limits, tokens) as app:
+            _serve(options, app, model, bound)
     except InputError as error:
         return refuse(COMMAND, error, vars(options))
     return 0
 
 
-def _serve(options: argparse.Namespace, engine, model: str, limits, tokens: list[str], bound: socket.socket) -> None:
+@contextmanager
+def _application(options: argparse.Namespace, model: str, limits, tokens: list[str]):
+    common = {"model": model, "limits": limits, "tokens": tokens, "origins": options.cors, "drain": options.drain}
+    warmup = options.warmup if options.warmup is not None else options.max_rows if options.compile else 1
+    engine = {key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows")}
+    if options.replicas is None:
+        from engine.runtime import Engine
+        from engine.serving.app import create_app
+        from engine.serving.async_engine import AsyncEngine
+
+        served = AsyncEngine(Engine.from_pretrained(**engine), options.max_queue)
+        yield create_app(served, warmup=warmup, **common)
+    else:
+        from engine.serving.ray_serve import Settings, running
+
+        if options.checkpoint is not None:
+            engine["checkpoint"] = options.checkpoint.resolve()  # replicas have other working folders
+        settings = Settings(
+            engine=engine,
+            **common,
+            warmup=warmup,
+            max_queue=options.max_queue,
+            replicas=options.replicas,
+            max_replicas=options.max_replicas or options.replicas,
+            cpus=options.replica_cpus,
+            gpus=options.replica_gpus,
+        )
+        with running(settings) as app:
+            yield app
+
+
+def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -> None:
     import uvicorn
 
-    from engine.serving.app import create_app
-
+    signal.signal(signal.SIGTERM, _stop)  # Ray has set its own
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # to stderr
     logging.getLogger("engine.serving").setLevel(logging.INFO)
-    warmup = options.warmup if options.warmup is not None else options.max_rows if options.compile else 1
-    app = create_app(
-        engine, model=model, limits=limits, tokens=tokens, origins=options.cors, warmup=warmup, drain=options.drain
-    )
     seconds = max(1, round(options.drain))
-    most = options.max_rows + options.max_queue + CONNECTIONS
+    most = (options.max_rows + options.max_queue) * (options.max_replicas or options.replicas or 1) + CONNECTIONS
     config = uvicorn.Config(
         app, server_header=False, limit_concurrency=most, timeout_graceful_shutdown=seconds, log_config=None
     )
@@ -109,6 +144,13 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("warmup", options.warmup, f"use 0 to max_rows, {options.max_rows}")
     if options.max_queue < 0:
         raise InputError("max_queue", options.max_queue, "use a whole number from 0")
+    if options.replicas is None and options.max_replicas is not None:
+        raise InputError("max_replicas", options.max_replicas, "give replicas too", "needs replicas")
+    least = 1 if options.replicas is None else options.replicas
+    for key, lowest in {"replicas": 1, "max_replicas": least, "replica_cpus": 0, "replica_gpus": 0}.items():
+        value = getattr(options, key)
+        if value is not None and not lowest <= value <= 10_000:  # also NaN
+            raise InputError(key, value, f"use a number from {lowest} to 10000")
     for origin in options.cors:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise InputError("cors", origin, "give scheme, host and port, such as https://example.org")
@@ -158,21 +200,10 @@ def _limits(given: list[tuple[str, float]]):
     return Limits(**{key: known[key](value) for key, value in given})
 
 
-def _engine(options: argparse.Namespace):
-    """The loaded engine and the model's name."""
+def _name(options: argparse.Namespace) -> str:
     from engine.checkpoint import BUILT_IN
-    from engine.runtime import Engine
-    from engine.serving.async_engine import AsyncEngine
 
-    engine = Engine.from_pretrained(
-        options.checkpoint,
-        device=options.device,
-        dtype=options.dtype,
-        compile=options.compile,
-        max_rows=options.max_rows,
-    )
-    folder = (options.checkpoint or BUILT_IN).resolve()
-    return AsyncEngine(engine, options.max_queue), options.name or folder.name
+    return options.name or (options.checkpoint or BUILT_IN).resolve().name
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
 }
 LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
-IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib"}
+IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray"}
 
 
 def module_name(path: Path) -> str:

@@ -137,6 +137,10 @@ async def test_leaving_a_connection_ends_its_request(live):
         ["--warmup", "-1"],
         ["--warmup", "65"],
         ["--drain", "nan"],
+        ["--replicas", "0"],
+        ["--max-replicas", "2"],
+        ["--max-replicas", "1", "--replicas", "2"],
+        ["--replica-gpus", "nan"],
         ["--cors", "example.org"],
         ["--cors", "https://example.org/"],
         ["--token-file", "missing"],
@@ -175,4 +179,12 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(module, ca
     monkeypatch.setitem(sys.modules, module, None)
     assert command.main([]) == 2
     expected = f"python -m engine.serve: {module}: not installed; install with pip install 'psunet-engine[serve]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_replicas_without_ray_are_refused_with_the_command_that_installs_it(capsys, monkeypatch):
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert command.main(["--replicas", "2"]) == 2
+    expected = "python -m engine.serve: ray: not installed; install with pip install 'psunet-engine[ray]'\n"
     assert capsys.readouterr().err == expected

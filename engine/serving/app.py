@@ -14,6 +14,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from pydantic import BaseModel, WithJsonSchema
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.serving.async_engine import AsyncEngine
@@ -74,6 +75,7 @@ def create_app(
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
+        middleware=guards(tokens, origins),
     )
     service = Service(engine, model, limits)
     _add_errors(app)
@@ -82,11 +84,14 @@ def create_app(
     _add_service(app, service)
     _add_page(app)
     app.openapi = partial(_openapi, app)
-    app.add_middleware(Gate, tokens=tokens, origins=origins)
-    if origins:
-        headers = ["Authorization", "Content-Type"]
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
     return app
+
+
+def guards(tokens: Sequence[str], origins: Sequence[str]) -> list[Middleware]:
+    """What a request passes before the application, outermost first; `tokens` and `origins` as for `create_app`."""
+    headers = ["Authorization", "Content-Type"]
+    cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
+    return [cors] * bool(origins) + [Middleware(Gate, tokens=tokens, origins=origins)]
 
 
 def _add_sampling(app: FastAPI, service: Service) -> None:

@@ -9,7 +9,7 @@ import binascii
 import io
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 
 from fastapi import Request as HttpRequest
@@ -47,17 +47,27 @@ async def read(http: HttpRequest, model: type[BaseModel], limits: Limits) -> Bas
     readers = {"application/json": _read_json, "multipart/form-data": _read_form}
     if kind not in readers:
         raise ServiceError(415, "unsupported_media_type", f"send {' or '.join(readers)}, not {kind[:100] or 'nothing'}")
-    length = http.headers.get("content-length", "0")
-    if not length.isascii() or not length.isdigit() or int(length) > limits.body_bytes:
-        raise _too_large(limits)
-    try:
-        fields = await asyncio.wait_for(readers[kind](http, model, limits), limits.body_seconds)
-    except asyncio.TimeoutError:
-        raise ServiceError(408, "timeout", f"the body was not there within {limits.body_seconds:g} s") from None
+    fields = await _in_time(readers[kind](http, model, limits), http, limits)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
         raise _first_error(error) from None
+
+
+async def whole(http: HttpRequest, limits: Limits) -> bytes:
+    """The body of a request as it is. Raises ServiceError."""
+    return await _in_time(_joined(http, limits), http, limits)
+
+
+async def _in_time(reading: Coroutine, http: HttpRequest, limits: Limits):
+    length = http.headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit() or int(length) > limits.body_bytes:
+        reading.close()
+        raise _too_large(limits)
+    try:
+        return await asyncio.wait_for(reading, limits.body_seconds)
+    except asyncio.TimeoutError:
+        raise ServiceError(408, "timeout", f"the body was not there within {limits.body_seconds:g} s") from None
 
 
 def _first_error(error: ValidationError) -> ServiceError:
@@ -81,8 +91,12 @@ async def _chunks(http: HttpRequest, limits: Limits) -> AsyncIterator[bytes]:
         yield chunk
 
 
+async def _joined(http: HttpRequest, limits: Limits) -> bytes:
+    return b"".join([chunk async for chunk in _chunks(http, limits)])
+
+
 async def _read_json(http: HttpRequest, model: type[BaseModel], limits: Limits) -> dict:
-    body = b"".join([chunk async for chunk in _chunks(http, limits)])
+    body = await _joined(http, limits)
     try:
         fields = await asyncio.to_thread(json.loads, body, parse_constant=_no_constant)
     except (ValueError, RecursionError):

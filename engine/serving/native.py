@@ -5,7 +5,7 @@ from engine.serving.async_engine import Handle, Preview
 from engine.serving.errors import ServiceError
 from engine.serving.inputs import Limits, open_upload
 from engine.serving.schemas import InfillBody
-from engine.serving.service import Event, Job, Service, created, described, new_seed, timings
+from engine.serving.service import Event, Job, Service, created, described, timings
 
 SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interval", "eta", "resample", "jump",
         "step_cache", "order", "unknown_words", "task")  # fmt: skip
@@ -53,7 +53,7 @@ def _request(body: InfillBody, service: Service) -> Request:
         mask=None if body.mask is None else open_upload(body.mask, "mask", limits),
         inputs=given | words.get("inputs", {}),
         masks={name: open_upload(value, f"masks[{name!r}]", limits) for name, value in body.masks.items()},
-        seed=new_seed(body.num) if body.seed is None else body.seed,
+        seed=body.seed,
         **{name: getattr(body, name) for name in SAME},
     )
 

@@ -11,7 +11,7 @@ from engine.serving.errors import ServiceError
 from engine.serving.inputs import open_upload
 from engine.serving.native import known_text
 from engine.serving.schemas import CaptionBody, EditBody, GenerationBody
-from engine.serving.service import Event, Job, Service, created, encoded, new_seed, words_of
+from engine.serving.service import Event, Job, Service, created, encoded, words_of
 
 NAMES = {"num": "n", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 
@@ -39,9 +39,8 @@ def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
 
     def request() -> Request:
         num, text = body.n or 1, known_text(service, body.prompt)
-        seed = new_seed(num) if body.seed is None else body.seed
         options = {"steps": steps, "guidance": body.guidance_scale, "unknown_words": body.unknown_words}
-        return Request(num=num, seed=seed, **options, **text, **given())
+        return Request(num=num, seed=body.seed, **options, **text, **given())
 
     def image(sample: Sample) -> str:
         return encoded(sample.image, image_format, body.output_compression)
@@ -114,7 +113,7 @@ def captions(service: Service, body: CaptionBody) -> Job:
         return Request(
             image=open_upload(body.image, "image", service.limits),
             num=body.n,
-            seed=new_seed(body.n) if body.seed is None else body.seed,
+            seed=body.seed,
             steps=body.steps,
             guidance=body.guidance,
             unknown_words=body.unknown_words,

@@ -15,7 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel
 
-from engine.request import MAX_SEED, Request, Result, Sample
+from engine.request import Request, Result, Sample
 from engine.serving.async_engine import AsyncEngine, Handle, Preview, Progress
 from engine.serving.errors import AsciiJSON, ServiceError, dumps, internal_error, service_error
 from engine.serving.inputs import Limits, read
@@ -23,6 +23,7 @@ from engine.serving.metrics import Metrics
 
 log = logging.getLogger("engine.serving")
 SILENCE = 15.0  # seconds
+SEED = "psunet.seed"  # in an ASGI scope: for a request without one
 Event = tuple[str | None, dict]  # name and data
 
 
@@ -64,12 +65,15 @@ class Service:
                 log.exception("the warm-up failed")
 
     async def read(self, http: HttpRequest, model: type[BaseModel]) -> BaseModel:
-        """The body of a request, which is not read if there is no room for it. Raises ServiceError."""
+        """The body of a request, with a seed; not read if there is no room for it. Raises ServiceError."""
         try:
             self.engine.check_room()
         except RuntimeError as error:
             raise service_error(error) from None
-        return await read(http, model, self.limits)
+        body = await read(http, model, self.limits)
+        if body.seed is None:
+            body.seed = http.scope.get(SEED, new_seed())
+        return body
 
     async def serve(self, http: HttpRequest, job: Job) -> Response:
         """Answers with JSON or with events; cancels the request if the client disconnects. Raises ServiceError."""
@@ -181,9 +185,9 @@ def server_sent(name: str | None, data: dict) -> str:
     return f"{f'event: {name}' + chr(10) if name else ''}data: {dumps(data)}\n\n"
 
 
-def new_seed(num: int) -> int:
+def new_seed() -> int:
     """Random, and small enough for JavaScript's numbers."""
-    return secrets.randbelow(min(2**32, MAX_SEED + 2 - num))
+    return secrets.randbelow(2**32)
 
 
 def encoded(image: Image.Image, output_format: str, quality: int | None = None) -> str:
