@@ -50,6 +50,8 @@ def open_image(value: Image.Image | str | PathLike, argument: str = "image") -> 
             return _upright(value)
         # Opened here: files that Pillow opens itself it may map into memory, which garbles turned TIFFs.
         with nullcontext(value) if hasattr(value, "read") else open(value, "rb") as stream, Image.open(stream) as file:
+            if file.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                raise UnidentifiedImageError
             return _upright(file)
     except UnidentifiedImageError:
         raise InputError(argument, _name(value), "give a PNG or JPEG", "is not an image of a known format") from None

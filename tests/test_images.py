@@ -18,6 +18,7 @@ from engine.images import (
     to_image,
 )
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 SOME_GREY = Image.linear_gradient("L").resize((40, 30))
 
 
@@ -117,6 +118,7 @@ def test_malformed_exif_is_ignored(tmp_path, kind, exif):
         (None, "does not exist; give the file of an image"),
         (b"", "is not an image of a known format; give a PNG or JPEG"),
         (b"<html>404</html>", "is not an image of a known format; give a PNG or JPEG"),
+        (EPS, "is not an image of a known format; give a PNG or JPEG"),
         ("half", "is not a readable image (image file is truncated"),
     ],
     ids=["missing", "empty", "text", "half"],
