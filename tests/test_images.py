@@ -121,7 +121,7 @@ def test_malformed_exif_is_ignored(tmp_path, kind, exif):
         (EPS, "is not an image of a known format; give a PNG or JPEG"),
         ("half", "is not a readable image (image file is truncated"),
     ],
-    ids=["missing", "empty", "text", "half"],
+    ids=["missing", "empty", "text", "EPS", "half"],
 )
 def test_files_that_are_no_whole_images_are_named(tmp_path, content, says):
     path = tmp_path / "photo.jpg"
