@@ -103,7 +103,7 @@ def test_what_is_not_a_folder_is_named(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path / "file", "x" * 5000):
         with pytest.raises(InputError) as error:
             checkpoint.load(path)
-        assert_names(error, path, "engine.train")
+        assert_names(error, str(path)[:50], "engine.train")
 
 
 def test_an_empty_name_is_not_the_current_folder(folder, monkeypatch):

@@ -340,7 +340,7 @@ def test_bad_options_are_refused_in_one_line(capsys, tiny_checkpoint, data, opti
     options = {"checkpoint": tiny_checkpoint, "data": data, "steps": 1} | {option: value}
     code, out, err = run(capsys, *(word for name, value in options.items() for word in (f"--{name}", value)))
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("python -m engine.evaluate: ") and f"--{option}" in err and str(value) in err
+    assert err.startswith("python -m engine.evaluate: ") and f"--{option}" in err and str(value)[:50] in err
     assert any(f"; {remedy}" in err for remedy in ("use ", "give ", "see --help"))
 
 
