@@ -49,8 +49,8 @@ def _parser() -> Parser:
     add("--replicas", type=int, metavar="N", help=text)
     text = "as many as Ray may start while each has --max-rows requests (default: --replicas)"
     add("--max-replicas", type=int, metavar="N", help=text)
-    add("--replica-cpus", type=float, default=1.0, metavar="N", help="CPU cores for each replica (default: 1)")
-    add("--replica-gpus", type=float, default=0.0, metavar="N", help="GPUs for each replica (default: 0)")
+    add("--replica-cpus", type=float, default=1.0, metavar="N", help="CPU cores set aside for each (default: 1)")
+    add("--replica-gpus", type=float, default=0.0, metavar="N", help="GPUs set aside for each (default: 0)")
     return parser
 
 

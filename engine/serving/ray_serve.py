@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 from fastapi import Request as HttpRequest
@@ -253,14 +253,13 @@ def running(settings: Settings) -> Iterator[Starlette]:
             if needed > there:
                 problem = f"need {needed:g} {unit}, of which there are {there:g}"
                 raise InputError("replicas", settings.replicas, f"ask for fewer, or fewer {unit} for each", problem)
-        refusal = ray.get(ray.remote(_refusal).options(**resources).remote(settings))
+        inside = replace(settings, tokens=())  # which the front checks
+        refusal = ray.get(ray.remote(_refusal).options(**resources).remote(inside))
         if refusal is not None:
             raise InputError(*refusal)
         serve.start(proxy_location="Disabled")
         try:
-            yield _front_application(
-                serve.run(_deployment(settings, resources), name=NAME, route_prefix=None), settings
-            )
+            yield _front_application(serve.run(_deployment(inside, resources), name=NAME, route_prefix=None), settings)
         finally:
             serve.shutdown()
     finally:
