@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 COMPARABLE = ("device", "threads", "torch", "power_limit_watts")  # that two runs must share to be compared
 PAPER_SAMPLES = 1_000_000 * 256  # U-ViT's training on MS-COCO, which the coco256 recipe follows: steps × batch
 # How names of groups begin, beside those of kernels.
-BENCHMARKS = ("forward", "loop", "sampling", "joint order", "hand-over", "training", "start", "energy")
+BENCHMARKS = ("forward", "loop", "sampling", "joint order", "hand-over", "training", "service", "start", "energy")
+
 RENAMED = {  # keys of runs that were stored before, and what they are called now
     "pictures_per_second": "images_per_second",
     "joules_per_picture": "joules_per_image",
@@ -118,12 +119,16 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
             parts.append(_energy(group, rows))
         elif group.startswith("start"):
             parts.append(_start(group, rows))
+        elif "goodput" in rows[0]:
+            parts.append(_load(group, rows))
         else:
             parts.append(_timings(group, rows))
         if group.startswith("loop"):
             parts.append(_loop(rows))
         if group.startswith("hand-over"):
-            parts.append(_hand_over(rows))
+            parts.append(_by_rounds(rows, "Engine.generate", "calling thread"))
+        if group.startswith("service, HTTP"):
+            parts.append(_by_rounds(rows, "HTTP", "Engine.submit"))
     for rows in (r for g, r in rows_by_group(run).items() if g == "training, batch 256"):
         for row in rows:
             hours = PAPER_SAMPLES / row["images_per_second"] / 3600
@@ -213,17 +218,29 @@ def _loop(rows: list[dict]) -> str:
     )
 
 
-def _hand_over(rows: list[dict]) -> str:
-    """What the worker thread costs one request, by the rounds' ratios; empty if one of the two is missing."""
+def _by_rounds(rows: list[dict], ours: str, theirs: str) -> str:
+    """What one contender costs beside another, by the rounds' ratios; empty if one of the two is missing."""
     seconds = {row["contender"]: row["data"] for row in rows}
-    if not {"calling thread", "Engine.generate"} <= set(seconds):
+    if not {ours, theirs} <= set(seconds):
         return ""
-    pairs = zip(seconds["Engine.generate"], seconds["calling thread"], strict=True)
+    pairs = zip(seconds[ours], seconds[theirs], strict=True)
     lower, middle, upper = (100 * q for q in statistics.quantiles([a / b for a, b in pairs], n=4))
     return (
-        f"`Engine.generate` takes {middle:.1f} % of the time that the same work takes in the calling thread (median of "
-        f"the rounds; quartiles {lower:.1f} % and {upper:.1f} %)."
+        f"`{ours}` takes {middle:.1f} % of the time of `{theirs}`, with the same work (median of the rounds; quartiles "
+        f"{lower:.1f} % and {upper:.1f} %)."
     )
+
+
+def _load(group: str, rows: list[dict]) -> str:
+    """Latencies of requests that arrive at random times, and the ratios of their 95th percentiles."""
+    times, counts = ("p50", "p95", "p99", "queue_p50", "queue_p95"), ("requests", "answered", "goodput")
+    lines = [[r["contender"], *(_time(r[t]) for t in times), *(_number(r[c]) for c in counts)] for r in rows]
+    header = ["contender", "p50", "p95", "p99", "in queue, p50", "in queue, p95", "requests", "answered"]
+    p95 = {row["contender"]: row["p95"] for row in rows}
+    ours = p95.pop("step-level batching", None)
+    ratios = [f"{ours / theirs:.2f} times that of {name}" for name, theirs in p95.items()] if ours else []
+    told = f"\n\nThe p95 of step-level batching is {' and '.join(ratios)}." if ratios else ""
+    return f"### {group}\n\n{_table([*header, 'good answers/s'], lines)}{told}"
 
 
 def _energy(group: str, rows: list[dict]) -> str:

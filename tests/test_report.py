@@ -115,9 +115,25 @@ def test_a_request_is_compared_with_the_same_work_without_a_worker():
     for benchmark, data in zip(run["benchmarks"], rounds, strict=True):
         benchmark["group"] = "hand-over, text-to-image, one request, 10 steps"
         benchmark["stats"]["data"] = data
-    assert "takes 100.5 % of the time" in report.markdown("cpu", run, [])
+    assert "`Engine.generate` takes 100.5 % of the time" in report.markdown("cpu", run, [])
     del run["benchmarks"][0]
     assert "of the time" not in report.markdown("cpu", run, [])
+
+
+def test_latencies_under_load_are_compared_by_their_95th_percentiles():
+    run = stored_run({"step-level batching": 1.0, "request-level batching": 2.0, "one at a time": 4.0})
+    for benchmark in run["benchmarks"]:
+        benchmark["group"] = "service, 80% of capacity"
+        facts = {"p50": 0.5, "p99": 9.0, "queue_p50": 0.001, "queue_p95": 0.25, "goodput": 12.5}
+        benchmark["extra_info"] |= facts | {"requests": 70, "answered": 69}
+    text = report.markdown("cpu", run, [])
+    for part in ("0.50 times that of request-level batching and 0.25 times that of one at a time", "good answers/s",
+                 "| step-level batching | 500 ms | 1 s | 9 s | 1 ms | 250 ms | 70 | 69 | 12.5 |"):  # fmt: skip
+        assert part in text
+    del run["benchmarks"][0]
+    assert "| one at a time |" in report.markdown("cpu", run, []) and "times that" not in report.markdown(
+        "cpu", run, []
+    )
 
 
 def test_the_calls_of_joint_samples_stand_beside_their_times():
