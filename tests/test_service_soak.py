@@ -1,6 +1,6 @@
 """The service under many requests, good and bad, and when its process is killed.
 
-What is marked slow is the same in larger numbers, and what starts processes.
+The same in larger numbers, which takes minutes, is run with `-m endurance`.
 """
 
 import asyncio
@@ -38,6 +38,7 @@ from engine import Engine, Request
 from engine.serving.inputs import Limits
 from engine.serving.schemas import CaptionBody, EditBody, GenerationBody, InfillBody
 
+ENDURANCE = (pytest.mark.endurance, pytest.mark.slow)  # slow too, so that -m "not slow" leaves them out
 INFILL, GENERATIONS, EDITS, CAPTIONS = "/v1/infill", "/v1/images/generations", "/v1/images/edits", "/v1/captions"
 PHOTO, MASK = base64_of(noise()), base64_of(left_half())
 SMALL = Limits(num=2, steps=25, calls=25, seconds=10)  # a generated body asks for little work at most
@@ -133,7 +134,7 @@ def counted(metrics: str) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=ENDURANCE)])
 @asynchronous
 async def test_each_of_many_requests_is_answered_with_its_own_and_memory_stays(engine, count):
     soak = Soak(engine)
@@ -258,7 +259,7 @@ FUZZ = settings(
 )
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=ENDURANCE)])
 def test_no_body_makes_the_service_fail(engine, count):
     app, served = app_of(engine, limits=SMALL)
     loop, statuses = asyncio.new_event_loop(), Counter()
@@ -284,7 +285,7 @@ def test_no_body_makes_the_service_fail(engine, count):
         loop.close()
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(300, marks=ENDURANCE)])
 def test_the_service_is_what_its_openapi_document_says(engine, count):
     """But that what the document allows may be refused with 400: what words are known, it does not say."""
     app, _ = app_of(engine, limits=replace(SMALL, num=1))
