@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, WithJsonSchema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -179,9 +180,9 @@ def _add_page(app: FastAPI) -> None:
         "img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
         "Cache-Control": "no-cache",
     }
-    for file in sorted(PAGE.iterdir()):
+    for file in sorted(PAGE.iterdir()):  # read now: a FileResponse that is cut off leaves its file open
         path = "/" if file.name == "index.html" else f"/{file.name}"
-        answer = partial(FileResponse, file, headers=headers)
+        answer = partial(Response, file.read_bytes(), headers=headers, media_type=guess_type(file.name)[0])
         app.add_api_route(path, _always(answer), methods=["GET", "HEAD"], include_in_schema=False)
 
 
