@@ -122,12 +122,6 @@ def _centre_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
     return left, top, left + min(size), top + min(size)
 
 
-def load_image(path: str | PathLike, size: int) -> Tensor:
-    """The image at `path` as uint8 [3, size, size], see `fit_image`; raises InputError naming a damaged file."""
-    with images_up_to_the_limit():
-        return fit_image(open_image(path), size)
-
-
 @contextmanager
 def images_up_to_the_limit() -> Iterator[None]:
     """Without Pillow's warnings of images above half of the size it refuses, and of metadata it cannot read."""

@@ -5,6 +5,13 @@ import pytest
 from PIL import Image
 
 from engine.errors import InputError
+from engine.images import fit_image, images_up_to_the_limit, open_image
+
+
+def load_image(path, size):
+    """The image at `path` as a data set reads it, uint8 [3, size, size]."""
+    with images_up_to_the_limit():
+        return fit_image(open_image(path), size)
 
 
 def of_mode(grey, mode):

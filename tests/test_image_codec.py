@@ -7,13 +7,14 @@ from autoencoder_cases import KINDS, SIZE, autoencoder_of, latents_of, load, sav
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from image_cases import load_image
 from PIL import Image
 from safetensors.torch import load_file
 
 from engine.codecs.image import ImageCodec, image_elements, patchify, unpatchify
 from engine.config import Modality
 from engine.errors import InputError
-from engine.images import composite, fill_masked, fit_image, load_image, to_image
+from engine.images import composite, fill_masked, fit_image, to_image
 
 
 @pytest.fixture(scope="module")

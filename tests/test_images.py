@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from image_cases import MODES, of_mode, refusal
+from image_cases import MODES, load_image, of_mode, refusal
 from PIL import Image
 
 from engine.errors import InputError
@@ -13,7 +13,6 @@ from engine.images import (
     MARGIN,
     fit_image,
     grid,
-    load_image,
     open_image,
     to_image,
 )
