@@ -52,7 +52,7 @@ def write(out: Path, samples: Sequence[Sample], report: list[dict]) -> list[str]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out) as locked:
-            if locked:  # then whoever wrote these is no more
+            if locked:  # then the runs that wrote these have ended
                 for left in out.glob(f"{UNFINISHED}*"):
                     shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as folder:

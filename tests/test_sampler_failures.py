@@ -99,7 +99,7 @@ def test_a_failure_to_compile_is_told_in_one_line_with_its_remedy():
     (failed,), _ = outcomes(broken, [spec(1)])
     assert type(failed) is InputError and failed.argument == "compile"
     assert str(failed) == (
-        "compile: True does not work here (InvalidCxxCompiler: No working C++ compiler found); "
+        "compile: True failed (InvalidCxxCompiler: No working C++ compiler found); "
         "install a C++ compiler such as g++ and Python's headers, or leave it out"
     )
 

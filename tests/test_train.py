@@ -207,7 +207,7 @@ def test_a_failure_to_compile_is_told_in_one_line(images, tmp_path, monkeypatch,
         with nullcontext() if type(error) is kind else pytest.raises(RuntimeError, match="of another kind"):
             assert train_main(images, tmp_path, "--compile") == 2
     assert capsys.readouterr().err.startswith(
-        "python -m engine.train: --compile: True does not work here (no compiler);"
+        "python -m engine.train: --compile: True failed (no compiler);"
     )
 
 

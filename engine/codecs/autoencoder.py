@@ -245,7 +245,7 @@ def _check_sizes(config: Mapping) -> None:
 
 
 def _check_numbers(key: str, value) -> None:
-    """Raises InputError for a whole number, or one in a list or a list of lists, that is no size of a layer."""
+    """Raises InputError for a whole number, or one in a list or a list of lists, that cannot be the size of a layer."""
     if isinstance(value, list):
         if len(value) > MAX_LEVELS:
             raise InputError(key, value, f"give at most {MAX_LEVELS} values")

@@ -170,7 +170,7 @@ def _parse(file: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], dict
 
 
 def _id(value) -> str | None:
-    """An id as text, so that 7, 7.0 and "7" are one; None for what is no id."""
+    """An id as text, so that 7, 7.0 and "7" are one; None for a value of another kind."""
     if isinstance(value, float) and value.is_integer():  # not NaN
         value = int(value)
     if isinstance(value, str):

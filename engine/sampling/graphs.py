@@ -38,7 +38,7 @@ def compile_failure(error: Exception) -> Exception:
         return error
     remedy = "install a C++ compiler such as g++ and Python's headers, or leave it out"
     reason = cut(str(error).partition("\n")[0], 200)
-    return InputError("compile", True, remedy, f"does not work here ({reason})")
+    return InputError("compile", True, remedy, f"failed ({reason})")
 
 
 class StepGraphs:

@@ -22,7 +22,7 @@ READERS = 4  # threads that open and check images
 
 
 class QueueFull(RuntimeError):
-    """There is no room for the request's samples: `waiting` samples are in the queue, which holds `limit`."""
+    """The queue cannot take the request's samples: `waiting` samples are in it, and it holds `limit`."""
 
     def __init__(self, waiting: int, limit: int):
         self.waiting, self.limit = waiting, limit

@@ -302,7 +302,7 @@ def _front_application(replicas, settings: Settings) -> Starlette:
         await front.drain(settings.drain)
 
     return Starlette(
-        routes=[Route("/{path:path}", front)],  # for all methods, since it is no function
+        routes=[Route("/{path:path}", front)],  # of an object that is not a function, Starlette routes all methods
         middleware=guards(settings.tokens, settings.origins),
         exception_handlers={Exception: lambda http, error: internal_error().response()},
         lifespan=lifespan,

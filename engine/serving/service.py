@@ -65,7 +65,7 @@ class Service:
                 log.exception("the warm-up failed")
 
     async def read(self, http: HttpRequest, model: type[BaseModel]) -> BaseModel:
-        """The body of a request, with a seed; not read if there is no room for it. Raises ServiceError."""
+        """The body of a request, with a seed. If the queue is full it is not read. Raises ServiceError."""
         try:
             self.engine.check_room()
         except RuntimeError as error:
