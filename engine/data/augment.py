@@ -1,7 +1,8 @@
 """Random changes of an image that leave what it shows the same: for training on images that are known.
 
-A model that only sees a data set's images as they are learns where their pixels lie: moved by two pixels, they are
-strangers to it. Images that are to be generated are never changed, since the changes would be generated too.
+A model that is trained on unchanged images only describes them badly once they are shifted or scaled. Images that are
+to be generated are never changed, since the model would learn to draw the changes. Imports no torch, since recipes hold
+an `Augmentation`.
 """
 
 import io
@@ -51,10 +52,15 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(1 + random.uniform(-how.colour, how.colour))
     if random.random() < how.jpeg:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=int(random.integers(how.quality[0], how.quality[1] + 1)))
-        image = Image.open(file).convert("RGB")
+        image = compressed(image, int(random.integers(how.quality[0], how.quality[1] + 1)))
     return image
+
+
+def compressed(image: Image.Image, quality: int) -> Image.Image:
+    """An RGB image as JPEG of this quality shows it."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
 
 
 def on_background(image: Image.Image, colour: tuple[int, int, int] = WHITE) -> Image.Image:
