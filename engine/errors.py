@@ -42,9 +42,11 @@ def cut(text: str, most: int) -> str:
 
 
 def shown(value) -> str:
-    """A value for a message: paths as they are, everything else quoted; cut where it is long or deeply nested."""
+    """A value for a message: paths as they are, images by size and mode, all else quoted; cut where long or nested."""
     if isinstance(value, PathLike):
         return cut(str(value), 4096)  # a longer one is the name of no file
+    if hasattr(value, "getbands") and not isinstance(value, type):  # an image of Pillow, which is not imported here
+        return f"<image of {value.width}x{value.height} pixels, mode {value.mode}>"
     short = reprlib.Repr()
     short.maxstring = 100
     try:

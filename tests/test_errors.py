@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine.errors import InputError, errors_named, shown
 
@@ -36,6 +37,7 @@ def test_errors_travel_between_processes(duplicate):
         ("two\nlines", r"'two\nlines'"),
         (Path("a folder/file.png"), "a folder/file.png"),
         (None, "None"),
+        (Image.new("LA", (7, 5)), "<image of 7x5 pixels, mode LA>"),
         (1e30, "1e+30"),
         (2**64, str(2**64)),
     ],

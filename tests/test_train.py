@@ -138,9 +138,9 @@ def touched(data):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (another_image, "1 images changed (id 3 first)"),
-        (other_caption, "1 images have other captions (id 4 first)"),
-        (fewer_images, "1 images were removed (id 0 first)"),
+        (another_image, "changed images: 1 (id 3 first)"),
+        (other_caption, "images with other captions: 1 (id 4 first)"),
+        (fewer_images, "removed images: 1 (id 0 first)"),
         (another_order, "images are listed in another order"),
         (touched, None),
     ],

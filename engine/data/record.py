@@ -36,12 +36,12 @@ def differences(before: Mapping[str, list], now: Mapping[str, list]) -> str:
     """What of the data has changed between two records, in words; "" if nothing has."""
     both = before.keys() & now.keys()
     kinds = {
-        "images changed": [i for i in both if before[i][2] != now[i][2]],
-        "images have other captions": [i for i in both if before[i][3] != now[i][3]],
-        "images were added": list(now.keys() - both),
-        "images were removed": list(before.keys() - both),
+        "changed images": [i for i in both if before[i][2] != now[i][2]],
+        "images with other captions": [i for i in both if before[i][3] != now[i][3]],
+        "added images": list(now.keys() - both),
+        "removed images": list(before.keys() - both),
     }
-    found = [f"{len(ids)} {kind} (id {min(ids)} first)" for kind, ids in kinds.items() if ids]
+    found = [f"{kind}: {len(ids)} (id {min(ids)} first)" for kind, ids in kinds.items() if ids]
     if not found and list(before) != list(now):  # steps take samples by their place
         return "images are listed in another order"
     return ", ".join(found)
