@@ -3,10 +3,8 @@
 from dataclasses import asdict
 
 from engine.codecs.text import TextCodec
-from engine.request import Request
+from engine.request import TASKS, Request
 from engine.serving.service import Service
-
-TASKS = ("joint", "text-to-image", "image-to-text", "infill")
 
 
 def model_card(service: Service) -> dict:
@@ -27,7 +25,7 @@ def model_card(service: Service) -> dict:
         "owned_by": "psunet-engine",
         "modalities": modalities,
         **known,
-        "tasks": [task for task in TASKS if {"text", "image"} <= codecs.keys() or task in ("joint", "infill")],
+        "tasks": [task for task in TASKS[1:] if {"text", "image"} <= codecs.keys() or task in ("joint", "infill")],
         "defaults": {
             "steps": defaults.steps,
             "guidance": dict(config.sampling.guidance),

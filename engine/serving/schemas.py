@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from engine.request import GUIDANCE_KINDS, MAX_SEED, SOLVERS, WHOLE_NUMBERS
+from engine.request import GUIDANCE_KINDS, MAX_SEED, SOLVERS, TASKS, WHOLE_NUMBERS
 
 ImageData = Annotated[
     str | bytes,
@@ -67,7 +67,7 @@ class InfillBody(Body):
     step_cache: int = _whole("step_cache", 1, "an approximation: inner blocks at every so many steps only")
     order: list[str] | Literal["together"] | None = Field(None, description="modalities, first to last; or together")
     unknown_words: Literal["error", "fill"] = "error"
-    task: Literal["auto", "joint", "text-to-image", "image-to-text", "infill"] = "auto"
+    task: Literal[TASKS] = "auto"
     priority: int = Field(0, ge=-100, le=100, description="higher ones are served first")
     deadline: float | None = Field(None, gt=0, le=86400, description="seconds until the request is given up")
     output_format: Literal["png", "jpeg", "webp"] = "png"
