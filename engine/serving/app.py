@@ -19,8 +19,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.serving.async_engine import AsyncEngine
-from engine.serving.errors import AsciiJSON, ServiceError, internal_error
+from engine.serving.errors import AsciiJSON, ServiceError, internal_error, refused
 from engine.serving.inputs import Limits
+from engine.serving.metrics import METRICS_TYPE
 from engine.serving.models import model_card, vocabulary
 from engine.serving.native import infill
 from engine.serving.openai_shape import captions, edits, generations
@@ -116,7 +117,7 @@ def _add_sampling(app: FastAPI, service: Service) -> None:
     async def cancel(id: str) -> Response:
         handle = service.engine.find(id)
         if handle is None:
-            raise ServiceError(404, "not_found", "id: is not that of a request that is being served", "id")
+            raise refused("id", "is not that of a request that is being served", "not_found", 404)
         handle.cancel()
         return AsciiJSON({"id": id, "cancelled": True})
 
@@ -148,13 +149,13 @@ def _add_lists(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{model}", tags=["OpenAI's shape"], summary="A model by its name", responses=ERRORS)
     async def one_model(model: str) -> Response:
         if model != service.model:
-            raise ServiceError(404, "not_found", f"model: is not served here; use {service.model}", "model")
+            raise refused("model", f"is not served here; use {service.model}", "not_found", 404)
         return AsciiJSON(model_card(service))
 
     @app.get("/v1/vocabulary", tags=["native"], summary="Words that the model knows", responses=ERRORS)
     async def words(http: HttpRequest, prefix: str = "", limit: Count = "20") -> Response:
         if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= 1000:
-            raise ServiceError(400, "invalid_value", "limit: use a whole number from 1 to 1000", "limit")
+            raise refused("limit", "use a whole number from 1 to 1000")
         return AsciiJSON({"words": vocabulary(service, prefix, int(limit))})
 
 
@@ -171,7 +172,7 @@ def _add_service(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["service"], summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type=METRICS_TYPE)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -182,13 +183,13 @@ def _add_page(app: FastAPI) -> None:
     }
     for file in sorted(PAGE.iterdir()):  # read now: a FileResponse that is cut off leaves its file open
         path = "/" if file.name == "index.html" else f"/{file.name}"
-        answer = partial(Response, file.read_bytes(), headers=headers, media_type=guess_type(file.name)[0])
-        app.add_api_route(path, _always(answer), methods=["GET", "HEAD"], include_in_schema=False)
+        endpoint = _file(file.read_bytes(), guess_type(file.name)[0], headers)
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def _always(answer: Callable[[], Response]) -> Callable:
+def _file(content: bytes, media_type: str | None, headers: dict[str, str]) -> Callable:
     async def endpoint() -> Response:
-        return answer()
+        return Response(content, headers=headers, media_type=media_type)
 
     return endpoint
 

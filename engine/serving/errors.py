@@ -34,6 +34,11 @@ class ServiceError(Exception):
         return AsciiJSON(self.body(), self.status, headers=dict(self.headers or {}))
 
 
+def refused(param: str, problem: str, code: str = "invalid_value", status: int = 400) -> ServiceError:
+    """About one argument: `problem` says what is wrong with it and what to do."""
+    return ServiceError(status, code, f"{param}: {problem}", param)
+
+
 class AsciiJSON(JSONResponse):
     """JSON in ASCII, which also holds names that a client sent and that UTF-8 cannot hold (lone surrogates)."""
 
@@ -73,7 +78,7 @@ def _input_error(error: InputError, names: Mapping[str, str]) -> ServiceError:
     param = ", ".join(names.get(name, name) for name in error.argument.split(", "))
     value = "" if isinstance(error.value, Image.Image | bytes) or error.value is None else f"{shown(error.value)} "
     code = "invalid_image" if param.partition("[")[0] in ("image", "mask", "mask_image", "masks") else "invalid_value"
-    return ServiceError(400, code, f"{param}: {value}{error.problem}; {error.remedy}", param)
+    return refused(param, f"{value}{error.problem}; {error.remedy}", code)
 
 
 def internal_error() -> ServiceError:

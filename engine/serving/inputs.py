@@ -20,7 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from engine.images import IMAGE_ERRORS
-from engine.serving.errors import ServiceError
+from engine.serving.errors import ServiceError, refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs, or with little care
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
@@ -127,7 +127,7 @@ async def _read_form(http: HttpRequest, limits: Limits, model: type[BaseModel]) 
             part = PART_OF.fullmatch(name)
             target, key = (fields.setdefault(part[1], {}), part[2]) if part else (fields, name)
             if not isinstance(target, dict) or key in target:
-                raise ServiceError(400, "invalid_value", f"{name}: is given twice; give it once", name)
+                raise refused(name, "is given twice; give it once")
             if isinstance(value, UploadFile):
                 target[key] = await value.read()
             else:
@@ -150,7 +150,7 @@ def _from_form(name: str, value: str, schema: dict):
     try:
         return json.loads(value, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise ServiceError(400, "invalid_value", f"{name}: cannot be read; write it as in JSON", name) from None
+        raise refused(name, "cannot be read; write it as in JSON") from None
 
 
 def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
@@ -162,11 +162,10 @@ def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = limits.pixels + 1
     except IMAGE_ERRORS:
-        message = f"{param}: is not a readable image; send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
-        raise ServiceError(400, "invalid_image", message, param) from None
+        problem = f"is not a readable image; send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        raise refused(param, problem, "invalid_image") from None
     if pixels > limits.pixels:
-        message = f"{param}: has too many pixels; send at most {limits.pixels}"
-        raise ServiceError(413, "too_large", message, param)
+        raise refused(param, f"has too many pixels; send at most {limits.pixels}", "too_large", 413)
     return image
 
 
@@ -175,5 +174,5 @@ def _from_base64(value: str, param: str) -> bytes:
     try:
         return base64.b64decode(value[prefix.end() :] if prefix else value, validate=True)
     except (binascii.Error, ValueError):
-        message = f"{param}: is neither base64 nor a data: URL of an image; URLs are not fetched, files not opened"
-        raise ServiceError(400, "invalid_image", message, param) from None
+        problem = "is neither base64 nor a data: URL of an image; URLs are not fetched, files not opened"
+        raise refused(param, problem, "invalid_image") from None

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from engine.serving.async_engine import AsyncEngine, Handle
 
 log = logging.getLogger("engine.serving")
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEPS = (1, 5, 10, 25, 50, 100, 250, 500, 1000)
 

@@ -2,7 +2,7 @@
 
 from engine.request import Request
 from engine.serving.async_engine import Handle, Preview
-from engine.serving.errors import ServiceError
+from engine.serving.errors import refused
 from engine.serving.inputs import Limits, open_upload
 from engine.serving.schemas import InfillBody
 from engine.serving.service import Event, Job, Service, created, described, timings
@@ -13,7 +13,7 @@ SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interva
 
 def infill(service: Service, body: InfillBody) -> Job:
     if body.preview_every and not body.stream:
-        raise ServiceError(400, "invalid_value", "preview_every: needs stream; set stream to true", "preview_every")
+        raise refused("preview_every", "needs stream; set stream to true")
 
     def answer(handle: Handle, result) -> dict:
         samples = [described(sample, i, body.output_format) for i, sample in enumerate(result.samples)]
@@ -45,7 +45,7 @@ def _request(body: InfillBody, service: Service) -> Request:
         else:
             given[name] = text(value, f"inputs[{name!r}]", limits)
     if body.prompt is not None and "text" in given:
-        raise ServiceError(400, "invalid_value", "prompt: is given twice; leave it out of inputs", "prompt")
+        raise refused("prompt", "is given twice; leave it out of inputs")
     words = known_text(service, body.prompt)
     return Request(
         prompt=words.get("prompt"),
@@ -69,8 +69,7 @@ def known_text(service: Service, prompt: str | None) -> dict:
 def text(value: str | bytes | None, param: str, limits: Limits) -> str | None:
     """A text within the limits. Raises ServiceError about `param`."""
     if value is not None and not isinstance(value, str):
-        raise ServiceError(400, "invalid_value", f"{param}: is a file; send a text", param)
+        raise refused(param, "is a file; send a text")
     if value is not None and len(value) > limits.prompt_chars:
-        message = f"{param}: has {len(value)} characters; use at most {limits.prompt_chars}"
-        raise ServiceError(400, "invalid_value", message, param)
+        raise refused(param, f"has {len(value)} characters; use at most {limits.prompt_chars}")
     return value

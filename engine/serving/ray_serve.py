@@ -31,7 +31,8 @@ from engine.serving.app import create_app, guards
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.errors import RETRY_AFTER, ServiceError, internal_error
 from engine.serving.inputs import Limits, whole
-from engine.serving.service import SEED, new_seed, server_sent
+from engine.serving.metrics import METRICS_TYPE
+from engine.serving.service import DONE, SEED, disconnected, new_seed, server_sent
 
 log = logging.getLogger("engine.serving")
 NAME = "psunet"  # of the application in Ray Serve
@@ -166,12 +167,11 @@ class Front:
     async def _ask(self, scope: dict, body: bytes, receive, answer: "_Answer") -> None:
         messages = self._replicas.answer.options(stream=True).remote(scope, body)
 
-        async def disconnected() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
+        async def cancel() -> None:
+            await disconnected(receive)
             messages.cancel()
 
-        watch = asyncio.ensure_future(disconnected())
+        watch = asyncio.ensure_future(cancel())
         try:
             async for message in messages:
                 await answer.add(message)
@@ -188,7 +188,7 @@ class Front:
             return _closed("no replica answers").response()
         if scope["path"] == "/metrics":
             text = merged_metrics({name: body.decode() for name, _, body in answers})
-            return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+            return Response(text, media_type=METRICS_TYPE)
         _, status, body = min(answers, key=lambda answer: answer[1])  # 200 before 404
         return Response(body, status, media_type="application/json")
 
@@ -213,7 +213,7 @@ class _Answer:
             self._begun, self._events = True, events
             await self._send(self._start)
         elif self._events and not events:  # asked anew, a replica refuses
-            text = server_sent("error", json.loads(message["body"])) + "data: [DONE]\n\n"
+            text = server_sent("error", json.loads(message["body"])) + DONE
             message = {**message, "body": text.encode()}
         await self._send(message)
 
