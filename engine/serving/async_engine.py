@@ -13,9 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from engine.decoding import Watch
 from engine.errors import InputError
-from engine.request import Request, Result, Sample
+from engine.request import Request, Result, Sample, Watch
 from engine.runtime import Engine
 
 READERS = 4  # threads that open and check images
