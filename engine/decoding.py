@@ -31,7 +31,7 @@ class Decoder:
 
 
 def on_arrival(p: PreparedRequest, codecs: Mapping[str, Codec]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Turns a modality that is generated before others into what its codec would encode, once it is done."""
+    """For modalities that are generated before others: a function from final tokens to those its codec would encode."""
     return {name: partial(codecs[name].project, given=p.given[name]) for name in p.order}
 
 

@@ -1,4 +1,4 @@
-"""The HTTP application: its endpoints, who may call them, and the page."""
+"""The HTTP application: endpoints, access control and the page."""
 
 import asyncio
 import hashlib
@@ -74,7 +74,7 @@ def create_app(
         version="1",
         summary="Joint text-and-image diffusion: give any part of an image and its caption, get the rest.",
         lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # its pages load scripts from other hosts
         redoc_url=None,
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
         middleware=guards(tokens, origins),
@@ -90,7 +90,7 @@ def create_app(
 
 
 def guards(tokens: Sequence[str], origins: Sequence[str]) -> list[Middleware]:
-    """What a request passes before the application, outermost first; `tokens` and `origins` as for `create_app`."""
+    """The middleware, outermost first; `tokens` and `origins` as for `create_app`."""
     headers = ["Authorization", "Content-Type"]
     cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
     return [cors] * bool(origins) + [Middleware(Gate, tokens=tokens, origins=origins)]
@@ -131,7 +131,7 @@ def _body_of(model: type[BaseModel]) -> dict:
 
 
 def _openapi(app: FastAPI) -> dict:
-    """The document, without the status 422 that FastAPI puts everywhere and this service never answers with."""
+    """The document, without the status 422, which FastAPI lists for every endpoint and this service never returns."""
     document = FastAPI.openapi(app)
     for path in document["paths"].values():
         for operation in path.values():
@@ -205,12 +205,12 @@ def _add_errors(app: FastAPI) -> None:
         return ServiceError(error.status_code, code, str(error.detail), headers=error.headers).response()
 
     @app.exception_handler(Exception)
-    async def unforeseen(_, error: Exception) -> Response:  # which the server then logs
+    async def unforeseen(_, error: Exception) -> Response:  # the server logs it
         return internal_error().response()
 
 
 class Gate:
-    """In front of what costs time or tells of others' requests: asks for a token, and refuses other pages' scripts."""
+    """Middleware for the paths under PROTECTED: checks the token and refuses scripts of other pages."""
 
     def __init__(self, app, tokens: Sequence[str], origins: Sequence[str]):
         self.app, self._digests = app, [_digest(token.encode()) for token in tokens]
@@ -222,11 +222,11 @@ class Gate:
         await (self.app if error is None else error.response())(scope, receive, send)
 
     def _error(self, headers: dict[bytes, bytes]) -> ServiceError | None:
-        # A form can be sent to any address from any page; browsers say so.
+        # Any page can post a form to any address; browsers mark such requests.
         if headers.get(b"sec-fetch-site") == b"cross-site" and headers.get(b"origin") not in self._origins:
             return ServiceError(403, "forbidden", "scripts of other pages may not call this service (--cors)")
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
-        # Of equal length and all of them compared: the time tells nothing of the tokens.
+        # Digests of equal length, all compared, so that the time taken does not depend on the tokens.
         matches = [secrets.compare_digest(_digest(token.strip()), digest) for digest in self._digests]
         if self._digests and (kind.lower() != b"bearer" or not any(matches)):
             challenge = {"WWW-Authenticate": "Bearer"}

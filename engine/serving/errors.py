@@ -1,4 +1,4 @@
-"""What a client is told when something cannot be done: a status and an error object."""
+"""Errors as clients get them: a status and an error object."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def refused(param: str, problem: str, code: str = "invalid_value", status: int =
 
 
 class AsciiJSON(JSONResponse):
-    """JSON in ASCII, which also holds names that a client sent and that UTF-8 cannot hold (lone surrogates)."""
+    """JSON in ASCII: clients may send names with lone surrogates, which cannot be encoded as UTF-8."""
 
     def render(self, content) -> bytes:
         return dumps(content).encode()
@@ -51,9 +51,9 @@ def dumps(content) -> str:
 
 
 def service_error(error: BaseException, names: Mapping[str, str] | None = None) -> ServiceError | None:
-    """What a client is told about an error of the engine; None for one that nobody has foreseen.
+    """An error of the engine as clients get it; None for an unexpected one.
 
-    names  the client's names of arguments of `Request` that it calls otherwise
+    names  the client's names of arguments of `Request`, where they differ
     """
     match error:
         case ServiceError():
@@ -82,5 +82,5 @@ def _input_error(error: InputError, names: Mapping[str, str]) -> ServiceError:
 
 
 def internal_error() -> ServiceError:
-    """Says nothing of what went wrong; the log does."""
+    """Without details, which are in the log."""
     return ServiceError(500, "internal_error", "the service failed; its log says why")

@@ -22,7 +22,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from engine.images import IMAGE_ERRORS
 from engine.serving.errors import ServiceError, refused
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs, or with little care
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs or less robust decoders
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 PART_OF = re.compile(r"(inputs|masks)\[([^\[\]]+)\]")  # a form's field "inputs[sketch]"
 MOST_PARTS = 64
@@ -112,7 +112,7 @@ def _no_constant(name: str):
 
 
 async def _read_form(http: HttpRequest, limits: Limits, model: type[BaseModel]) -> dict:
-    """A form's fields; those that are not texts are written as in JSON."""
+    """A form's fields; numbers, booleans, lists and objects are written as in JSON."""
     parser = MultiPartParser(
         http.headers, _chunks(http, limits), max_files=8, max_fields=MOST_PARTS, max_part_size=limits.body_bytes
     )

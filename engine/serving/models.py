@@ -1,4 +1,4 @@
-"""What the service says of its model."""
+"""The description of the model and its vocabulary, as clients get them."""
 
 from dataclasses import asdict
 
@@ -8,7 +8,7 @@ from engine.serving.service import Service
 
 
 def model_card(service: Service) -> dict:
-    """The model as in OpenAI's list, and what a client needs to know of it beyond."""
+    """The model as in OpenAI's list, with its modalities, tasks, defaults and limits."""
     config, defaults = service.config, Request()
     codecs = service.codecs
     text = codecs.get("text")

@@ -1,4 +1,4 @@
-"""`/v1/infill`: everything that `Request` has, under its own names."""
+"""`/v1/infill`: all arguments of `Request`, under the same names."""
 
 from engine.request import Request
 from engine.serving.async_engine import Handle, Preview
@@ -59,7 +59,7 @@ def _request(body: InfillBody, service: Service) -> Request:
 
 
 def known_text(service: Service, prompt: str | None) -> dict:
-    """The arguments of `Request` for a prompt, of which "" is known to be empty; None: there is none."""
+    """The arguments of `Request` for a prompt; "": the text is known to be empty, None: it is generated."""
     prompt = text(prompt, "prompt", service.limits)
     if prompt is None:
         return {}

@@ -3,10 +3,10 @@
     client ── Front, in the process of `python -m engine.serve` ──┬── Replica: application, engine
                                                                   └── Replica: application, engine
 
-The front looks at no body: it hands a request on as ASGI to the replica with fewer requests, and hands the messages of
-the answer back. If the replica dies meanwhile, another one is asked, once; it gives the same samples, since the front
-has chosen the seed for requests without one. What concerns all replicas (cancelling by id, metrics, draining) is
-broadcast. Ray is imported where it is used.
+The front does not parse bodies: it hands a request on as ASGI to the replica with fewer requests, and hands the
+messages of the answer back. If the replica dies, the front asks another one, once, which makes the same samples, since
+the front has chosen the seed for requests without one. Cancelling by id, metrics and draining go to all replicas. Ray
+is imported where it is used.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class Settings:
 
 
 class Replica:
-    """An engine and its application, which is spoken to in ASGI messages instead of over a socket."""
+    """An engine and its application, called with ASGI messages instead of over a socket."""
 
     async def __init__(self, settings: Settings):
         engine = await asyncio.to_thread(Engine.from_pretrained, **settings.engine)
@@ -100,12 +100,12 @@ class Replica:
         sent = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict:
-            return sent.pop() if sent else await asyncio.Future()  # the front tells of a disconnect by cancelling
+            return sent.pop() if sent else await asyncio.Future()  # on a disconnect the front cancels the call
 
         async def call() -> None:
             try:
                 await self._app(scope, receive, messages.put)
-            except Exception:  # which the application has answered with status 500
+            except Exception:  # the application has answered with status 500
                 log.exception("%s failed", scope["path"])
             finally:
                 messages.put_nowait(None)
@@ -133,7 +133,7 @@ class Front:
         self._replicas, self._limits = replicas, limits
 
     async def drain(self, seconds: float) -> None:
-        """Lets what runs end, has the replicas refuse what is new meanwhile, and closes their engines."""
+        """Drains all replicas: they refuse new requests, finish running ones and close their engines."""
         drained = self._replicas.broadcast("drain", seconds)
         await drained.results_async(timeout_s=seconds + SPARE, return_exceptions=True)
 
@@ -194,7 +194,7 @@ class Front:
 
 
 class _Answer:
-    """What a client has been sent. It can begin anew while that is nothing, or events, which are then repeated."""
+    """An answer on its way to the client. It can begin anew if nothing was sent, or events, which are then repeated."""
 
     def __init__(self, send):
         self._send, self._start = send, None
@@ -239,7 +239,7 @@ def running(settings: Settings) -> Iterator[Starlette]:
     that is started on this machine. Raises InputError if no replica can be made.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's: replicas would wait for all that else runs
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would have replicas yield to all other processes
     import ray
     from ray import serve
 
@@ -253,7 +253,7 @@ def running(settings: Settings) -> Iterator[Starlette]:
             if needed > there:
                 problem = f"need {needed:g} {unit}, of which there are {there:g}"
                 raise InputError("replicas", settings.replicas, f"ask for fewer, or fewer {unit} for each", problem)
-        inside = replace(settings, tokens=())  # which the front checks
+        inside = replace(settings, tokens=())  # the front checks them
         refusal = ray.get(ray.remote(_refusal).options(**resources).remote(inside))
         if refusal is not None:
             raise InputError(*refusal)

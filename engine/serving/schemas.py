@@ -120,7 +120,7 @@ class ErrorAnswer(BaseModel):
 
 
 class GenerationBody(Body):
-    """OpenAI's fields as far as they mean something here, and seed, num_inference_steps, guidance_scale."""
+    """OpenAI's fields that apply here, and seed, num_inference_steps, guidance_scale, unknown_words."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "red heart", "n": 2, "seed": 7}]})
 
@@ -143,7 +143,7 @@ class GenerationBody(Body):
 
 
 class EditBody(GenerationBody):
-    """As for generations, with an image of which a part is made anew."""
+    """As for generations, with an image of which a part is regenerated."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "red heart", "image": PNG, "mask_image": PNG, "seed": 7}]}

@@ -1,4 +1,4 @@
-"""From a client's request to its answer: shared by all endpoints that sample."""
+"""From a client's request to its answer, for all endpoints that sample."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ from engine.serving.inputs import Limits, read
 from engine.serving.metrics import Metrics
 
 log = logging.getLogger("engine.serving")
-SILENCE = 15.0  # seconds
+SILENCE = 15.0  # seconds until a comment is sent in a stream without events
 DONE = "data: [DONE]\n\n"  # the last event of a stream
 SEED = "psunet.seed"  # in an ASGI scope: for a request without one
 Event = tuple[str, dict]  # name and data
@@ -34,7 +34,7 @@ class Job:
 
     request: Callable[[], Request]
     answer: Callable[[Handle, Result], dict]
-    final: Callable[[dict], list[Event]] = lambda answer: [("result", answer)]  # the same as events
+    final: Callable[[dict], list[Event]] = lambda answer: [("result", answer)]  # as events
     preview: Callable[[Handle, Preview], list[Event]] = lambda handle, preview: []
     names: Mapping[str, str] = field(default_factory=dict)  # the client's, of arguments of `Request`
     priority: int = 0
@@ -140,7 +140,7 @@ class Service:
 
 
 async def _with_pauses(events: AsyncIterator) -> AsyncIterator:
-    """These events, and None where there are none for a while: proxies end what is silent."""
+    """These events, and None after SILENCE without any: proxies close connections that are silent."""
     while True:
         following = asyncio.ensure_future(anext(events))
         try:
@@ -154,7 +154,7 @@ async def _with_pauses(events: AsyncIterator) -> AsyncIterator:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; cancels the request when the client is gone, also before the first event."""
+    """Server-sent events; cancels the request when the client disconnects, also before the first event."""
 
     media_type = "text/event-stream"
 
