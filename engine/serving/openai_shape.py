@@ -33,7 +33,7 @@ def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
     """
     _check_model(service, body.model)
     size, image_format = _check_output(service, body), body.output_format or "png"
-    steps, partial = body.num_inference_steps or 25, body.partial_images or 0
+    steps, partial = body.num_inference_steps or Request.steps, body.partial_images or 0
     about = {"size": size, "background": "opaque", "output_format": image_format}
     shown: dict[int, int] = {}  # previews that were sent, by sample
 
