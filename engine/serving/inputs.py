@@ -1,4 +1,4 @@
-"""What clients send: bodies of JSON or multipart/form-data, read within limits, and the images in them.
+"""What clients send: bodies of JSON or multipart/form-data, read within limits, and the images and texts in them.
 
 No URL is ever fetched and no path opened: an image is bytes, base64 or a data: URL.
 """
@@ -176,3 +176,20 @@ def _from_base64(value: str, param: str) -> bytes:
     except (binascii.Error, ValueError):
         problem = "is neither base64 nor a data: URL of an image; URLs are not fetched, files not opened"
         raise refused(param, problem, "invalid_image") from None
+
+
+def known_text(prompt: str | None, limits: Limits) -> dict:
+    """The arguments of `Request` for a prompt; "": the text is known to be empty, None: it is generated."""
+    prompt = text(prompt, "prompt", limits)
+    if prompt is None:
+        return {}
+    return {"prompt": prompt} if prompt else {"inputs": {"text": ""}}
+
+
+def text(value: str | bytes | None, param: str, limits: Limits) -> str | None:
+    """A text within the limits. Raises ServiceError about `param`."""
+    if value is not None and not isinstance(value, str):
+        raise refused(param, "is a file; send a text")
+    if value is not None and len(value) > limits.prompt_chars:
+        raise refused(param, f"has {len(value)} characters; use at most {limits.prompt_chars}")
+    return value

@@ -8,8 +8,7 @@ from engine.images import open_image
 from engine.request import Request, Result, Sample
 from engine.serving.async_engine import Handle, Preview
 from engine.serving.errors import refused
-from engine.serving.inputs import open_upload
-from engine.serving.native import known_text
+from engine.serving.inputs import known_text, open_upload
 from engine.serving.schemas import CaptionBody, EditBody, GenerationBody
 from engine.serving.service import Event, Job, Service, created, encoded, words_of
 
@@ -38,7 +37,7 @@ def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
     shown: dict[int, int] = {}  # previews that were sent, by sample
 
     def request() -> Request:
-        num, text = body.n or 1, known_text(service, body.prompt)
+        num, text = body.n or 1, known_text(body.prompt, service.limits)
         options = {"steps": steps, "guidance": body.guidance_scale, "unknown_words": body.unknown_words}
         return Request(num=num, seed=body.seed, **options, **text, **given())
 
@@ -119,7 +118,7 @@ def captions(service: Service, body: CaptionBody) -> Job:
             steps=body.steps,
             guidance=body.guidance,
             unknown_words=body.unknown_words,
-            **known_text(service, body.prompt),
+            **known_text(body.prompt, service.limits),
         )
 
     def answer(handle: Handle, result: Result) -> dict:
