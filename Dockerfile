@@ -3,7 +3,7 @@
 # Building needs a network, running does not.
 FROM python:3.12.12-slim-bookworm
 
-# cpu, or cuda: PyPI's torch brings CUDA along; the host has the driver and NVIDIA's container toolkit.
+# cpu, or cuda: PyPI's torch includes CUDA; the host needs the driver and NVIDIA's container toolkit.
 ARG DEVICE=cpu
 
 # Triton compiles its launchers where it runs.
@@ -19,7 +19,7 @@ COPY engine engine
 RUN if [ "$DEVICE" = cpu ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi && \
     pip install --no-cache-dir '.[serve]'
 
-# Spinning threads make a service slow on cores that it shares, see benchmarks/NOTES.md.
+# OpenMP threads that spin slow the service down on shared cores; measured in benchmarks/NOTES.md.
 ENV HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=0 PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/home/psunet/.cache/triton
 USER psunet
 WORKDIR /home/psunet
@@ -27,6 +27,6 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-# It drains for as long at SIGTERM as --drain says: stop it with a longer limit (docker stop --time 40).
+# On SIGTERM it finishes running requests for up to --drain seconds; give docker stop more (--time 40).
 ENTRYPOINT ["python", "-m", "engine.serve"]
 CMD ["--host", "0.0.0.0", "--port", "8000", "--drain", "30"]

@@ -1,40 +1,16 @@
-"""From packed states to a caller's samples, and how the caller watches them. Host only."""
+"""From packed states to a caller's samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from engine.codecs.codec import Codec, Decoded, Given
 from engine.config import Modality
-from engine.errors import InputError
 from engine.preparation import PreparedRequest
 from engine.request import NotFiniteSamplesError, Result, Sample
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How a call wants to be served, see `Engine.submit`. Raises InputError."""
-
-    progress: Callable[[int, int], None] | None = None
-    priority: int = 0
-    preview: Callable[[dict[int, Sample]], None] | None = None
-    preview_every: int = 1
-
-    def __post_init__(self):
-        for key, arguments in (("progress", "two numbers"), ("preview", "a dict")):
-            value = getattr(self, key)
-            if value is not None and not callable(value):
-                raise InputError(key, value, f"give a function of {arguments}", "cannot be called")
-        for key, lowest in (("priority", None), ("preview_every", 1)):
-            value = getattr(self, key)
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            if not whole or (lowest is not None and value < lowest):
-                problem = "use a whole number" + ("" if lowest is None else f" from {lowest}")
-                raise InputError(key, value, problem)
 
 
 @dataclass(frozen=True)
@@ -55,7 +31,7 @@ class Decoder:
 
 
 def on_arrival(p: PreparedRequest, codecs: Mapping[str, Codec]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Turns a modality that is generated before others into what its codec would encode, once it is done."""
+    """For modalities that are generated before others: a function from final tokens to those its codec would encode."""
     return {name: partial(codecs[name].project, given=p.given[name]) for name in p.order}
 
 
@@ -74,7 +50,7 @@ def results_of(
 
     failed  reasons by a sample's position; raises NotFiniteSamplesError if there are any
     """
-    owners = [(i, p.request.seed + j) for i, p in enumerate(prepared) for j in range(p.request.num)]
+    owners = [(i, seed) for i, p in enumerate(prepared) for seed in p.seeds]
     samples: list[list[Sample]] = [[] for _ in prepared]
     for k, ((i, seed), output) in enumerate(zip(owners, outputs, strict=True)):
         if k not in failed:

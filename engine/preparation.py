@@ -29,6 +29,10 @@ class PreparedRequest:
     generate: Tensor  # [N] bool
     table: StepTable
 
+    @property
+    def seeds(self) -> range:
+        return range(self.request.seed, self.request.seed + self.request.num)
+
     def result(self, samples: tuple[Sample, ...]) -> Result:
         return Result(self.request, self.task, self.guidance, self.order, samples)
 

@@ -1,6 +1,6 @@
-"""What a caller asks for and what it gets: `Request`, `Result`, and every check that needs no model."""
+"""What a caller asks for and what it gets: `Request`, `Watch`, `Result`, and every check that needs no model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from os import PathLike
@@ -130,7 +130,7 @@ class Request:
             value = _plain(getattr(self, key))
             if key == "seed" and isinstance(self.num, Integral):
                 highest = MAX_SEED + 1 - int(self.num)
-            if not isinstance(value, Integral) or isinstance(value, bool) or not lowest <= value <= highest:
+            if not is_whole(value) or not lowest <= value <= highest:
                 raise InputError(key, value, f"use a whole number from {lowest} to {highest}")
             object.__setattr__(self, key, int(value))
         if self.steps * self.resample > MAX_STEPS:
@@ -190,8 +190,32 @@ def _plain(value):
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
+def is_whole(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a call is served, see `Engine.submit`. Raises InputError."""
+
+    progress: Callable[[int, int], None] | None = None
+    priority: int = 0
+    preview: "Callable[[dict[int, Sample]], None] | None" = None
+    preview_every: int = 1
+
+    def __post_init__(self):
+        for key, arguments in (("progress", "two numbers"), ("preview", "a dict")):
+            value = getattr(self, key)
+            if value is not None and not callable(value):
+                raise InputError(key, value, f"give a function of {arguments}", "cannot be called")
+        if not is_whole(self.priority):
+            raise InputError("priority", self.priority, "use a whole number")
+        if not is_whole(self.preview_every) or self.preview_every < 1:
+            raise InputError("preview_every", self.preview_every, "use a whole number from 1")
 
 
 @dataclass(frozen=True)

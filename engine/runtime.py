@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from numbers import Integral
 from os import PathLike
 from queue import SimpleQueue
 
@@ -15,14 +14,14 @@ from torch import Tensor
 
 from engine.checkpoint import BUILT_IN, Checkpoint, load
 from engine.codecs.codec import Codec, Decoded, Given
-from engine.decoding import Decoder, Watch, on_arrival, results_of, sample_of
+from engine.decoding import Decoder, on_arrival, results_of, sample_of
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import InputError
 from engine.kernels import backend
 from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
 from engine.preparation import PreparedRequest, prepare, settle
-from engine.request import ATTENTIONS, MAX_NUM, Request, Result, Sample
+from engine.request import ATTENTIONS, MAX_NUM, Request, Result, Sample, Watch, is_whole
 from engine.sampling.batch import SampleSpec
 from engine.sampling.graphs import StepGraphs, compile_blocks
 from engine.sampling.preview import Preview
@@ -111,7 +110,7 @@ class Engine:
         if attention not in ATTENTIONS:
             raise InputError("attention", attention, f"use one of {', '.join(ATTENTIONS)}", "is not known")
         check_process()
-        if not isinstance(max_rows, Integral) or isinstance(max_rows, bool) or not 1 <= max_rows <= 65_536:
+        if not is_whole(max_rows) or not 1 <= max_rows <= 65_536:
             raise InputError("max_rows", max_rows, "use a whole number from 1 to 65536")
         where = resolve_device(device)
         backend.check("attention", attention, where.type)
@@ -210,7 +209,7 @@ class Engine:
     def _flow(
         self, prepared: list[PreparedRequest], codecs: dict[str, Codec], watch: Watch, alone: bool, started: float
     ):
-        """The way of some requests, as a generator: each `yield` waits for the worker."""
+        """Requests to results, as a generator: each `yield` waits for the worker."""
         if not prepared:
             return []
         model = self.config.model
@@ -220,15 +219,13 @@ class Engine:
             known[m.name] = yield from self._encoded(m.name, codecs[m.name], given)  # [n, L·C]
         null = yield from self._null(prepared, codecs)
         values = torch.cat([known[m.name] for m in model.modalities], dim=1)  # [n, N]
-        owners = [(i, p, j) for i, p in enumerate(prepared) for j in range(p.request.num)]
+        owners = [(i, p, seed) for i, p in enumerate(prepared) for seed in p.seeds]
         usable = values.isfinite().all(1)  # [n]
         values[~usable] = 0
         # Why samples are not finite, by their positions.
         failed = {k: f"what is given is encoded as {NOT_FINITE}" for k, (i, _, _) in enumerate(owners) if not usable[i]}
         arrivals = [on_arrival(p, codecs) for p in prepared]
-        specs = [
-            SampleSpec(p.request.seed + j, p.table, p.generate, values[i], null, arrivals[i]) for i, p, j in owners
-        ]
+        specs = [SampleSpec(seed, p.table, p.generate, values[i], null, arrivals[i]) for i, p, seed in owners]
         encoded = self._count(0, started)
 
         self._sampler.worker.check()  # it may have been closed meanwhile
@@ -260,7 +257,7 @@ class Engine:
         return self._sampler.call(decoder, pairs)
 
     def _preview(self, found: list[Preview], owners, codecs: dict[str, Codec], show: Callable):
-        """Decodes samples on their way and shows them to the caller; a generator like `_flow`."""
+        """Decodes samples in progress for the caller's `preview`; a generator like `_flow`."""
         outputs: dict[int, dict[str, Decoded]] = {}
         found = [p for p in found if p.x0.isfinite().all()]  # what is not finite, the future reports
         for m in self.config.model.modalities:
@@ -269,9 +266,8 @@ class Engine:
             for p, decoded in zip(begun, (yield self._decoded(m.name, codecs, pairs)), strict=True):
                 if decoded.value is not None:
                     outputs.setdefault(p.position, {})[m.name] = decoded
-        seeds = {i: p.request.seed + j for i, (_, p, j) in enumerate(owners)}
         if outputs:
-            show({i: sample_of(seeds[i], output) for i, output in outputs.items()})
+            show({i: sample_of(owners[i][2], output) for i, output in outputs.items()})
 
     def _encoded(self, name: str, codec: Codec, given: list[Given]):
         """Known values of a modality, [n, L·C] float32; zero where nothing is given."""
@@ -303,7 +299,7 @@ class Engine:
         """
         from tqdm import tqdm
 
-        if not isinstance(batch, Integral) or isinstance(batch, bool) or not 1 <= batch <= self.max_rows:
+        if not is_whole(batch) or not 1 <= batch <= self.max_rows:
             raise InputError("batch", batch, f"use 1 to max_rows, {self.max_rows}", "is out of range")
         self._sampler.worker.check_waiting()
         self._sampler.worker.check()

@@ -1,6 +1,6 @@
 """The engine as a service over HTTP: `python -m engine.serve`; see `--help`, and README.md for examples.
 
-Parse, load, serve: everything else is `engine.serving`. SIGTERM and Ctrl-C let what runs end, and then exit with 0.
+Parses, loads and serves; the rest is in `engine.serving`. SIGTERM and Ctrl-C finish running requests, then exit with 0.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from engine.errors import InputError
 COMMAND = "python -m engine.serve"
 INSTALL = "pip install 'psunet-engine[{}]'"
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
-CONNECTIONS = 256  # beside those of requests that are served
+CONNECTIONS = 256  # beyond those of requests that the engines take
 
 
 def _parser() -> Parser:
@@ -157,7 +157,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket with this address; it does not listen yet, so that nobody waits while the model is loaded."""
+    """A socket with this address; it does not listen yet: clients are refused while the model loads."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)

@@ -51,7 +51,7 @@ class StepGraphs:
     """
 
     def __init__(self, device: torch.device):
-        self.replays = 0  # steps that were replayed, to this day
+        self.replays = 0  # steps replayed so far
         self._stream = torch.cuda.Stream(device)
         self._sides: list[torch.cuda.Stream] = []
         self.clear()
@@ -83,7 +83,7 @@ class StepGraphs:
             ):  # records the step, does not do it
                 step()
         except BaseException:
-            self.clear()  # nothing can be captured into a pool that a capture was broken off in
+            self.clear()  # nothing can be captured into a pool after a capture in it has failed
             raise
         self._graphs[key] = graph
 

@@ -1,4 +1,4 @@
-"""What samples look like on their way: x̂0 of what is being generated."""
+"""Previews of samples in progress: x̂0 of what is being generated."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from engine.sampling.scheduler import Job
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """A sample on its way, packed as its final state will be."""
+    """A sample in progress, packed like its final state."""
 
     position: int  # among the samples that were submitted
     x0: Tensor  # [N] float32 on the device: x̂0 of what is generated now, the state of what is known or has arrived

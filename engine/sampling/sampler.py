@@ -267,9 +267,11 @@ class Sampler:
             write_inputs(batch.constants, batch.state)
 
     def _previews(self, batch: Batch) -> dict[_Run, list[Preview]]:
-        """What the step that was just done shows to the callers who want to see it."""
+        """Previews of the step that was just done, for the runs that asked for them."""
         previews: dict[_Run, list[Preview]] = {}
-        for i, job in [(i, job) for i, job in enumerate(self.scheduler.slots) if job is not None]:
+        for i, job in enumerate(self.scheduler.slots):
+            if job is None:
+                continue
             (run, position), step = self._run_of[job], job.step + 1
             if run.preview is not None and step % run.preview_every == 0 and step < job.steps:
                 previews.setdefault(run, []).append(preview(batch, i, job, position, self.scheduler.model))

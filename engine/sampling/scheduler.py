@@ -43,7 +43,7 @@ class StepPlan:
 
 @dataclass(eq=False)
 class Job:
-    """A sample on its way through the steps."""
+    """A sample in progress."""
 
     spec: SampleSpec
     needs: "_Steps"

@@ -18,7 +18,7 @@ AT_EXIT = 10.0  # seconds that the interpreter waits for a worker to end
 
 
 class Owner(Protocol):
-    """What a worker works for."""
+    """The object whose turns a worker runs."""
 
     def turn(self) -> bool:
         """Does some work; False if there is nothing left to do."""
@@ -38,7 +38,7 @@ class Worker:
         self._owner = weakref.ref(owner, lambda _: self._wake.set())
         self._lock = threading.Lock()  # orders posts and closing
         self._wake, self._pid, self._threads = threading.Event(), os.getpid(), torch.get_num_threads()
-        self._posted_by: Owner | None = None  # held until the thread holds it: its caller may drop it meanwhile
+        self._posted_by: Owner | None = None  # a reference until the thread has one: the caller may drop its own
         # Settings of torch.compile, such as its limits, are context variables.
         self._context = contextvars.copy_context()
         self._thread: threading.Thread | None = None

@@ -1,4 +1,4 @@
-"""The HTTP application: its endpoints, who may call them, and the page."""
+"""The HTTP application: endpoints, access control and the page."""
 
 import asyncio
 import hashlib
@@ -19,8 +19,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.serving.async_engine import AsyncEngine
-from engine.serving.errors import AsciiJSON, ServiceError, internal_error
+from engine.serving.errors import AsciiJSON, ServiceError, internal_error, refused
 from engine.serving.inputs import Limits
+from engine.serving.metrics import METRICS_TYPE
 from engine.serving.models import model_card, vocabulary
 from engine.serving.native import infill
 from engine.serving.openai_shape import captions, edits, generations
@@ -73,7 +74,7 @@ def create_app(
         version="1",
         summary="Joint text-and-image diffusion: give any part of an image and its caption, get the rest.",
         lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # its pages load scripts from other hosts
         redoc_url=None,
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
         middleware=guards(tokens, origins),
@@ -89,7 +90,7 @@ def create_app(
 
 
 def guards(tokens: Sequence[str], origins: Sequence[str]) -> list[Middleware]:
-    """What a request passes before the application, outermost first; `tokens` and `origins` as for `create_app`."""
+    """The middleware, outermost first; `tokens` and `origins` as for `create_app`."""
     headers = ["Authorization", "Content-Type"]
     cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
     return [cors] * bool(origins) + [Middleware(Gate, tokens=tokens, origins=origins)]
@@ -116,7 +117,7 @@ def _add_sampling(app: FastAPI, service: Service) -> None:
     async def cancel(id: str) -> Response:
         handle = service.engine.find(id)
         if handle is None:
-            raise ServiceError(404, "not_found", "id: is not that of a request that is being served", "id")
+            raise refused("id", "is not that of a request that is being served", "not_found", 404)
         handle.cancel()
         return AsciiJSON({"id": id, "cancelled": True})
 
@@ -130,7 +131,7 @@ def _body_of(model: type[BaseModel]) -> dict:
 
 
 def _openapi(app: FastAPI) -> dict:
-    """The document, without the status 422 that FastAPI puts everywhere and this service never answers with."""
+    """The document, without the status 422, which FastAPI lists for every endpoint and this service never returns."""
     document = FastAPI.openapi(app)
     for path in document["paths"].values():
         for operation in path.values():
@@ -148,13 +149,13 @@ def _add_lists(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{model}", tags=["OpenAI's shape"], summary="A model by its name", responses=ERRORS)
     async def one_model(model: str) -> Response:
         if model != service.model:
-            raise ServiceError(404, "not_found", f"model: is not served here; use {service.model}", "model")
+            raise refused("model", f"is not served here; use {service.model}", "not_found", 404)
         return AsciiJSON(model_card(service))
 
     @app.get("/v1/vocabulary", tags=["native"], summary="Words that the model knows", responses=ERRORS)
     async def words(http: HttpRequest, prefix: str = "", limit: Count = "20") -> Response:
         if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= 1000:
-            raise ServiceError(400, "invalid_value", "limit: use a whole number from 1 to 1000", "limit")
+            raise refused("limit", "use a whole number from 1 to 1000")
         return AsciiJSON({"words": vocabulary(service, prefix, int(limit))})
 
 
@@ -171,7 +172,7 @@ def _add_service(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["service"], summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type=METRICS_TYPE)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -182,13 +183,13 @@ def _add_page(app: FastAPI) -> None:
     }
     for file in sorted(PAGE.iterdir()):  # read now: a FileResponse that is cut off leaves its file open
         path = "/" if file.name == "index.html" else f"/{file.name}"
-        answer = partial(Response, file.read_bytes(), headers=headers, media_type=guess_type(file.name)[0])
-        app.add_api_route(path, _always(answer), methods=["GET", "HEAD"], include_in_schema=False)
+        endpoint = _file(file.read_bytes(), guess_type(file.name)[0], headers)
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def _always(answer: Callable[[], Response]) -> Callable:
+def _file(content: bytes, media_type: str | None, headers: dict[str, str]) -> Callable:
     async def endpoint() -> Response:
-        return answer()
+        return Response(content, headers=headers, media_type=media_type)
 
     return endpoint
 
@@ -204,12 +205,12 @@ def _add_errors(app: FastAPI) -> None:
         return ServiceError(error.status_code, code, str(error.detail), headers=error.headers).response()
 
     @app.exception_handler(Exception)
-    async def unforeseen(_, error: Exception) -> Response:  # which the server then logs
+    async def unforeseen(_, error: Exception) -> Response:  # the server logs it
         return internal_error().response()
 
 
 class Gate:
-    """In front of what costs time or tells of others' requests: asks for a token, and refuses other pages' scripts."""
+    """Middleware for the paths under PROTECTED: checks the token and refuses scripts of other pages."""
 
     def __init__(self, app, tokens: Sequence[str], origins: Sequence[str]):
         self.app, self._digests = app, [_digest(token.encode()) for token in tokens]
@@ -221,11 +222,11 @@ class Gate:
         await (self.app if error is None else error.response())(scope, receive, send)
 
     def _error(self, headers: dict[bytes, bytes]) -> ServiceError | None:
-        # A form can be sent to any address from any page; browsers say so.
+        # Any page can post a form to any address; browsers mark such requests.
         if headers.get(b"sec-fetch-site") == b"cross-site" and headers.get(b"origin") not in self._origins:
             return ServiceError(403, "forbidden", "scripts of other pages may not call this service (--cors)")
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
-        # Of equal length and all of them compared: the time tells nothing of the tokens.
+        # Digests of equal length, all compared, so that the time taken does not depend on the tokens.
         matches = [secrets.compare_digest(_digest(token.strip()), digest) for digest in self._digests]
         if self._digests and (kind.lower() != b"bearer" or not any(matches)):
             challenge = {"WWW-Authenticate": "Bearer"}

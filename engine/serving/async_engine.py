@@ -1,4 +1,4 @@
-"""`AsyncEngine`: an `Engine` for asyncio, with a bounded queue, priorities, deadlines, events and an orderly end.
+"""`AsyncEngine`: an `Engine` for asyncio, with a bounded queue, priorities, deadlines, events and draining.
 
 All requests share the slots of the one engine: its scheduler lets samples enter and leave between steps, so nothing is
 batched here. What takes time (opening images, encoding and decoding, steps) runs in threads, never on the event loop.
@@ -13,9 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from engine.decoding import Watch
 from engine.errors import InputError
-from engine.request import Request, Result, Sample
+from engine.request import Request, Result, Sample, Watch
 from engine.runtime import Engine
 
 READERS = 4  # threads that open and check images
@@ -69,7 +68,7 @@ class Preview:
 
 
 class Handle:
-    """A request on its way. As an asynchronous context manager it cancels what is not done when it is left."""
+    """A request in progress. As an asynchronous context manager it cancels the request on exit."""
 
     def __init__(self, request: Request, priority: int, leave: Callable[["Handle"], None]):
         self.id = uuid.uuid4().hex
@@ -79,9 +78,10 @@ class Handle:
         self.started: float | None = None  # when its first step was done
         self.ended: float | None = None
         self.steps = 0  # done, those of all samples counted
-        self.position = -1  # samples of other requests that enter before; −1: not yet told
+        self.position = -1  # samples of other requests that enter before; −1: not yet reported
         self._result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._result.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody has to ask for it
+        # Retrieves the error: asyncio warns about errors that are never retrieved.
+        self._result.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._news: dict[type, Queued | Progress | Preview] = {}  # the latest of each kind: a slow reader skips some
         self._changed = asyncio.Event()
 
@@ -97,7 +97,7 @@ class Handle:
 
     @property
     def error(self) -> BaseException | None:
-        """What the request that is done has failed with."""
+        """What a request that is done failed with; None if it succeeded."""
         return self._result.exception()
 
     def add_done_callback(self, function: Callable[["Handle"], None]) -> None:

@@ -1,4 +1,4 @@
-"""What a client is told when something cannot be done: a status and an error object."""
+"""Errors as clients get them: a status and an error object."""
 
 import json
 from collections.abc import Mapping
@@ -34,8 +34,13 @@ class ServiceError(Exception):
         return AsciiJSON(self.body(), self.status, headers=dict(self.headers or {}))
 
 
+def refused(param: str, problem: str, code: str = "invalid_value", status: int = 400) -> ServiceError:
+    """About one argument: `problem` says what is wrong with it and what to do."""
+    return ServiceError(status, code, f"{param}: {problem}", param)
+
+
 class AsciiJSON(JSONResponse):
-    """JSON in ASCII, which also holds names that a client sent and that UTF-8 cannot hold (lone surrogates)."""
+    """JSON in ASCII: clients may send names with lone surrogates, which cannot be encoded as UTF-8."""
 
     def render(self, content) -> bytes:
         return dumps(content).encode()
@@ -46,9 +51,9 @@ def dumps(content) -> str:
 
 
 def service_error(error: BaseException, names: Mapping[str, str] | None = None) -> ServiceError | None:
-    """What a client is told about an error of the engine; None for one that nobody has foreseen.
+    """An error of the engine as clients get it; None for an unexpected one.
 
-    names  the client's names of arguments of `Request` that it calls otherwise
+    names  the client's names of arguments of `Request`, where they differ
     """
     match error:
         case ServiceError():
@@ -73,9 +78,9 @@ def _input_error(error: InputError, names: Mapping[str, str]) -> ServiceError:
     param = ", ".join(names.get(name, name) for name in error.argument.split(", "))
     value = "" if isinstance(error.value, Image.Image | bytes) or error.value is None else f"{shown(error.value)} "
     code = "invalid_image" if param.partition("[")[0] in ("image", "mask", "mask_image", "masks") else "invalid_value"
-    return ServiceError(400, code, f"{param}: {value}{error.problem}; {error.remedy}", param)
+    return refused(param, f"{value}{error.problem}; {error.remedy}", code)
 
 
 def internal_error() -> ServiceError:
-    """Says nothing of what went wrong; the log does."""
+    """Without details, which are in the log."""
     return ServiceError(500, "internal_error", "the service failed; its log says why")

@@ -1,4 +1,4 @@
-"""What clients send: bodies of JSON or multipart/form-data, read within limits, and the images in them.
+"""What clients send: bodies of JSON or multipart/form-data, read within limits, and the images and texts in them.
 
 No URL is ever fetched and no path opened: an image is bytes, base64 or a data: URL.
 """
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from functools import cache, partial
 
 from fastapi import Request as HttpRequest
 from PIL import Image
@@ -19,9 +20,9 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from engine.images import IMAGE_ERRORS
-from engine.serving.errors import ServiceError
+from engine.serving.errors import ServiceError, refused
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs, or with little care
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs or less robust decoders
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 PART_OF = re.compile(r"(inputs|masks)\[([^\[\]]+)\]")  # a form's field "inputs[sketch]"
 MOST_PARTS = 64
@@ -44,10 +45,10 @@ class Limits:
 async def read(http: HttpRequest, model: type[BaseModel], limits: Limits) -> BaseModel:
     """The body of a request, checked against its model. Raises ServiceError."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    readers = {"application/json": _read_json, "multipart/form-data": _read_form}
+    readers = {"application/json": _read_json, "multipart/form-data": partial(_read_form, model=model)}
     if kind not in readers:
         raise ServiceError(415, "unsupported_media_type", f"send {' or '.join(readers)}, not {kind[:100] or 'nothing'}")
-    fields = await _in_time(readers[kind](http, model, limits), http, limits)
+    fields = await _in_time(readers[kind](http, limits), http, limits)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -95,7 +96,7 @@ async def _joined(http: HttpRequest, limits: Limits) -> bytes:
     return b"".join([chunk async for chunk in _chunks(http, limits)])
 
 
-async def _read_json(http: HttpRequest, model: type[BaseModel], limits: Limits) -> dict:
+async def _read_json(http: HttpRequest, limits: Limits) -> dict:
     body = await _joined(http, limits)
     try:
         fields = await asyncio.to_thread(json.loads, body, parse_constant=_no_constant)
@@ -110,8 +111,8 @@ def _no_constant(name: str):
     raise ValueError(name)  # NaN and Infinity are not JSON
 
 
-async def _read_form(http: HttpRequest, model: type[BaseModel], limits: Limits) -> dict:
-    """A form's fields; those that are not texts are written as in JSON."""
+async def _read_form(http: HttpRequest, limits: Limits, model: type[BaseModel]) -> dict:
+    """A form's fields; numbers, booleans, lists and objects are written as in JSON."""
     parser = MultiPartParser(
         http.headers, _chunks(http, limits), max_files=8, max_fields=MOST_PARTS, max_part_size=limits.body_bytes
     )
@@ -119,14 +120,14 @@ async def _read_form(http: HttpRequest, model: type[BaseModel], limits: Limits) 
         form = await parser.parse()
     except (MultiPartException, ValueError, LookupError):
         raise ServiceError(400, "invalid_body", "the body is not multipart/form-data") from None
-    properties, fields = model.model_json_schema()["properties"], {}
+    properties, fields = _properties(model), {}
     try:
         for name, value in form.multi_items():
             name = name.removesuffix("[]")
             part = PART_OF.fullmatch(name)
             target, key = (fields.setdefault(part[1], {}), part[2]) if part else (fields, name)
             if not isinstance(target, dict) or key in target:
-                raise ServiceError(400, "invalid_value", f"{name}: is given twice; give it once", name)
+                raise refused(name, "is given twice; give it once")
             if isinstance(value, UploadFile):
                 target[key] = await value.read()
             else:
@@ -136,6 +137,12 @@ async def _read_form(http: HttpRequest, model: type[BaseModel], limits: Limits) 
     return fields
 
 
+@cache
+def _properties(model: type[BaseModel]) -> dict[str, dict]:
+    """The JSON schemas of a body's fields; making them takes milliseconds."""
+    return model.model_json_schema()["properties"]
+
+
 def _from_form(name: str, value: str, schema: dict):
     types = {kind.get("type") for kind in (schema, *schema.get("anyOf", ()))}
     if not types & {"integer", "number", "boolean", "array", "object"} or ("string" in types and value[:1] != "["):
@@ -143,7 +150,7 @@ def _from_form(name: str, value: str, schema: dict):
     try:
         return json.loads(value, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        raise ServiceError(400, "invalid_value", f"{name}: cannot be read; write it as in JSON", name) from None
+        raise refused(name, "cannot be read; write it as in JSON") from None
 
 
 def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
@@ -155,11 +162,10 @@ def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = limits.pixels + 1
     except IMAGE_ERRORS:
-        message = f"{param}: is not a readable image; send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
-        raise ServiceError(400, "invalid_image", message, param) from None
+        problem = f"is not a readable image; send a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        raise refused(param, problem, "invalid_image") from None
     if pixels > limits.pixels:
-        message = f"{param}: has too many pixels; send at most {limits.pixels}"
-        raise ServiceError(413, "too_large", message, param)
+        raise refused(param, f"has too many pixels; send at most {limits.pixels}", "too_large", 413)
     return image
 
 
@@ -168,5 +174,22 @@ def _from_base64(value: str, param: str) -> bytes:
     try:
         return base64.b64decode(value[prefix.end() :] if prefix else value, validate=True)
     except (binascii.Error, ValueError):
-        message = f"{param}: is neither base64 nor a data: URL of an image; URLs are not fetched, files not opened"
-        raise ServiceError(400, "invalid_image", message, param) from None
+        problem = "is neither base64 nor a data: URL of an image; URLs are not fetched, files not opened"
+        raise refused(param, problem, "invalid_image") from None
+
+
+def known_text(prompt: str | None, limits: Limits) -> dict:
+    """The arguments of `Request` for a prompt; "": the text is known to be empty, None: it is generated."""
+    prompt = text(prompt, "prompt", limits)
+    if prompt is None:
+        return {}
+    return {"prompt": prompt} if prompt else {"inputs": {"text": ""}}
+
+
+def text(value: str | bytes | None, param: str, limits: Limits) -> str | None:
+    """A text within the limits. Raises ServiceError about `param`."""
+    if value is not None and not isinstance(value, str):
+        raise refused(param, "is a file; send a text")
+    if value is not None and len(value) > limits.prompt_chars:
+        raise refused(param, f"has {len(value)} characters; use at most {limits.prompt_chars}")
+    return value

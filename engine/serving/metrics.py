@@ -1,4 +1,4 @@
-"""What Prometheus is told, under names that other engines use too."""
+"""Metrics for Prometheus, named as in other engines."""
 
 import logging
 
@@ -7,12 +7,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from engine.serving.async_engine import AsyncEngine, Handle
 
 log = logging.getLogger("engine.serving")
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 STEPS = (1, 5, 10, 25, 50, 100, 250, 500, 1000)
 
 
 class Metrics:
-    """One service's; several in a process do not meet."""
+    """The metrics of one service, in a registry of its own."""
 
     def __init__(self, engine: AsyncEngine):
         self.registry = CollectorRegistry()
@@ -24,7 +25,7 @@ class Metrics:
         samples = Gauge("psunet:num_samples_waiting", "Samples of requests that have not started", **where)
         samples.set_function(lambda: engine.waiting)
         self.succeeded = Counter("psunet:requests_success", "Requests that were answered", **where)
-        self.failed = Counter("psunet:requests_failure", "Requests that were not", ["reason"], **where)
+        self.failed = Counter("psunet:requests_failure", "Requests that failed", ["reason"], **where)
         self.latency = Histogram("psunet:e2e_request_latency_s", "From arrival to result", buckets=SECONDS, **where)
         self.queued = Histogram("psunet:request_queue_wait_s", "Until the first step", buckets=SECONDS, **where)
         self.ran = Histogram("psunet:diffusion_exec_s", "From the first step on", buckets=SECONDS, **where)

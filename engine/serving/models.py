@@ -1,16 +1,14 @@
-"""What the service says of its model."""
+"""The description of the model and its vocabulary, as clients get them."""
 
 from dataclasses import asdict
 
 from engine.codecs.text import TextCodec
-from engine.request import Request
+from engine.request import TASKS, Request
 from engine.serving.service import Service
-
-TASKS = ("joint", "text-to-image", "image-to-text", "infill")
 
 
 def model_card(service: Service) -> dict:
-    """The model as in OpenAI's list, and what a client needs to know of it beyond."""
+    """The model as in OpenAI's list, with its modalities, tasks, defaults and limits."""
     config, defaults = service.config, Request()
     codecs = service.codecs
     text = codecs.get("text")
@@ -27,7 +25,7 @@ def model_card(service: Service) -> dict:
         "owned_by": "psunet-engine",
         "modalities": modalities,
         **known,
-        "tasks": [task for task in TASKS if {"text", "image"} <= codecs.keys() or task in ("joint", "infill")],
+        "tasks": [task for task in TASKS[1:] if {"text", "image"} <= codecs.keys() or task in ("joint", "infill")],
         "defaults": {
             "steps": defaults.steps,
             "guidance": dict(config.sampling.guidance),

@@ -1,9 +1,9 @@
-"""`/v1/infill`: everything that `Request` has, under its own names."""
+"""`/v1/infill`: all arguments of `Request`, under the same names."""
 
 from engine.request import Request
 from engine.serving.async_engine import Handle, Preview
-from engine.serving.errors import ServiceError
-from engine.serving.inputs import Limits, open_upload
+from engine.serving.errors import refused
+from engine.serving.inputs import known_text, open_upload, text
 from engine.serving.schemas import InfillBody
 from engine.serving.service import Event, Job, Service, created, described, timings
 
@@ -13,7 +13,7 @@ SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interva
 
 def infill(service: Service, body: InfillBody) -> Job:
     if body.preview_every and not body.stream:
-        raise ServiceError(400, "invalid_value", "preview_every: needs stream; set stream to true", "preview_every")
+        raise refused("preview_every", "needs stream; set stream to true")
 
     def answer(handle: Handle, result) -> dict:
         samples = [described(sample, i, body.output_format) for i, sample in enumerate(result.samples)]
@@ -38,15 +38,13 @@ def infill(service: Service, body: InfillBody) -> Job:
 
 def _request(body: InfillBody, service: Service) -> Request:
     limits = service.limits
-    given = dict(body.inputs)
+    given = {}
     for name, value in body.inputs.items():
-        if not service.is_text(name):
-            given[name] = open_upload(value, f"inputs[{name!r}]", limits)
-        else:
-            given[name] = text(value, f"inputs[{name!r}]", limits)
+        read = text if service.is_text(name) else open_upload
+        given[name] = read(value, f"inputs[{name!r}]", limits)
     if body.prompt is not None and "text" in given:
-        raise ServiceError(400, "invalid_value", "prompt: is given twice; leave it out of inputs", "prompt")
-    words = known_text(service, body.prompt)
+        raise refused("prompt", "is given twice; leave it out of inputs")
+    words = known_text(body.prompt, limits)
     return Request(
         prompt=words.get("prompt"),
         image=None if body.image is None else open_upload(body.image, "image", limits),
@@ -56,21 +54,3 @@ def _request(body: InfillBody, service: Service) -> Request:
         seed=body.seed,
         **{name: getattr(body, name) for name in SAME},
     )
-
-
-def known_text(service: Service, prompt: str | None) -> dict:
-    """The arguments of `Request` for a prompt, of which "" is known to be empty; None: there is none."""
-    prompt = text(prompt, "prompt", service.limits)
-    if prompt is None:
-        return {}
-    return {"prompt": prompt} if prompt else {"inputs": {"text": ""}}
-
-
-def text(value: str | bytes | None, param: str, limits: Limits) -> str | None:
-    """A text within the limits. Raises ServiceError about `param`."""
-    if value is not None and not isinstance(value, str):
-        raise ServiceError(400, "invalid_value", f"{param}: is a file; send a text", param)
-    if value is not None and len(value) > limits.prompt_chars:
-        message = f"{param}: has {len(value)} characters; use at most {limits.prompt_chars}"
-        raise ServiceError(400, "invalid_value", message, param)
-    return value

@@ -7,9 +7,8 @@ from PIL import Image
 from engine.images import open_image
 from engine.request import Request, Result, Sample
 from engine.serving.async_engine import Handle, Preview
-from engine.serving.errors import ServiceError
-from engine.serving.inputs import open_upload
-from engine.serving.native import known_text
+from engine.serving.errors import refused
+from engine.serving.inputs import known_text, open_upload
 from engine.serving.schemas import CaptionBody, EditBody, GenerationBody
 from engine.serving.service import Event, Job, Service, created, encoded, words_of
 
@@ -22,7 +21,7 @@ def generations(service: Service, body: GenerationBody) -> Job:
 
 def edits(service: Service, body: EditBody) -> Job:
     if body.mask is not None and body.mask_image is not None:
-        raise _bad("mask_image", "is given beside mask; send one of them")
+        raise refused("mask_image", "is given beside mask; send one of them")
     job = _images(service, body, "image_edit", lambda: _image_and_mask(service, body))
     return job if body.mask_image is None else replace(job, names={**NAMES, "mask": "mask_image"})
 
@@ -33,12 +32,12 @@ def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
     """
     _check_model(service, body.model)
     size, image_format = _check_output(service, body), body.output_format or "png"
-    steps, partial = body.num_inference_steps or 25, body.partial_images or 0
+    steps, partial = body.num_inference_steps or Request.steps, body.partial_images or 0
     about = {"size": size, "background": "opaque", "output_format": image_format}
     shown: dict[int, int] = {}  # previews that were sent, by sample
 
     def request() -> Request:
-        num, text = body.n or 1, known_text(service, body.prompt)
+        num, text = body.n or 1, known_text(body.prompt, service.limits)
         options = {"steps": steps, "guidance": body.guidance_scale, "unknown_words": body.unknown_words}
         return Request(num=num, seed=body.seed, **options, **text, **given())
 
@@ -77,21 +76,21 @@ def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
 
 def _check_model(service: Service, model: str | None) -> None:
     if model not in (None, service.model):
-        raise ServiceError(404, "model_not_found", f"model: is not served here; use {service.model}", "model")
+        raise refused("model", f"is not served here; use {service.model}", "model_not_found", 404)
 
 
 def _check_output(service: Service, body: GenerationBody) -> str:
     """The size of the images. Raises ServiceError about fields that ask for something else."""
     codec = service.codecs.get("image")
     if codec is None:
-        raise _bad("model", "makes no images", "unsupported_field")
+        raise refused("model", "makes no images", "unsupported_field")
     size = f"{codec.size}x{codec.size}"
     if body.size not in (None, "auto", size):
-        raise _bad("size", f"is not that of this model; use {size} or auto")
+        raise refused("size", f"is not that of this model; use {size} or auto")
     if body.output_compression is not None and body.output_format in (None, "png"):
-        raise _bad("output_compression", "is for jpeg and webp; set output_format")
+        raise refused("output_compression", "is for jpeg and webp; set output_format")
     if body.partial_images and not body.stream:
-        raise _bad("partial_images", "needs stream; set stream to true")
+        raise refused("partial_images", "needs stream; set stream to true")
     return size
 
 
@@ -102,7 +101,9 @@ def _image_and_mask(service: Service, body: EditBody) -> dict[str, Image.Image]:
     param = "image" if body.mask is None else "mask"
     mask = image if body.mask is None else open_image(open_upload(body.mask, "mask", service.limits), "mask")
     if mask.mode != "RGBA":
-        raise _bad(param, "has no transparency to say where to edit; send one with it, or mask_image", "invalid_image")
+        raise refused(
+            param, "has no transparency to say where to edit; send one with it, or mask_image", "invalid_image"
+        )
     return {"image": image, "mask": mask.getchannel("A").point(lambda alpha: 255 - alpha)}
 
 
@@ -117,7 +118,7 @@ def captions(service: Service, body: CaptionBody) -> Job:
             steps=body.steps,
             guidance=body.guidance,
             unknown_words=body.unknown_words,
-            **known_text(service, body.prompt),
+            **known_text(body.prompt, service.limits),
         )
 
     def answer(handle: Handle, result: Result) -> dict:
@@ -128,7 +129,3 @@ def captions(service: Service, body: CaptionBody) -> Job:
         return {"created": created(), "data": data}
 
     return Job(request, answer, names={"num": "n"})
-
-
-def _bad(param: str, problem: str, code: str = "invalid_value") -> ServiceError:
-    return ServiceError(400, code, f"{param}: {problem}", param)

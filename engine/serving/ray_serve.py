@@ -3,10 +3,10 @@
     client ── Front, in the process of `python -m engine.serve` ──┬── Replica: application, engine
                                                                   └── Replica: application, engine
 
-The front looks at no body: it hands a request on as ASGI to the replica with fewer requests, and hands the messages of
-the answer back. If the replica dies meanwhile, another one is asked, once; it gives the same samples, since the front
-has chosen the seed for requests without one. What concerns all replicas (cancelling by id, metrics, draining) is
-broadcast. Ray is imported where it is used.
+The front does not parse bodies: it hands a request on as ASGI to the replica with fewer requests, and hands the
+messages of the answer back. If the replica dies, the front asks another one, once, which makes the same samples, since
+the front has chosen the seed for requests without one. Cancelling by id, metrics and draining go to all replicas. Ray
+is imported where it is used.
 """
 
 import asyncio
@@ -31,7 +31,8 @@ from engine.serving.app import create_app, guards
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.errors import RETRY_AFTER, ServiceError, internal_error
 from engine.serving.inputs import Limits, whole
-from engine.serving.service import SEED, new_seed, server_sent
+from engine.serving.metrics import METRICS_TYPE
+from engine.serving.service import DONE, SEED, disconnected, new_seed, server_sent
 
 log = logging.getLogger("engine.serving")
 NAME = "psunet"  # of the application in Ray Serve
@@ -72,7 +73,7 @@ class Settings:
 
 
 class Replica:
-    """An engine and its application, which is spoken to in ASGI messages instead of over a socket."""
+    """An engine and its application, called with ASGI messages instead of over a socket."""
 
     async def __init__(self, settings: Settings):
         engine = await asyncio.to_thread(Engine.from_pretrained, **settings.engine)
@@ -99,12 +100,12 @@ class Replica:
         sent = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict:
-            return sent.pop() if sent else await asyncio.Future()  # the front tells of a disconnect by cancelling
+            return sent.pop() if sent else await asyncio.Future()  # on a disconnect the front cancels the call
 
         async def call() -> None:
             try:
                 await self._app(scope, receive, messages.put)
-            except Exception:  # which the application has answered with status 500
+            except Exception:  # the application has answered with status 500
                 log.exception("%s failed", scope["path"])
             finally:
                 messages.put_nowait(None)
@@ -132,7 +133,7 @@ class Front:
         self._replicas, self._limits = replicas, limits
 
     async def drain(self, seconds: float) -> None:
-        """Lets what runs end, has the replicas refuse what is new meanwhile, and closes their engines."""
+        """Drains all replicas: they refuse new requests, finish running ones and close their engines."""
         drained = self._replicas.broadcast("drain", seconds)
         await drained.results_async(timeout_s=seconds + SPARE, return_exceptions=True)
 
@@ -166,12 +167,11 @@ class Front:
     async def _ask(self, scope: dict, body: bytes, receive, answer: "_Answer") -> None:
         messages = self._replicas.answer.options(stream=True).remote(scope, body)
 
-        async def disconnected() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
+        async def cancel() -> None:
+            await disconnected(receive)
             messages.cancel()
 
-        watch = asyncio.ensure_future(disconnected())
+        watch = asyncio.ensure_future(cancel())
         try:
             async for message in messages:
                 await answer.add(message)
@@ -188,13 +188,13 @@ class Front:
             return _closed("no replica answers").response()
         if scope["path"] == "/metrics":
             text = merged_metrics({name: body.decode() for name, _, body in answers})
-            return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+            return Response(text, media_type=METRICS_TYPE)
         _, status, body = min(answers, key=lambda answer: answer[1])  # 200 before 404
         return Response(body, status, media_type="application/json")
 
 
 class _Answer:
-    """What a client has been sent. It can begin anew while that is nothing, or events, which are then repeated."""
+    """An answer on its way to the client. It can begin anew if nothing was sent, or events, which are then repeated."""
 
     def __init__(self, send):
         self._send, self._start = send, None
@@ -213,7 +213,7 @@ class _Answer:
             self._begun, self._events = True, events
             await self._send(self._start)
         elif self._events and not events:  # asked anew, a replica refuses
-            text = server_sent("error", json.loads(message["body"])) + "data: [DONE]\n\n"
+            text = server_sent("error", json.loads(message["body"])) + DONE
             message = {**message, "body": text.encode()}
         await self._send(message)
 
@@ -239,7 +239,7 @@ def running(settings: Settings) -> Iterator[Starlette]:
     that is started on this machine. Raises InputError if no replica can be made.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's: replicas would wait for all that else runs
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would have replicas yield to all other processes
     import ray
     from ray import serve
 
@@ -253,7 +253,7 @@ def running(settings: Settings) -> Iterator[Starlette]:
             if needed > there:
                 problem = f"need {needed:g} {unit}, of which there are {there:g}"
                 raise InputError("replicas", settings.replicas, f"ask for fewer, or fewer {unit} for each", problem)
-        inside = replace(settings, tokens=())  # which the front checks
+        inside = replace(settings, tokens=())  # the front checks them
         refusal = ray.get(ray.remote(_refusal).options(**resources).remote(inside))
         if refusal is not None:
             raise InputError(*refusal)

@@ -1,13 +1,13 @@
 """Bodies and answers of the service, from which its OpenAPI document is made.
 
-Bounds are the engine's; a service's own limits, which may be lower, are in its list of models.
+Bounds and defaults are the engine's; a service's own limits, which may be lower, are in its list of models.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from engine.request import GUIDANCE_KINDS, MAX_SEED, SOLVERS, WHOLE_NUMBERS
+from engine.request import GUIDANCE_KINDS, MAX_SEED, SOLVERS, TASKS, WHOLE_NUMBERS, Request
 
 ImageData = Annotated[
     str | bytes,
@@ -23,9 +23,9 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N7
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="of the first sample, the others count up; null: random")]
 
 
-def _whole(key: str, default: int, description: str):
+def _whole(key: str, description: str):
     lowest, highest = WHOLE_NUMBERS[key]
-    return Field(default, ge=lowest, le=highest, description=description)
+    return Field(getattr(Request, key), ge=lowest, le=highest, description=description)
 
 
 class Body(BaseModel):
@@ -52,22 +52,22 @@ class InfillBody(Body):
     mask: ImageData | None = Field(None, description="white: generate; black or transparent: keep")
     inputs: dict[str, ImageData] = Field({}, description="what is given of any modality, by its name")
     masks: dict[str, ImageData] = Field({}, description="masks of given images, by modality")
-    num: int = _whole("num", 1, "samples")
-    steps: int = _whole("steps", 25, "of the solver; for each modality in an order")
-    solver: Literal[SOLVERS] = "dpm++"
+    num: int = _whole("num", "samples")
+    steps: int = _whole("steps", "of the solver; for each modality in an order")
+    solver: Literal[SOLVERS] = Request.solver
     guidance: float | None = Field(None, ge=-100, le=100, description="scale; 1: none; null: the model's, by task")
     guidance_kind: Literal[GUIDANCE_KINDS] | None = None
     guidance_interval: list[float] | None = Field(
         None, min_length=2, max_length=2, description="[start, end] of the guided steps, 0 to 1"
     )
-    eta: float = Field(0.0, ge=0, le=1, description="of solver ddim")
+    eta: float = Field(Request.eta, ge=0, le=1, description="of solver ddim")
     seed: Seed | None = None
-    resample: int = _whole("resample", 1, "RePaint: how often each stretch of `jump` steps is done")
-    jump: int = _whole("jump", 5, "steps of such a stretch")
-    step_cache: int = _whole("step_cache", 1, "an approximation: inner blocks at every so many steps only")
+    resample: int = _whole("resample", "RePaint: how often each stretch of `jump` steps is done")
+    jump: int = _whole("jump", "steps of such a stretch")
+    step_cache: int = _whole("step_cache", "an approximation: inner blocks at every so many steps only")
     order: list[str] | Literal["together"] | None = Field(None, description="modalities, first to last; or together")
-    unknown_words: Literal["error", "fill"] = "error"
-    task: Literal["auto", "joint", "text-to-image", "image-to-text", "infill"] = "auto"
+    unknown_words: Literal["error", "fill"] = Request.unknown_words
+    task: Literal[TASKS] = Request.task
     priority: int = Field(0, ge=-100, le=100, description="higher ones are served first")
     deadline: float | None = Field(None, gt=0, le=86400, description="seconds until the request is given up")
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -120,7 +120,7 @@ class ErrorAnswer(BaseModel):
 
 
 class GenerationBody(Body):
-    """OpenAI's fields as far as they mean something here, and seed, num_inference_steps, guidance_scale."""
+    """OpenAI's fields that apply here, and seed, num_inference_steps, guidance_scale, unknown_words."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "red heart", "n": 2, "seed": 7}]})
 
@@ -139,11 +139,11 @@ class GenerationBody(Body):
     seed: Seed | None = None
     num_inference_steps: int | None = Field(None, ge=1, le=WHOLE_NUMBERS["steps"][1])
     guidance_scale: float | None = Field(None, ge=-100, le=100)
-    unknown_words: Literal["error", "fill"] = "error"
+    unknown_words: Literal["error", "fill"] = Request.unknown_words
 
 
 class EditBody(GenerationBody):
-    """As for generations, with an image of which a part is made anew."""
+    """As for generations, with an image of which a part is regenerated."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "red heart", "image": PNG, "mask_image": PNG, "seed": 7}]}
@@ -178,9 +178,9 @@ class CaptionBody(Body):
     model: str | None = None
     n: int = Field(1, ge=1, le=WHOLE_NUMBERS["num"][1], description="captions")
     seed: Seed | None = None
-    steps: int = _whole("steps", 25, "of the solver")
+    steps: int = _whole("steps", "of the solver")
     guidance: float | None = Field(None, ge=-100, le=100)
-    unknown_words: Literal["error", "fill"] = "error"
+    unknown_words: Literal["error", "fill"] = Request.unknown_words
 
 
 class Caption(BaseModel):

@@ -1,4 +1,4 @@
-"""From a client's request to its answer: shared by all endpoints that sample."""
+"""From a client's request to its answer, for all endpoints that sample."""
 
 import asyncio
 import base64
@@ -6,7 +6,7 @@ import io
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -17,14 +17,15 @@ from pydantic import BaseModel
 
 from engine.request import Request, Result, Sample
 from engine.serving.async_engine import AsyncEngine, Handle, Preview, Progress
-from engine.serving.errors import AsciiJSON, ServiceError, dumps, internal_error, service_error
+from engine.serving.errors import AsciiJSON, dumps, internal_error, refused, service_error
 from engine.serving.inputs import Limits, read
 from engine.serving.metrics import Metrics
 
 log = logging.getLogger("engine.serving")
-SILENCE = 15.0  # seconds
+SILENCE = 15.0  # seconds until a comment is sent in a stream without events
+DONE = "data: [DONE]\n\n"  # the last event of a stream
 SEED = "psunet.seed"  # in an ASGI scope: for a request without one
-Event = tuple[str | None, dict]  # name and data
+Event = tuple[str, dict]  # name and data
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Job:
 
     request: Callable[[], Request]
     answer: Callable[[Handle, Result], dict]
-    final: Callable[[dict], list[Event]] = lambda answer: [("result", answer)]  # the same as events
+    final: Callable[[dict], list[Event]] = lambda answer: [("result", answer)]  # as events
     preview: Callable[[Handle, Preview], list[Event]] = lambda handle, preview: []
     names: Mapping[str, str] = field(default_factory=dict)  # the client's, of arguments of `Request`
     priority: int = 0
@@ -108,8 +109,7 @@ class Service:
             if value > most:
                 name = names.get(key, key)
                 unit = "steps in all" if key == "resample" else name
-                message = f"{name}: {value} {unit} are too many here; use at most {most}"
-                raise ServiceError(400, "invalid_value", message, name)
+                raise refused(name, f"{value} {unit} are too many here; use at most {most}")
 
     async def _events(self, handle: Handle, job: Job) -> AsyncIterator[str]:
         async for event in _with_pauses(handle.events()):
@@ -127,7 +127,7 @@ class Service:
                 log.exception("request %s failed", handle.id)
         for name, data in events:
             yield server_sent(name, data)
-        yield "data: [DONE]\n\n"
+        yield DONE
 
     async def _event(self, handle: Handle, event, job: Job) -> list[Event]:
         if isinstance(event, Preview):
@@ -140,7 +140,7 @@ class Service:
 
 
 async def _with_pauses(events: AsyncIterator) -> AsyncIterator:
-    """These events, and None where there are none for a while: proxies end what is silent."""
+    """These events, and None after SILENCE without any: proxies close connections that are silent."""
     while True:
         following = asyncio.ensure_future(anext(events))
         try:
@@ -154,7 +154,7 @@ async def _with_pauses(events: AsyncIterator) -> AsyncIterator:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; cancels the request when the client is gone, also before the first event."""
+    """Server-sent events; cancels the request when the client disconnects, also before the first event."""
 
     media_type = "text/event-stream"
 
@@ -170,8 +170,7 @@ class EventStream(StreamingResponse):
 @asynccontextmanager
 async def _cancelled_on_disconnect(http: HttpRequest, handle: Handle):
     async def watch() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(http.receive)
         handle.cancel()
 
     task = asyncio.ensure_future(watch())
@@ -181,8 +180,14 @@ async def _cancelled_on_disconnect(http: HttpRequest, handle: Handle):
         task.cancel()
 
 
-def server_sent(name: str | None, data: dict) -> str:
-    return f"{f'event: {name}' + chr(10) if name else ''}data: {dumps(data)}\n\n"
+async def disconnected(receive: Callable[[], Awaitable[Mapping]]) -> None:
+    """Waits until the client has disconnected; `receive` is ASGI's, of a request whose body is read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def server_sent(name: str, data: dict) -> str:
+    return f"event: {name}\ndata: {dumps(data)}\n\n"
 
 
 def new_seed() -> int:

@@ -19,7 +19,7 @@ const has = (modality) => model.modalities.some(({ name }) => name === modality)
 
 // ---------------------------------------------------------------------------------------------------- The service
 
-/** What the service refused: `param` names the field at which it belongs. */
+/** An error of the service; `field` is the one that it is shown at. */
 class Failure extends Error {
   constructor({ message, param }, status) {
     super(param ? message.replace(`${param}: `, "") : message);
@@ -65,7 +65,7 @@ async function* eventsOf(response) {
   }
 }
 
-const vocabulary = new Map(); // what the service answered, by prefix
+const vocabulary = new Map(); // answers of the service, by prefix
 
 function wordsFrom(prefix) {
   const key = prefix.toLowerCase();
@@ -247,7 +247,7 @@ function paintOverlayNow() {
   const accent = getComputedStyle(document.body).getPropertyValue("--mask");
   const shown = image.left ? image.mask.map(() => 1) : image.mask;
   drawMask(shown, [255, 255, 255, 255], [0, 0, 0, 0]);
-  $("overlay").width = $("overlay").height = OVERLAY; // which also clears it
+  $("overlay").width = $("overlay").height = OVERLAY; // this also clears it
   const context = $("overlay").getContext("2d");
   context.imageSmoothingEnabled = false;
   context.drawImage(maskCanvas, 0, 0, OVERLAY, OVERLAY);
@@ -576,7 +576,7 @@ function keepSeed(seed) {
   setLock(true);
 }
 
-/** Shows what is wrong with the options; whether nothing is. */
+/** Shows what is wrong with the options; returns whether all are valid. */
 function optionsAreValid() {
   const wrong = ["num", "steps", "seed", "guidance"].filter((id) => !$(id).checkValidity());
   for (const id of wrong) showError(id, `Use a${id === "guidance" ? "" : " whole"} number from ${$(id).min} to ${$(id).max}.`);
@@ -603,11 +603,11 @@ function requestOf({ image: drawn, words }) {
 
 async function generate() {
   if (running) return;
-  if (!model.id) await start(); // it has failed before
+  if (!model.id) await start(); // an earlier start has failed
   if (!model.id) return;
   addTyped();
   clearErrors();
-  refresh(); // which also shows again the words that are not known
+  refresh(); // shows the unknown words again, too
   if ($("generate").disabled || !optionsAreValid()) return;
   if (!isLocked()) drawSeed();
   const planned = plan();
@@ -684,7 +684,7 @@ function showRun(run, title) {
   }
 }
 
-/** The one of the buttons Generate and Cancel that can be used; the focus moves along. */
+/** Shows Generate or Cancel, whichever can be used; the focus moves along. */
 function showWhatRuns() {
   const hadFocus = [$("generate"), $("cancel")].includes(document.activeElement);
   $("cancel").hidden = !running;
@@ -917,7 +917,7 @@ for (const id of ["num", "steps", "guidance", "order"]) {
 }
 on("seed", "input", () => {
   clearError("seed");
-  setLock(true); // who types a seed wants it
+  setLock(true); // a typed seed is kept
 });
 on("dice", "click", drawSeed);
 on("lock", "click", () => setLock(!isLocked()));
