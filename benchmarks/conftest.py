@@ -1,5 +1,6 @@
 """Fixtures of the benchmarks, and what every stored run records of its machine."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -42,7 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     after = ceilings(config.engine_device, CEILING_DTYPES)  # the better of two measurements, some minutes apart
     best = {name: max(rate, after[name]) for name, rate in config.ceilings.items()}
-    machine_info["engine"] = config.engine_facts | {"ceilings": best}
+    command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
+    machine_info["engine"] = config.engine_facts | {"command": command, "ceilings": best}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What each experiment compares and measures: the text of its section in RESULTS.md, for stored runs too."""
+"""The text of RESULTS.md: its introduction, and what each experiment compares and measures, for stored runs too."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,16 @@ class Description:
     text: str
 
 
+INTRODUCTION = (
+    "Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit it by hand. A section begins "
+    "with the command of its run, or, if that was not recorded, with the files that `python -m pytest FILES "
+    "--benchmark-json RUN.json` ran. Times are medians over rounds in which all contenders are timed in turns (but "
+    "starts, energy and the seconds of experiments are measured one after the other). IQR is the interquartile range; "
+    "p95 is the time of the round nearest to the 95th percentile, which with few rounds is the slowest one; calls are "
+    "those of the denoiser. For the service, percentiles are over requests, capacity is the most requests per second "
+    "that the engine answers, and an answer is good within four times what its request takes alone. In the "
+    "experiments, ± is the standard deviation over the seeds: of training where models were trained, else of sampling."
+)
 ERRORS = (
     "Image error and text error are mean squared errors of the model's prediction of one modality on held-out images, "
     "at evenly spaced times, with the other modality known."

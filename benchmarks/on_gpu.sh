@@ -21,7 +21,8 @@ run() { # run NAME COMMAND...: writes its output to OUT/NAME.txt and prints the 
 
 tests() {
     run gpu-tests "$python" -m pytest -q -m gpu
-    run kernel-tests "$python" -m pytest -q -m "not gpu" tests/test_triton.py tests/test_philox.py tests/test_cfg_step.py
+    run kernel-tests "$python" -m pytest -q -m "not gpu" \
+        tests/test_triton.py tests/test_philox.py tests/test_cfg_step.py
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck; do
             run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q \

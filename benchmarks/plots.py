@@ -5,15 +5,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-KINDS = (
-    "forward",
-    "loop",
-    "sampling",
-    "joint order",
-    "hand-over",
-    "training",
-    "service",
-)  # of groups; any others are kernels
+# Of groups; any others are kernels.
+KINDS = ("forward", "loop", "sampling", "joint order", "hand-over", "training", "service")
 
 
 def plot_run(run: dict, groups: dict[str, list[dict]], stem: Path) -> list[Path]:

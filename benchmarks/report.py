@@ -8,7 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.descriptions import DESCRIPTIONS
+from benchmarks.descriptions import DESCRIPTIONS, INTRODUCTION
 from engine.command import Parser, path, refuse
 from engine.command import run as run_command
 from engine.errors import InputError, errors_named
@@ -19,7 +19,8 @@ COMPARABLE = ("device", "threads", "torch", "power_limit_watts")  # that two run
 PAPER_SAMPLES = 1_000_000 * 256  # U-ViT's training on MS-COCO, which the coco256 recipe follows: steps × batch
 # How names of groups begin, beside those of kernels.
 BENCHMARKS = ("forward", "loop", "sampling", "joint order", "hand-over", "training", "service", "start", "energy")
-
+# Contenders compared round by round, by the beginning of the group's name.
+BY_ROUNDS = {"hand-over": ("Engine.generate", "calling thread"), "service, HTTP": ("HTTP", "Engine.submit")}
 RENAMED = {  # keys of runs that were stored before, and what they are called now
     "pictures_per_second": "images_per_second",
     "joules_per_picture": "joules_per_image",
@@ -105,8 +106,9 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
     changed = " with uncommitted changes" if commit.get("dirty") else ""
     parts = [
         f"## {name}",
-        f"{machine['device']}, commit `{(commit.get('id') or 'unknown')[:10]}`{changed}, {run['datetime'][:10]}. "
-        + ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("device", "ceilings"))
+        f"{_command(run)}, {machine['device']}, commit `{(commit.get('id') or 'unknown')[:10]}`{changed}, "
+        f"{run['datetime'][:10]}. "
+        + ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("command", "device", "ceilings"))
         + ".",
         f"Ceilings measured in the same run: copy {ceilings['copy'] / 1e9:.1f} GB/s; matmul "
         + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in ceilings.items() if dtype != "copy")
@@ -125,10 +127,7 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
             parts.append(_timings(group, rows))
         if group.startswith("loop"):
             parts.append(_loop(rows))
-        if group.startswith("hand-over"):
-            parts.append(_by_rounds(rows, "Engine.generate", "calling thread"))
-        if group.startswith("service, HTTP"):
-            parts.append(_by_rounds(rows, "HTTP", "Engine.submit"))
+        parts += [_by_rounds(rows, *pair) for prefix, pair in BY_ROUNDS.items() if group.startswith(prefix)]
     for rows in (r for g, r in rows_by_group(run).items() if g == "training, batch 256"):
         for row in rows:
             hours = PAPER_SAMPLES / row["images_per_second"] / 3600
@@ -137,6 +136,13 @@ def markdown(name: str, run: dict, plots: list[str]) -> str:
                 "the coco256 recipe."
             )
     return "\n\n".join(part for part in parts if part)
+
+
+def _command(run: dict) -> str:
+    """The command of a run; of runs stored before commands were recorded, the files of its tests."""
+    command = run["machine_info"]["engine"].get("command")
+    files = sorted({b["fullname"].partition("::")[0] for b in run["benchmarks"]})
+    return f"`{command}`" if command else f"{', '.join(f'`{file}`' for file in files)} (options not recorded)"
 
 
 CLAIMS = (  # (what the paper says, or relies on; prefix of the groups that test it, whose time, over whose time)
@@ -239,8 +245,8 @@ def _load(group: str, rows: list[dict]) -> str:
     p95 = {row["contender"]: row["p95"] for row in rows}
     ours = p95.pop("step-level batching", None)
     ratios = [f"{ours / theirs:.2f} times that of {name}" for name, theirs in p95.items()] if ours else []
-    told = f"\n\nThe p95 of step-level batching is {' and '.join(ratios)}." if ratios else ""
-    return f"### {group}\n\n{_table([*header, 'good answers/s'], lines)}{told}"
+    comparison = f"\n\nThe p95 of step-level batching is {' and '.join(ratios)}." if ratios else ""
+    return f"### {group}\n\n{_table([*header, 'good answers/s'], lines)}{comparison}"
 
 
 def _energy(group: str, rows: list[dict]) -> str:
@@ -279,16 +285,6 @@ def experiment_markdown(name: str, stored: dict, plots: list[str]) -> str:
         _table(header, rows),
         *(f"![{description.title}]({plot})" for plot in plots),
     ])  # fmt: skip
-
-
-INTRODUCTION = (
-    "Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit it by hand. A section of times "
-    "is a run of `python -m pytest benchmarks/ --benchmark-json FILE`. Times are medians over rounds in which all "
-    "contenders are timed in turns (but starts, energy and the seconds of experiments are measured one after the "
-    "other). IQR is the interquartile range; p95 is the time of the round nearest to the 95th percentile, which with "
-    "few rounds is the slowest one; calls are those of the denoiser. In the experiments, ± is the standard deviation "
-    "over the seeds: of training where models were trained, else of sampling."
-)
 
 
 def write(results: Path, out: Path) -> list[Path]:

@@ -1,10 +1,11 @@
 """The engine under load: requests that arrive at random times, and the cost of HTTP.
 
-"step-level" is this engine: requests enter and leave its batch between steps. "request-level" is the same engine used
-as a server of whole batches uses it: what waits, up to as many rows, runs to the end of its longest request, then the
-next batch. All get the same requests at the same times, in turns. The load is a share of the capacity, which is what
-the engine does at most, measured first; latencies are counted from the times of arrival. A play takes 3 × `--seconds`,
-and longer where requests still wait; 99th percentiles need `--seconds 20` or more, and a machine without other work.
+"step-level batching" is this engine: requests enter and leave its batch between steps. "request-level batching" gives
+the same engine one batch after another: up to `max_rows` of the waiting requests, which run until the longest is done.
+"one at a time" is the same with batches of one. All get the same requests at the same times, in turns. The load is a
+share of the capacity, the most requests per second that the engine answers, measured first; latencies are counted from
+the times of arrival. A play takes 3 × `--seconds`, and longer where requests still wait; 99th percentiles need
+`--seconds 20` or more, and a machine without other work.
 """
 
 import json
@@ -197,10 +198,10 @@ def recorded(visits: list[Visit], alone: dict[int, float], seconds: float) -> di
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
 def test_load(benchmark, plays, dtype, share, contender):
-    found = dict(plays(share)[contender])
-    latencies = found.pop("latencies")
+    stored = dict(plays(share)[contender])
+    latencies = stored.pop("latencies")
     benchmark.group = f"service, {share:.0%} of capacity"
-    benchmark.extra_info |= {"contender": contender, "dtype": str(dtype).removeprefix("torch."), **found}
+    benchmark.extra_info |= {"contender": contender, "dtype": str(dtype).removeprefix("torch."), **stored}
     benchmark.pedantic(CLOCK.play(latencies), rounds=len(latencies))
 
 
@@ -210,19 +211,19 @@ CLIENT = """
 import asyncio, json, sys
 import httpx
 address, bodies = json.loads(sys.stdin.readline())
-async def all_of_them():
+async def post_rounds():
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None)) as http:
         for _ in sys.stdin:
             answers = await asyncio.gather(*(http.post("/v1/infill", json=body) for body in bodies))
             print(sum(answer.status_code == 200 for answer in answers), flush=True)
-asyncio.run(all_of_them())
+asyncio.run(post_rounds())
 """
 IN_PROCESS, OVER_HTTP = "Engine.submit", "HTTP"
 
 
 @pytest.fixture
-def ask(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
-    """A function that makes, of bodies of requests, a function that has a process send them all and get the answers."""
+def http_client(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
+    """`http_client(bodies)` returns a function that has another process post all bodies, and counts the answers."""
     uvicorn = pytest.importorskip("uvicorn", reason="the service is not installed: pip install '.[serve]'")
     from engine.serving.app import create_app
     from engine.serving.async_engine import AsyncEngine
@@ -240,35 +241,35 @@ def ask(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
             client.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             client.stdin.flush()
 
-        def asking(bodies: list[dict]) -> Callable[[], int]:
+        def prepared(bodies: list[dict]) -> Callable[[], int]:
             send([address, bodies])
 
-            def ask() -> int:
+            def post_all() -> int:
                 send("go")
                 return int(client.stdout.readline())
 
-            return ask
+            return post_all
 
-        yield asking
+        yield prepared
         client.stdin.close()
     server.should_exit = True
     thread.join()
 
 
 @pytest.mark.parametrize("contender", [IN_PROCESS, OVER_HTTP])
-def test_http(compete, engine, ask, contender):
+def test_http(compete, engine, http_client, contender):
     """More requests at once than the engine computes together: from this process, and over HTTP from another one."""
     count = 2 * engine.max_rows
     bodies = [{"prompt": "word1 word2", "steps": 10, "seed": seed} for seed in range(count)]
 
     def build():
-        asked, requests = ask(bodies), [Request(**body) for body in bodies]
+        post_all, requests = http_client(bodies), [Request(**body) for body in bodies]
 
         def submitted() -> int:
             return len([future.result() for future in [engine.submit(request) for request in requests]])
 
         def over_http() -> int:
-            answered = asked()
+            answered = post_all()
             assert answered == count, f"{answered} of {count} were answered"
             return answered
 
