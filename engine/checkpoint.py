@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from engine.codecs.codec import Codec, load_codec
 from engine.config import Config, ModelConfig
-from engine.device import all_finite, shape_difference
 from engine.errors import InputError, shown
-from engine.files import is_folder, load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import (
+    all_finite,
+    is_folder,
+    load_tensors,
+    save_tensors,
+    shape_difference,
+    unreadable,
+    write_atomically,
+)
 from engine.model.denoiser import build
 
 BUILT_IN = Path(__file__).parent / "assets" / "emoji"

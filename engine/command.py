@@ -1,4 +1,4 @@
-"""What the command lines share: a parser that refuses in one line, types of arguments, the check of an output folder.
+"""What the command lines share: `Parser`, `refuse` (errors in one line), `run` (exit without tracebacks), path checks.
 
 Imports no torch, so that --help and bad options answer at once.
 """
@@ -64,7 +64,7 @@ def broken_package(error: BaseException) -> str | None:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The error that those were raised from which name no cause of their own."""
+    """The first error of a chain of `raise … from …`."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -73,14 +73,14 @@ def _root(error: BaseException) -> BaseException:
 def run(command: str, main: Callable[[], int]) -> NoReturn:
     """Runs a command and exits with its status.
 
-    Without a traceback where it is interrupted, where standard output or error is closed, full or a pipe that nobody
-    reads, where it cannot encode what is printed, and where the user has no home.
+    These print no traceback: an interrupt; standard output or error that is closed, full, a pipe without a reader, or
+    of an encoding that lacks what is printed; a user without a home folder; a package that cannot be imported.
     """
     answer(command)
     _open_streams()
     try:
         Path.home()
-    except RuntimeError:  # packages fail at their import that look for their settings there
+    except RuntimeError:  # packages that look for their settings there would fail at import
         os.environ["HOME"] = "/nonexistent"  # as Debian has it
     try:
         try:
@@ -108,7 +108,7 @@ def run(command: str, main: Callable[[], int]) -> NoReturn:
 
 
 class _Stderr(TextIOWrapper):
-    """Standard error that may be lost: no progress bar or message is worth the end of a run."""
+    """Standard error that ignores failed writes, so that a progress bar or message cannot end a run."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):

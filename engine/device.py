@@ -5,11 +5,10 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import InputError
@@ -64,21 +63,6 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, model: ModelCo
     if name == "float16" and device.type == "cpu":
         raise InputError("dtype", dtype, "use auto, float32 or bfloat16", "is not computed on a CPU")
     return DTYPES[name]
-
-
-def all_finite(weights: dict[str, Tensor]) -> bool:
-    """Whether these are floats that can be computed with (8 bits are for storage only), without infinities and NaN."""
-    return all(w.is_floating_point() and w.element_size() > 1 and w.isfinite().all() for w in weights.values())
-
-
-def shape_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
-    """The first difference between the names and shapes of two networks' weights, in words; None: there is none."""
-    a, b = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (expected, found))
-    differing = a.items() ^ b.items()
-    if not differing:
-        return None
-    name = min(differing)[0]
-    return f"{name} is {b.get(name, 'missing')}, should be {a.get(name, 'absent')}"
 
 
 def ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...], tries: int = 8) -> dict[str, float]:

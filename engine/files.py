@@ -1,6 +1,6 @@
 """Files: written whole or not at all, in the mode that the umask gives; read with errors that say what is wrong.
 
-Imports no torch.
+Also checks of the weights in them. Imports no torch.
 """
 
 import os
@@ -57,6 +57,21 @@ def load_tensors(path: str | PathLike) -> tuple[dict[str, "Tensor"], dict[str, s
 
     with open(path, "rb"), safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+def all_finite(weights: dict[str, "Tensor"]) -> bool:
+    """Whether these are floats that can be computed with (8 bits are for storage only), without infinities and NaN."""
+    return all(w.is_floating_point() and w.element_size() > 1 and w.isfinite().all() for w in weights.values())
+
+
+def shape_difference(expected: Mapping[str, "Tensor"], found: Mapping[str, "Tensor"]) -> str | None:
+    """The first difference between the names and shapes of two networks' weights, in words; None: there is none."""
+    a, b = ({name: tuple(w.shape) for name, w in weights.items()} for weights in (expected, found))
+    differing = a.items() ^ b.items()
+    if not differing:
+        return None
+    name = min(differing)[0]
+    return f"{name} is {b.get(name, 'missing')}, should be {a.get(name, 'absent')}"
 
 
 def unreadable(argument: str, path: object, error: OSError, remedy: str) -> InputError:

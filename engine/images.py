@@ -1,6 +1,6 @@
 """Images: opening and fitting them, masks in pixels, compositing, and grids with captions for people to look at.
 
-Knows nothing of autoencoders, tokens or tasks. A mask is a numpy array [H, W] of bool, True where the image is to be
+Independent of autoencoders, tokens and tasks. A mask is a numpy array [H, W] of bool, True where the image is to be
 generated.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ COLOURED = 64  # a mask's pixel is refused if its highest and lowest channel dif
 MARGIN, FONT_SIZE = 8, 12  # of a grid, in pixels
 
 
-def open_image(value: Image.Image | str | PathLike, argument: str = "image") -> Image.Image:
-    """A PIL image or a file → an upright image in memory: RGBA where it has transparency, else RGB.
+def open_image(value: Image.Image | str | PathLike | BinaryIO, argument: str = "image") -> Image.Image:
+    """A PIL image, a file or a binary stream → an upright image in memory: RGBA where it has transparency, else RGB.
 
     Raises InputError about `argument`, naming the file, for what is not a whole image.
     """
@@ -124,7 +125,7 @@ def _centre_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 @contextmanager
 def images_up_to_the_limit() -> Iterator[None]:
-    """Without Pillow's warnings of images above half of the size it refuses, and of metadata it cannot read."""
+    """Silences Pillow's warnings about images of more than half the size it refuses, and about unreadable metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -220,7 +221,7 @@ def composite(given: Tensor, generated: Tensor, mask: np.ndarray, radius: int) -
     """Generated images [n, 3, H, W] in the masked pixels [H, W] bool of a given one [3, H, W], without a seam.
 
     Known pixels are the given ones. How the two differ there is carried on into the masked region, as a mean over the
-    known pixels at most `radius` away, and fades out over as many: nothing of what lay under the mask shows.
+    known pixels at most `radius` away, and fades out over as many. The given image's masked pixels are not used.
     """
     weights, masked = torch.from_numpy(feather(mask, radius)), torch.from_numpy(mask)  # [H, W]
 

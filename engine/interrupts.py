@@ -1,7 +1,7 @@
 """Ctrl-C in a command line: one line and exit status 130, also while Python is still importing.
 
 An interrupt in the middle of an import ends the process at once: as an exception it would pass through C++ and through
-destructors, which swallow it or turn it into another error. Imports nothing slow, since it is imported first.
+destructors, which swallow it or turn it into another error. Imported before anything else, so it imports nothing slow.
 """
 
 import os
@@ -15,9 +15,9 @@ OURS = ("engine.", "benchmarks.")
 
 
 def answer_at_start() -> None:
-    """Until `answer` is called, ends the process; only if it is one of our modules that `python -m` runs."""
-    command, arguments = sys.argv[:1], sys.orig_argv
-    if command != ["-m"] or "-m" not in arguments:  # "-m" only while the module's package is imported
+    """Makes an interrupt end the process until `answer` is called, if `python -m` runs one of our modules."""
+    arguments = sys.orig_argv
+    if sys.argv[:1] != ["-m"] or "-m" not in arguments:  # argv[0] is "-m" only while the module's package is imported
         return
     module = arguments[arguments.index("-m") + 1]
     if module.startswith(OURS):
@@ -25,7 +25,7 @@ def answer_at_start() -> None:
 
 
 def answer(command: str) -> None:
-    """From now on, raises KeyboardInterrupt, except within an import."""
+    """Makes an interrupt raise KeyboardInterrupt from now on; during an import it still ends the process."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         if _is_importing(frame):
@@ -36,7 +36,7 @@ def answer(command: str) -> None:
 
 
 def _handle(handler) -> None:
-    """Replaces Python's handler; one that ignores interrupts (nohup, or a shell's &) stays."""
+    """Replaces Python's handler, unless interrupts are ignored (nohup, or a shell's &)."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
 

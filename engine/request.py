@@ -19,7 +19,7 @@ GUIDANCE_KINDS = ("masked", "alternate", "unidiffuser", "empty")
 SHORTHANDS = {"prompt": "text", "image": "image", "mask": "image"}  # the modalities that these arguments stand for
 NO_WORD = "give words, or leave it out to have them generated"
 MAX_NUM = 1024
-MAX_STEPS = 20_000  # with resampling
+MAX_STEPS = 20_000  # steps · resample
 MAX_SEED = 2**64 - 1
 WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
                  "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
@@ -32,7 +32,7 @@ class Request:
     prompt    words; `_` is one word to be filled in; None: the whole text is generated
     image     a PIL image or a file, centre-cropped and resized to the model's size; None: all of it is generated
     mask      a PIL image or a file, white where `image` is to be regenerated, black where it is kept
-    task      "auto" is told from what is given; another value only checks that the request is that task
+    task      "auto": follows from what is given; another value only checks that the request is that task
     num       samples, with seeds seed, seed + 1, …
     steps     steps of the solver; where modalities are generated in an order, each takes as many
     solver    "dpm++" (DPM-Solver++(2M)), "ddim" or "ddpm"
@@ -42,8 +42,8 @@ class Request:
     jump      steps of such a stretch
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
     guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
-    step_cache  an approximation: run the inner shared blocks at every so many steps only, 1: at all; they also run
-              whenever the passes change, which in alternately guided joint generation is at every step
+    step_cache  an approximation: run the inner shared blocks at every `step_cache`-th step only, 1: at every step; they
+              also run whenever the passes change, which in alternately guided joint generation is at every step
     order     "together": all modalities are denoised at once, as in the paper; or their names in the order in which
               they are generated, each guided by the earlier ones; others follow together; None: the checkpoint's
     eta       η of solver "ddim": 0 deterministic, 1 as noisy as DDPM
@@ -111,7 +111,8 @@ class Request:
 
     def _check_choices(self) -> None:
         choices = {"task": TASKS, "solver": SOLVERS, "unknown_words": ("error", "fill")}
-        choices |= {} if self.guidance_kind is None else {"guidance_kind": GUIDANCE_KINDS}
+        if self.guidance_kind is not None:
+            choices["guidance_kind"] = GUIDANCE_KINDS
         for key, allowed in choices.items():
             value = getattr(self, key)
             if not isinstance(value, str) or value not in allowed:  # an array is compared element by element

@@ -1,6 +1,6 @@
 """Sampling from the command line: `python -m engine.sample`; see `--help`, and README.md for examples.
 
-Parse, generate, write: everything else is `engine.runtime`, and how files are written `engine.sample_folder`.
+Parses options, calls `engine.runtime`, and writes the results with `engine.sample_folder`.
 """
 
 import argparse
@@ -99,7 +99,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
-    failed = None
     try:
         requests = _requests(options)
         check_writable(options.out)
@@ -133,7 +132,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
 
 
 def _inputs(options: argparse.Namespace) -> list[tuple[str, Path]]:
-    """All files that are read, and the options that name them. A text given as --input is taken for a file's name."""
+    """(option, file) of all files that are read, and the texts given as --input, which could be names of files too."""
     named = [(option, Path(file)) for option in ("input", "input_mask") for _, file in getattr(options, option)]
     given = [(option, getattr(options, option)) for option in ("image", "mask") if getattr(options, option)]
     checkpoint = options.checkpoint.rglob("*") if options.checkpoint else []
@@ -148,16 +147,18 @@ def _about_options(error: InputError) -> InputError:
 
 
 def _once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
+    names = [name for name, _ in pairs]
     for name, value in pairs:
-        if sum(name == other for other, _ in pairs) > 1:
+        if names.count(name) > 1:
             raise InputError(option, f"{name}={value}", "give each modality once", "is given twice")
     return dict(pairs)
 
 
 def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dict], list[str], Exception | None]:
-    """Generates, writes all files and returns what samples.json says, and the files that are about all samples.
+    """Generates and writes all files.
 
-    Also returns the error about samples that are not finite; raises it if none is.
+    Returns the content of samples.json, which of `grid.png` and `samples.json` were written, and the error about
+    samples that are not finite. Raises that error if no sample is finite.
     """
     started = time.perf_counter()
     # Late, so that --help and bad options answer at once.

@@ -1,7 +1,7 @@
-"""The folder that a run of `engine.sample` writes: images, `grid.png` and `samples.json` of that run and of no other.
+"""The folder that a run of `engine.sample` writes: images, `grid.png` and `samples.json` of one run only.
 
-A new run replaces an earlier one when all its files are written, so that a run that fails or is killed leaves the
-earlier one whole.
+A run replaces the files of an earlier one only after all of its own are written, so that a run that fails or is killed
+before leaves the earlier one whole.
 """
 
 import fcntl
@@ -31,9 +31,9 @@ def is_image(value) -> bool:
 
 
 def check_files(out: Path, files: Iterable[str], inputs: Iterable[tuple[str, Path]]) -> None:
-    """Raises InputError if `files` cannot be written to the folder, or if an input would be lost by it.
+    """Raises InputError if `files` cannot be written to the folder, or if the run would replace an input.
 
-    inputs  (argument, file) of all that is to be read, under whatever names and links
+    inputs  (argument, file) of all files to be read; they are compared by inode, so links count too
     """
     written = [*files, GRID, RECORD]
     check_writable(out, written)
@@ -53,11 +53,11 @@ def write(out: Path, samples: Sequence[Sample], report: list[dict]) -> list[str]
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out) as locked:
             if locked:  # then the runs that wrote these have ended
-                for left in out.glob(f"{UNFINISHED}*"):
-                    shutil.rmtree(left, ignore_errors=True)
+                for unfinished in out.glob(f"{UNFINISHED}*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=out, prefix=UNFINISHED) as folder:
                 names = _write_files(Path(folder), samples, report)
-                # In this order samples.json lists all images that are there, also if this is killed.
+                # samples.json first: it lists every image in the folder even if the process is killed here.
                 for name in _earlier_files(out) - {*names}:
                     (out / name).unlink(missing_ok=True)
                 for name in names:
@@ -93,23 +93,23 @@ def _write_grid(samples: Sequence[Sample], file: Path) -> None:
     images, captions = [], []
     for sample in samples:
         texts = [str(value) for value in sample.outputs.values() if not is_image(value)]
-        own = [value for value in sample.outputs.values() if is_image(value)]
-        images += own
-        captions += [" · ".join(texts), *[""] * len(own)][: len(own)]
-    each = len(images) // len(samples)
-    grid(images, captions, columns=each * max(1, round(len(images) ** 0.5 / each))).save(file)
+        of_sample = [value for value in sample.outputs.values() if is_image(value)]
+        images += of_sample
+        captions += [" · ".join(texts), *[""] * len(of_sample)][: len(of_sample)]  # under the sample's first image
+    per_sample = len(images) // len(samples)
+    grid(images, captions, columns=per_sample * max(1, round(len(images) ** 0.5 / per_sample))).save(file)
 
 
 def _earlier_files(out: Path) -> set[str]:
-    """Images and grid of the run whose samples.json is there; nothing else, whatever that file says."""
+    """Images and grid that samples.json lists; names that `image_file` does not give are skipped."""
     try:
-        found = set()
+        files = set()
         for i, entry in enumerate(json.loads((out / RECORD).read_text("utf-8"))):
             outputs = {"image": entry.get("image"), **entry.get("outputs", {})}
-            found |= {file for name, file in outputs.items() if file == image_file(i, name) and "/" not in file}
+            files |= {file for name, file in outputs.items() if file == image_file(i, name) and "/" not in file}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # not written by a run
         return set()
-    return {file for file in (found | {GRID} if found else found) if not (out / file).is_dir()}
+    return {file for file in (files | {GRID} if files else files) if not (out / file).is_dir()}
 
 
 def _identity(file: Path) -> set[tuple[int, int]]:

@@ -23,7 +23,7 @@ import torch
 try:
     import triton
     import triton.language as tl
-except Exception:  # no wheels for this platform, or broken: the decorated kernels exist, nothing chooses them
+except Exception:  # no wheels for this platform, or broken: kernels are still defined, but never chosen
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)  # for their annotations and constants
 
 BACKENDS = {

@@ -1,4 +1,4 @@
-"""What every test file shares: optional data, GPU tests and hypothesis settings."""
+"""What every test file shares: optional data, checkpoints, engines, GPU tests and hypothesis settings."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -84,7 +84,7 @@ def alone(engine, mixed) -> list:
 
 @pytest.fixture
 def own(tiny_checkpoint):
-    """An engine of the test's own on the CPU, with its network to tamper with."""
+    """(engine, network) on the CPU for one test only, which may change both."""
     from engine import Engine
     from engine.checkpoint import load
 

@@ -1,4 +1,4 @@
-"""What the tests of networks and sampling share: small denoisers that count their calls, tables, runs in one line."""
+"""What the tests of networks and sampling share: denoisers that count their calls, step tables, short runs."""
 
 import threading
 from contextlib import contextmanager
@@ -107,6 +107,11 @@ def table(
     times = timesteps(N, times) if isinstance(times, int) else times
     config = diffusion(conditioning, schedule, prediction)
     return solver_table(config, times, modalities, SolverOptions(**options), guidance or GuidanceOptions())
+
+
+def masked(scale, interval=None, first_stage=0) -> GuidanceOptions:
+    """Options of masked guidance."""
+    return GuidanceOptions("masked", scale, interval, first_stage=first_stage)
 
 
 def predict(model, parts, times):

@@ -40,7 +40,7 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0.005)
-    raise AssertionError("it does not come about")
+    raise AssertionError("the condition was not met within 30 s")
 
 
 def app_of(engine: Engine, max_queue: int = 256, **options):

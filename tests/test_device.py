@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import device
-from engine.device import all_finite, ceilings, fastest, resolve, resolve_device, resolve_dtype
+from engine.device import ceilings, fastest, resolve, resolve_device, resolve_dtype
 from engine.errors import InputError
 from engine.presets import PRESETS
 
@@ -189,17 +189,6 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
 def test_an_unknown_device_is_refused(name):
     with pytest.raises(InputError, match="^device: .* (is not known|is not there .*|is not supported); use auto"):
         resolve_device(name)
-
-
-def test_only_finite_floats_are_weights_to_compute_with():
-    assert all_finite({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.bfloat16)}) and all_finite({})
-    for bad in (
-        torch.tensor([1.0, torch.nan]),
-        torch.tensor([torch.inf]),
-        torch.ones(2, dtype=torch.int32),
-        torch.ones(2).to(torch.float8_e4m3fn),
-    ):
-        assert not all_finite({"a": torch.ones(2), "b": bad})
 
 
 def test_the_real_measurement_takes_milliseconds_and_finds_a_time_for_both_dtypes(monkeypatch, tmp_path):

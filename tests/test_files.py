@@ -12,7 +12,7 @@ from engine.codecs.autoencoder import SavedAutoencoder
 from engine.data.coco import CocoCaptions
 from engine.data.emoji import read_emoji
 from engine.errors import InputError
-from engine.files import is_file, is_folder, load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import all_finite, is_file, is_folder, load_tensors, save_tensors, unreadable, write_atomically
 from engine.images import open_image
 from engine.model.convert import load_uvit
 from engine.training.options import TrainOptions
@@ -133,3 +133,14 @@ def test_other_files_that_may_not_be_read_are_not_missing(tmp_path, forbid, read
     forbid(folder)
     with pytest.raises(InputError, match=r" cannot be read \(Permission denied\); make it readable$"):
         read(folder)
+
+
+def test_only_finite_floats_are_weights_to_compute_with():
+    assert all_finite({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.bfloat16)}) and all_finite({})
+    for bad in (
+        torch.tensor([1.0, torch.nan]),
+        torch.tensor([torch.inf]),
+        torch.ones(2, dtype=torch.int32),
+        torch.ones(2).to(torch.float8_e4m3fn),
+    ):
+        assert not all_finite({"a": torch.ones(2), "b": bad})

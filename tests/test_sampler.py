@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from denoisers import FunctionDenoiser, N, initial_noise, sample, table
+from denoisers import FunctionDenoiser, N, initial_noise, masked, sample, table
 
 from engine.config import Modality, ModelConfig
 from engine.diffusion.solver_table import GuidanceOptions
@@ -44,10 +44,6 @@ ON, OFF = [True] * 6, [False] * 6
 JOINT, TO_IMAGE, TO_TEXT = small_mask(ON, ON[:5]), small_mask(ON, OFF[:5]), small_mask(OFF, ON[:5])
 INFILL = small_mask([True, False] * 3, [False, True, True, False, False])
 ELEMENTS = torch.arange(SMALL.size) % 3 == 0
-
-
-def masked(scale, interval=None, first_stage=0):
-    return GuidanceOptions("masked", scale, interval, first_stage=first_stage)
 
 
 def mixed_specs():

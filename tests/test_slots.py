@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from denoisers import CountingDenoiser, count_blocks, sample, table, without_reuse
+from denoisers import CountingDenoiser, count_blocks, masked, sample, table, without_reuse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import Modality, ModelConfig
@@ -17,10 +17,6 @@ from engine.sampling.sampler import Sampler
 MODEL = ModelConfig((Modality("image", 6, 4, depth=2), Modality("text", 5, 2, depth=1)), shared_depth=3, dim=64)
 POWERS = (1, 2, 4, 8)
 TEXT_FIRST, IMAGE_FIRST = ((1,), (0,)), ((0,), (1,))
-
-
-def masked(scale, interval=None, first_stage=0):
-    return GuidanceOptions("masked", scale, interval, first_stage=first_stage)
 
 
 def spec(seed, task, steps, config=MODEL, null=None, on_arrival=None, **options):

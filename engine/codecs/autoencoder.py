@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from engine.config import MAX_BLOCKS, MAX_CHANNELS
-from engine.device import all_finite, shape_difference
 from engine.errors import InputError, shown
-from engine.files import is_folder, save_tensors, unreadable
+from engine.files import all_finite, is_folder, save_tensors, shape_difference, unreadable
 
 # The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
 AUTOENCODERS: dict[str, dict] = {

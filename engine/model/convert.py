@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Modality, ModelConfig, UViTConfig
-from engine.device import shape_difference
 from engine.errors import InputError
+from engine.files import shape_difference
 from engine.model.blocks import (
     GATE_ATTENTION,
     GATE_MLP,

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.device import all_finite
 from engine.errors import InputError
-from engine.files import load_tensors, unreadable
+from engine.files import all_finite, load_tensors, unreadable
 
 REMEDY = "give the nnet weights of a text-to-image U-ViT or of UniDiffuser v1"
 FIRST = "patch_embed.proj.weight"  # a name that all networks of both projects have
