@@ -87,7 +87,8 @@ class Request:
             for shorthand in shorthands:
                 if getattr(self, shorthand) is not None and SHORTHANDS[shorthand] in names:
                     raise InputError(shorthand, SHORTHANDS[shorthand], f"leave it out of {key}", "is given twice")
-        if self.inputs.get("text") != "":  # which is known to be empty
+        text = self.inputs.get("text")
+        if not isinstance(text, str) or text:  # "" is known to be empty
             _check_text(self.given.get("text"), "prompt" if self.prompt is not None else "inputs['text']")
         unmasked = sorted(self.given_masks.keys() - self.given.keys())
         if unmasked:

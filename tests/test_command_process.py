@@ -60,7 +60,7 @@ def test_streams_that_are_lost_cost_no_more_than_what_they_would_have_shown(tmp_
         assert int((tmp_path / "file").read_text()) > 2, "a file must not become a standard stream"
 
 
-def test_help_that_cannot_be_printed_is_no_traceback(tmp_path):
+def test_help_that_cannot_be_printed_shows_no_traceback(tmp_path):
     code = "from engine.command import Parser, run\nrun('x', lambda: Parser('x').parse_args(['--help']))"
     done = shell(tmp_path, code, ">/dev/full")
     assert (done.returncode, done.stderr) == (2, "x: standard output cannot be written (No space left on device)\n")

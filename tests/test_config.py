@@ -222,13 +222,13 @@ def changed(path, value):
         ("model.time_conditioning", [0] * 1000, ["model.time_conditioning", "[0, 0", "str"]),
     ],
 )
-def test_json_that_is_no_config_is_refused_by_key(path, value, parts):
+def test_json_of_another_kind_than_a_config_is_refused_by_key(path, value, parts):
     with pytest.raises(InputError) as error:
         Config.from_dict(changed(path, value))
     assert_one_sentence(error, *parts)
 
 
 @pytest.mark.parametrize("values", [None, [], "tiny", {}])
-def test_what_is_no_mapping_with_a_model_is_refused(values):
+def test_values_other_than_a_mapping_with_a_model_are_refused(values):
     with pytest.raises(InputError):
         Config.from_dict(values)

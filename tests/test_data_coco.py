@@ -126,7 +126,7 @@ def test_ids_of_any_kind_bind_captions_to_images(tmp_path, listed, annotated):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1.5, None, True, [7], {}, ""], ids=str)
-def test_what_is_no_id_is_counted(tmp_path, bad):
+def test_values_that_cannot_be_ids_are_counted(tmp_path, bad):
     dataset = captioned(tmp_path, [(7, "a.png"), (bad, "b.png")], [(bad, "?"), (7, "ay")])
     assert read_captions(dataset) == {"a.png": ("ay",)}
     assert dataset.summary() == (
@@ -152,7 +152,7 @@ def test_a_file_under_several_ids_is_one_image_with_all_captions(tmp_path):
     assert [item.image_id for item in dataset.items] == ["1", "4"]
 
 
-def test_annotations_that_are_no_captions_are_counted(tmp_path):
+def test_annotations_without_captions_are_counted(tmp_path):
     dataset = captioned(tmp_path, [(1, "a.png")], [(1, "ay"), (1, None), (1, 5), (1, ""), (1, "\n"), (1, ["x"])])
     content = json.loads((tmp_path / "captions.json").read_text())
     content["annotations"] += [{"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 3}, None, "x"]

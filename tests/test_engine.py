@@ -220,7 +220,7 @@ def test_no_requests_give_no_results(engine):
 
 
 @pytest.mark.parametrize("wrong", ["red cat", ["red"], [Request(), None]], ids=str)
-def test_what_is_no_request_is_refused_by_name(engine, wrong):
+def test_values_other_than_requests_are_refused_by_name(engine, wrong):
     with pytest.raises(InputError, match="^requests: .* is not a Request; give a Request or a list of them"):
         engine.generate(wrong)
 

@@ -122,7 +122,7 @@ def test_malformed_exif_is_ignored(tmp_path, kind, exif):
     ],
     ids=["missing", "empty", "text", "EPS", "half"],
 )
-def test_files_that_are_no_whole_images_are_named(tmp_path, content, says):
+def test_files_other_than_whole_images_are_named(tmp_path, content, says):
     path = tmp_path / "photo.jpg"
     if content == "half":
         buffer = io.BytesIO()

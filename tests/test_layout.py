@@ -107,7 +107,7 @@ def test_imports_point_downwards(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_engine_knows_nothing_of_benchmarks_and_tests(module):
+def test_the_engine_imports_neither_benchmarks_nor_tests(module):
     assert not {name.split(".")[0] for name in imports(ast.walk(TREES[module]))} & {"benchmarks", "tests"}
 
 

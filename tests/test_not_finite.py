@@ -50,7 +50,7 @@ def test_an_image_that_is_given_and_encoded_as_nan_fails_its_own_request(engine,
 @pytest.mark.parametrize(
     "given", [{}, {"image": noise(1), "mask": left_half()}, {"prompt": "red"}], ids=lambda g: "+".join(g)
 )
-def test_an_image_that_is_decoded_as_nan_is_no_black_image(engine, monkeypatch, given):
+def test_an_image_that_is_decoded_as_nan_fails_its_sample(engine, monkeypatch, given):
     request = Request(**given, num=4, steps=2, seed=7)
     expected = engine.generate(request)
     broken(monkeypatch, "decode_pixels", float("nan"), lambda tokens: [1, 2])
@@ -62,7 +62,7 @@ def test_an_image_that_is_decoded_as_nan_is_no_black_image(engine, monkeypatch, 
     assert_same(result, expected.__class__(**vars(expected) | {"samples": expected.samples[::3]}))
 
 
-def test_words_of_vectors_that_overflow_are_no_certain_words(own, monkeypatch):
+def test_words_of_vectors_that_overflow_fail_their_sample(own, monkeypatch):
     engine, _ = own
     monkeypatch.setitem(engine.codecs["text"].__dict__, "vectors", engine.codecs["text"].vectors * 1e30)
     assert str(failure(engine, Request(image=noise(1), steps=2))).startswith("requests[0], seed 0: the text is decoded")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_cases import noise
 from PIL import Image
 
 from engine import Engine
 from engine.images import ORIENTATION, fit_image, open_image
-from tests.engine_cases import noise
 
 pytest.importorskip("fastapi", reason="the service's packages are not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="the service's packages are not installed")
@@ -21,9 +21,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 expect = playwright.expect
 expect.set_options(timeout=20_000)
 
+from service_cases import file_of, image_of  # noqa: E402
+
 from engine.serving.app import create_app  # noqa: E402 - needs fastapi
 from engine.serving.async_engine import AsyncEngine  # noqa: E402
-from tests.service_cases import file_of, image_of  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -287,7 +288,7 @@ def test_a_run_is_cancelled_on_the_page_and_in_the_engine(open_page, served):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "truncated.png"])
-def test_what_is_no_image_is_refused_where_it_was_given(open_page, name):
+def test_files_other_than_images_are_refused_where_they_were_given(open_page, name):
     page = open_page()
     data = b"some notes" if name == "notes.txt" else file_of(PICTURE)[:-500]
     give_image(page, data, name)

@@ -79,7 +79,7 @@ def test_guidance_of_either_sign_is_taken(guidance):
         1j,
     ],
 )
-def test_guidance_that_is_no_moderate_number_is_refused(guidance):
+def test_guidance_other_than_a_moderate_number_is_refused(guidance):
     with pytest.raises(InputError, match="^guidance: .*use a number from -100 to 100"):
         Request(guidance=guidance)
 
@@ -270,7 +270,7 @@ def test_resampling_does_not_make_more_steps_than_can_be_prepared():
         Request(steps=1000, resample=21, jump=10)
 
 
-@pytest.mark.parametrize("text", ["!!!", "\ud800", 5])
+@pytest.mark.parametrize("text", ["!!!", "\ud800", 5, np.zeros(2)], ids=repr)
 def test_a_text_given_by_name_is_checked_as_a_prompt_is(text):
     with pytest.raises(InputError, match=r"^inputs\['text'\]: "):
         Request(inputs={"text": text})

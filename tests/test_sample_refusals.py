@@ -257,7 +257,7 @@ def test_what_names_no_file_is_refused(run, tiny_checkpoint, monkeypatch, option
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "file", "x" * 5000], ids=lambda name: name[:10])
-def test_a_checkpoint_that_is_no_folder_is_refused(run, tmp_path, checkpoint):
+def test_a_checkpoint_other_than_a_folder_is_refused(run, tmp_path, checkpoint):
     (tmp_path / "file").touch()
     assert_refused(run(checkpoint=checkpoint), "--checkpoint", checkpoint[:50])
 

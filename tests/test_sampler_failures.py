@@ -159,7 +159,7 @@ def test_a_step_that_fails_once_fails_nobody():
     assert rows == [2, 2] + [1] * 6
 
 
-def test_what_is_no_exception_ends_everything_that_was_submitted_but_not_the_sampler():
+def test_an_interrupt_ends_everything_that_was_submitted_but_not_the_sampler():
     errors = iter([None, KeyboardInterrupt()])
 
     def interrupt(inputs, times, outputs):

@@ -258,7 +258,7 @@ class NoOperations(TorchDispatchMode):
         raise AssertionError(f"{function} on a tensor")
 
 
-def test_scheduling_touches_no_tensor_and_knows_no_thread():
+def test_scheduling_uses_neither_tensors_nor_threads():
     late = GuidanceOptions("masked", 2.0, interval=(0, N // 2))
     scheduler, _ = scheduler_of(spec(5), spec(4, order=((1,), (0,)), guidance=late), spec(6, step_cache=2))
     with NoOperations():

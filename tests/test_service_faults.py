@@ -285,7 +285,7 @@ async def test_what_lies_under_the_mask_is_of_no_account_and_the_rest_unchanged(
 
 
 @asynchronous
-async def test_an_edit_with_the_seed_of_the_image_is_no_copy_of_it(engine):  # diffusers 14824
+async def test_an_edit_with_the_seed_of_the_image_differs_from_it(engine):  # diffusers 14824
     async with service(engine) as http:
         (made,) = images(await infill(http, prompt="red", seed=3, steps=10))
         edit = {"image": base64_of(made), "mask": base64_of(left_half()), "prompt": "big dog", "steps": 10}

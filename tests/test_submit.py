@@ -209,7 +209,7 @@ def test_a_future_that_is_done_cannot_be_cancelled(engine, mixed, alone):
 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
-def test_cancelling_while_a_codec_works_disturbs_nobody(own, alone, mixed, monkeypatch, kind):
+def test_cancelling_while_a_codec_works_affects_no_other_request(own, alone, mixed, monkeypatch, kind):
     engine, _ = own
     codec, entered, leave = engine.codecs["image"], threading.Event(), threading.Event()
     work = getattr(codec, kind)
