@@ -1,4 +1,4 @@
-"""Scores of a checkpoint on captioned images; what they mean stands in `engine.evaluate`, their command line."""
+"""Scores of a checkpoint on captioned images; `engine.evaluate`, the command line, defines them."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -206,9 +206,7 @@ def test_a_failure_to_compile_is_told_in_one_line(images, tmp_path, monkeypatch,
         monkeypatch.setattr(stages, "train", failing)
         with nullcontext() if type(error) is kind else pytest.raises(RuntimeError, match="of another kind"):
             assert train_main(images, tmp_path, "--compile") == 2
-    assert capsys.readouterr().err.startswith(
-        "python -m engine.train: --compile: True failed (no compiler);"
-    )
+    assert capsys.readouterr().err.startswith("python -m engine.train: --compile: True failed (no compiler);")
 
 
 def test_word_vectors_truncated_by_a_kill_are_trained_again(images, run, tmp_path, monkeypatch):

@@ -153,9 +153,9 @@ class SavedAutoencoder:
 def autoencoder_class(name: str):
     """A class of diffusers.
 
-    diffusers imports many packages where it finds them. None of UNUSED helps an autoencoder, so a broken one must not
-    matter: where the import fails, diffusers is imported again without them, unless the program had imported it before.
-    xformers is not even looked for without a CUDA device; with one, its warnings are held back.
+    diffusers imports many optional packages. An autoencoder needs none of UNUSED, so if the import fails, as with a
+    broken package, diffusers is imported again without them, unless the program had imported it before.
+    xformers is hidden without a CUDA device; with one, its warnings are suppressed.
     """
     again = "diffusers" not in sys.modules
     level = XFORMERS_LOG.level
@@ -201,7 +201,7 @@ def _is_number(value) -> bool:
 
 
 def _hub_config(name: str) -> dict:
-    kind = autoencoder_class("AutoencoderKL")  # outside, so that a failing import is not taken for that of a download
+    kind = autoencoder_class("AutoencoderKL")  # outside the try: a failed import is not a failed download
     try:
         return kind.load_config(name)
     except (OSError, ValueError) as error:

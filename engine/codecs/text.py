@@ -1,7 +1,7 @@
 """Text codec: words to Word2Vec vectors [L, C] and back by nearest vector, as in arXiv 2311.16488.
 
 A text is its words, then the end token "</s>" up to the last of the L tokens, so its length is part of what is
-diffused. Knows nothing of images, tasks or diffusion. gensim is imported when vectors are trained, never to encode or
+diffused. Independent of images, tasks and diffusion. gensim is imported when vectors are trained, never to encode or
 decode.
 """
 
@@ -48,7 +48,7 @@ class TextCodec:
     def train(cls, captions: Iterable[str], channels: int, seed: int = 0) -> "TextCodec":
         """Word vectors of `channels` from captions: skip-gram (Mikolov et al., arXiv 1301.3781), then `spread`.
 
-        One worker and a hash of our own (Python's differs between processes) make it the same bit for bit wherever the
+        One worker and a fixed hash (Python's differs between processes) make it the same bit for bit wherever the
         same versions of gensim, numpy and torch run. Raises InputError if the captions hold no word.
         """
         sentences = [[word for word in tokenize(caption) if word != HOLE] + [END] for caption in captions]

@@ -1,7 +1,7 @@
 """Random changes of an image that leave what it shows the same: for training on images that are known.
 
-A model that only sees a data set's images as they are learns where their pixels lie: moved by two pixels, they are
-strangers to it. Images that are to be generated are never changed, since the changes would be generated too.
+A model trained on unchanged images alone overfits to where their pixels are, and fails on images shifted by two pixels.
+Images that are to be generated are never changed, since the model would learn to generate the changes.
 """
 
 import io
@@ -36,8 +36,8 @@ class Augmentation:
 def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.Generator, flip: bool) -> Image.Image:
     """An image of mode RGB or RGBA → RGB, size × size: its centre square, changed at random.
 
-    Around the image there is more of it where the square left some out. Else its background goes on, or, where it is
-    not transparent, its outermost pixels.
+    Where the result reaches beyond the square, it shows the rest of the image. Beyond the image it is filled with the
+    background colour if the image is transparent, else by repeating the outermost pixels.
     flip  whether it may be flipped, see `Augmentation.may_flip`
     """
     background = None  # of a transparent image
@@ -68,7 +68,7 @@ def moved(image: Image.Image, size: int, scale: float, shift: np.ndarray, backgr
     """The centre square scaled about its centre and shifted by `shift` (x, y) of its side → size × size.
 
     image       RGB; resampled once
-    background  colour around the image; None: its outermost pixels go on
+    background  colour around the image; None: its outermost pixels are repeated
     """
     square = min(image.size)
     side = square / scale  # of the part that is shown, in pixels of the image
