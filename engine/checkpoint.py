@@ -16,7 +16,7 @@ from engine.codecs.codec import Codec, load_codec
 from engine.config import Config, ModelConfig
 from engine.device import all_finite, shape_difference
 from engine.errors import InputError, shown
-from engine.files import is_folder, load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import is_folder, load_tensors, read_json, save_tensors, unreadable, write_atomically
 from engine.model.denoiser import build
 
 BUILT_IN = Path(__file__).parent / "assets" / "emoji"
@@ -78,12 +78,7 @@ def save(folder: str | Path, config: Config, weights: dict[str, Tensor], dtype: 
 
 
 def _read_config(path: Path) -> Config:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable("checkpoint", path, error, REMEDY) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("checkpoint", path, "copy it again", f"is not readable JSON ({error})") from None
+    values = read_json(path, "checkpoint", REMEDY, "copy it again")
     try:
         config = Config.from_dict(values)
     except InputError as error:

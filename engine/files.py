@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import json
 import os
 import shutil
 import stat
@@ -57,6 +58,16 @@ def load_tensors(path: str | PathLike) -> tuple[dict[str, "Tensor"], dict[str, s
 
     with open(path, "rb"), safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+def read_json(path: Path, argument: str, absent: str, damaged: str):
+    """The parsed JSON of a file, of any type; InputError about `argument`, with one of two remedies."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(argument, path, error, absent) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(argument, path, damaged, f"is not readable JSON ({error})") from None
 
 
 def unreadable(argument: str, path: object, error: OSError, remedy: str) -> InputError:

@@ -5,7 +5,6 @@ diffusers is imported when an autoencoder is built, never before: its import tak
 
 import importlib
 import inspect
-import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from torch import nn
 from engine.config import MAX_BLOCKS, MAX_CHANNELS
 from engine.device import all_finite, shape_difference
 from engine.errors import InputError, shown
-from engine.files import is_folder, save_tensors, unreadable
+from engine.files import is_folder, read_json, save_tensors, unreadable
 
 # The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
 AUTOENCODERS: dict[str, dict] = {
@@ -102,7 +101,8 @@ class SavedAutoencoder:
         """
         if is_folder(source, "checkpoint"):
             source = Path(source)
-            file, config = source / "config.json", _read_config(source / "config.json")
+            file = source / "config.json"
+            config = read_json(file, "checkpoint", "give the folder of a diffusers autoencoder", REMEDY)
         else:
             file, config = source, _hub_config(str(source))
         kind = config.get("_class_name") if isinstance(config, dict) else None
@@ -207,16 +207,6 @@ def _hub_config(name: str) -> dict:
     except (OSError, ValueError) as error:
         problem = "is neither a folder nor a model that can be downloaded"
         raise InputError("checkpoint", name, "give the folder of a diffusers autoencoder", problem) from error
-
-
-def _read_config(path: Path):
-    """The parsed JSON, of any type."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable("checkpoint", path, error, "give the folder of a diffusers autoencoder") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("checkpoint", path, REMEDY, f"is not readable JSON ({error})") from None
 
 
 def _check_sizes(config: Mapping) -> None:

@@ -23,7 +23,7 @@ from engine.codecs.word_vectors import spread, word2vec
 from engine.codecs.words import END, HOLE, tokenize
 from engine.config import Modality
 from engine.errors import InputError, shown
-from engine.files import load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import load_tensors, read_json, save_tensors, unreadable, write_atomically
 from engine.request import NO_WORD
 
 HOLE_INDEX = -1  # of a word to be filled in
@@ -201,12 +201,7 @@ def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
     """The two files of a codec, checked: words and their vectors [V, C]."""
     words_file, vectors_file = folder / "vocabulary.json", folder / "vectors.safetensors"
     remedy = "restore the checkpoint"
-    try:
-        vocabulary = json.loads(words_file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable("checkpoint", words_file, error, remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("checkpoint", words_file, remedy, f"is not readable JSON ({error})") from None
+    vocabulary = read_json(words_file, "checkpoint", absent=remedy, damaged=remedy)
     is_list = isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)
     if not is_list or vocabulary[:1] != [END] or len(set(vocabulary)) != len(vocabulary):
         problem = f"is not a list of distinct words that starts with {END!r}"
