@@ -51,10 +51,15 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(1 + random.uniform(-how.colour, how.colour))
     if random.random() < how.jpeg:
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=int(random.integers(how.quality[0], how.quality[1] + 1)))
-        image = Image.open(file).convert("RGB")
+        image = compressed(image, quality=int(random.integers(how.quality[0], how.quality[1] + 1)))
     return image
+
+
+def compressed(image: Image.Image, quality: int) -> Image.Image:
+    """An RGB image after JPEG of this quality."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
 
 
 def on_background(image: Image.Image, colour: tuple[int, int, int] = WHITE) -> Image.Image:

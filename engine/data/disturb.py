@@ -1,17 +1,15 @@
 """Fixed small changes of an image that a person would describe in the same words: for measuring, not for training."""
 
-import io
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.data.augment import WHITE, moved, on_background
+from engine.data.augment import WHITE, compressed, moved, on_background
 from engine.images import fit_image
 
 GREY = (128, 128, 128)
 NOISE = 5  # standard deviation, in levels of 0…255
-QUALITY = 75  # of JPEG
 
 
 def _moved(scale: float, x: float = 0, y: float = 0) -> Callable:
@@ -26,12 +24,6 @@ def _moved(scale: float, x: float = 0, y: float = 0) -> Callable:
 
 def _plain(image: Image.Image, size: int) -> Image.Image:
     return Image.fromarray(fit_image(image, size).permute(1, 2, 0).numpy())
-
-
-def _compressed(image: Image.Image, size: int) -> Image.Image:
-    file = io.BytesIO()
-    _plain(image, size).save(file, "JPEG", quality=QUALITY)
-    return Image.open(file).convert("RGB")
 
 
 def _noisy(image: Image.Image, size: int) -> Image.Image:
@@ -49,7 +41,7 @@ DISTURBANCES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "scale 0.9": _moved(0.9),
     "mirrored": lambda image, size: ImageOps.mirror(_plain(image, size)),
     "grey background": lambda image, size: _plain(on_background(image, GREY), size),
-    "JPEG 75": _compressed,
+    "JPEG 75": lambda image, size: compressed(_plain(image, size), quality=75),
     "noise 5": _noisy,
     "bicubic": lambda image, size: ImageOps.fit(on_background(image), (size, size), Image.Resampling.BICUBIC),
 }
