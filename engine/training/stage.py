@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -135,8 +136,6 @@ class Stage:
         save_tensors(self.folder / STATE, tensors, metadata)
 
     def _restore(self) -> None:
-        from safetensors import SafetensorError
-
         path, remedy = self.folder / STATE, "delete it to restart this stage"
         try:
             tensors, metadata = load_tensors(path)
