@@ -223,8 +223,8 @@ def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
 def token_weights(indices: Tensor) -> Tensor:
     """How much each token of captions [n, L] (rows of `vectors`) counts in training so that all captions count alike.
 
-    A plain mean over the tokens is one over the "</s>" that fill a short caption up: of the 16 tokens of "ghost" only
-    one is the ghost. So a caption's words and its first "</s>" count alike, and the further ones, which `decode` never
+    A plain mean over the tokens is dominated by the "</s>" that pad a short caption: of the 16 tokens of "ghost" only
+    one is a word. So a caption's words and its first "</s>" count alike, and the further ones, which `decode` never
     reads, as one of them together. Each row of the result [n, L] float32 sums to L.
     """
     words = (indices != 0).sum(1, keepdim=True)  # [n, 1]

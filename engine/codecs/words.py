@@ -23,8 +23,8 @@ ASCII_TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|(?<!\w)_+(?!\w)")
 def tokenize(caption: str) -> list[str]:
     """Lower-case words of `caption`; punctuation is dropped, and a lone "_" (or "__" …) is a hole, given as "_".
 
-    Characters that mean the same are one (Unicode's NFKC: full-width letters, ligatures, composed accents). Words are
-    what spaces and punctuation part: Chinese, Japanese and Thai have to come with spaces between their words.
+    Equivalent characters become one (Unicode's NFKC: full-width letters, ligatures, composed accents). Words are
+    separated by spaces and punctuation: Chinese, Japanese and Thai need spaces between their words.
     """
     text, pattern = caption.lower(), ASCII_TOKEN
     if not text.isascii():
