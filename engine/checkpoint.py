@@ -19,6 +19,7 @@ from engine.files import (
     all_finite,
     is_folder,
     load_tensors,
+    read_json,
     save_tensors,
     shape_difference,
     unreadable,
@@ -85,12 +86,7 @@ def save(folder: str | Path, config: Config, weights: dict[str, Tensor], dtype: 
 
 
 def _read_config(path: Path) -> Config:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable("checkpoint", path, error, REMEDY) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("checkpoint", path, "copy it again", f"is not readable JSON ({error})") from None
+    values = read_json(path, "checkpoint", REMEDY, "copy it again")
     try:
         config = Config.from_dict(values)
     except InputError as error:

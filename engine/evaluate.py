@@ -10,8 +10,8 @@ For names that were trained on and for held-out names (a name is an image's firs
     infill_rmse       infilling: root mean square error in levels of 0…255 inside the mask, which is the left half of
                       the image; the name is given
     autoencoder_psnr  encoding and decoding alone, in dB
-    classes           the first four for each class of name, with its count: those with ":" are compositions; flags,
-                      faces and objects are the others. Not of data sets whose names are of one class
+    classes           the first four for each class of name, with its count: flags, other names with ":" (compositions),
+                      faces and objects, see `engine.data.emoji.name_class`. The tables leave out a single class
     disturbed         word_f1 and caption_exact of images changed a little, see `engine.data.disturb`
 
 For joint samples, of which nothing is given and everything is generated, image and text:
@@ -23,7 +23,7 @@ For joint samples, of which nothing is given and everything is generated, image 
 With --json, one object: "train" and "test" with "count" (images) and the keys above; "joint" with "count" (samples),
 "seed", "order" (in which the modalities were generated, the checkpoint's default; [] for all together) and its keys
 above; "skipped", what this model cannot do and why. The scores of skipped tasks are null. Modalities other than the
-image and its text are generated with them and not looked at.
+image and its text are generated with them and not scored.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Scores of a checkpoint on captioned images; what they mean stands in `engine.evaluate`, their command line."""
+"""Scores of a checkpoint on captioned images; `engine.evaluate`, the command line, defines them."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from engine.data.coco import CaptionedImage
 from engine.data.disturb import DISTURBANCES
 from engine.data.emoji import base_name, name_class
 from engine.errors import InputError
+from engine.images import to_levels
 from engine.request import Request, Sample
 from engine.runtime import Engine
 
@@ -225,7 +226,7 @@ def _psnr(engine: Engine, image: str, pixels: Tensor) -> float:
 
 def pixels_of(image: Image.Image) -> Tensor:
     """An RGB image as [3, S, S] float32 in −1..1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_levels(image).float() / 127.5 - 1
 
 
 def spread(items: list, count: int) -> list:

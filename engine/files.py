@@ -3,6 +3,7 @@
 Also checks of the weights in them. Imports no torch.
 """
 
+import json
 import os
 import shutil
 import stat
@@ -72,6 +73,16 @@ def shape_difference(expected: Mapping[str, "Tensor"], found: Mapping[str, "Tens
         return None
     name = min(differing)[0]
     return f"{name} is {b.get(name, 'missing')}, should be {a.get(name, 'absent')}"
+
+
+def read_json(path: Path, argument: str, absent: str, damaged: str):
+    """The parsed JSON of a file, of any type; InputError about `argument`, with one of two remedies."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(argument, path, error, absent) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(argument, path, damaged, f"is not readable JSON ({error})") from None
 
 
 def unreadable(argument: str, path: object, error: OSError, remedy: str) -> InputError:

@@ -5,7 +5,6 @@ diffusers is imported when an autoencoder is built, never before: its import tak
 
 import importlib
 import inspect
-import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import nn
 
 from engine.config import MAX_BLOCKS, MAX_CHANNELS
 from engine.errors import InputError, shown
-from engine.files import all_finite, is_folder, save_tensors, shape_difference, unreadable
+from engine.files import all_finite, is_folder, read_json, save_tensors, shape_difference, unreadable
 
 # The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
 AUTOENCODERS: dict[str, dict] = {
@@ -101,7 +100,8 @@ class SavedAutoencoder:
         """
         if is_folder(source, "checkpoint"):
             source = Path(source)
-            file, config = source / "config.json", _read_config(source / "config.json")
+            file = source / "config.json"
+            config = read_json(file, "checkpoint", "give the folder of a diffusers autoencoder", REMEDY)
         else:
             file, config = source, _hub_config(str(source))
         kind = config.get("_class_name") if isinstance(config, dict) else None
@@ -152,9 +152,9 @@ class SavedAutoencoder:
 def autoencoder_class(name: str):
     """A class of diffusers.
 
-    diffusers imports many packages where it finds them. None of UNUSED helps an autoencoder, so a broken one must not
-    matter: where the import fails, diffusers is imported again without them, unless the program had imported it before.
-    xformers is not even looked for without a CUDA device; with one, its warnings are held back.
+    diffusers imports many optional packages. An autoencoder needs none of UNUSED, so if the import fails, as with a
+    broken package, diffusers is imported again without them, unless the program had imported it before.
+    xformers is hidden without a CUDA device; with one, its warnings are suppressed.
     """
     again = "diffusers" not in sys.modules
     level = XFORMERS_LOG.level
@@ -200,22 +200,12 @@ def _is_number(value) -> bool:
 
 
 def _hub_config(name: str) -> dict:
-    kind = autoencoder_class("AutoencoderKL")  # outside, so that a failing import is not taken for that of a download
+    kind = autoencoder_class("AutoencoderKL")  # outside the try: a failed import is not a failed download
     try:
         return kind.load_config(name)
     except (OSError, ValueError) as error:
         problem = "is neither a folder nor a model that can be downloaded"
         raise InputError("checkpoint", name, "give the folder of a diffusers autoencoder", problem) from error
-
-
-def _read_config(path: Path):
-    """The parsed JSON, of any type."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable("checkpoint", path, error, "give the folder of a diffusers autoencoder") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("checkpoint", path, REMEDY, f"is not readable JSON ({error})") from None
 
 
 def _check_sizes(config: Mapping) -> None:

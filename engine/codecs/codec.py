@@ -1,7 +1,7 @@
 """Codecs: a modality's values to tokens and back. The methods that every codec has, and their registry.
 
-A new kind of modality is a class with the methods of `Codec` and a line in `CODECS`. Codecs know nothing of diffusion
-or tasks.
+A new kind of modality is a class with the methods of `Codec` and a line in `CODECS`. Codecs are
+independent of diffusion and tasks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,7 +99,7 @@ class Codec(Protocol):
         """
 
     def null(self) -> Given:
-        """What "empty" guidance knows in place of the value: the empty text, a mid-grey image."""
+        """What "empty" guidance uses in place of the value: the empty text, a mid-grey image."""
 
 
 CODECS: dict[str, str] = {  # imported when first used

@@ -1,6 +1,6 @@
 """Image codec: a diffusers autoencoder's latents, cut into patch × patch squares, and back.
 
-Knows nothing of diffusion or tasks. The autoencoder is built when it is first needed, see `engine.codecs.autoencoder`.
+Independent of diffusion and tasks. The autoencoder is built when it is first needed, see `engine.codecs.autoencoder`.
 """
 
 from collections.abc import Mapping, Sequence

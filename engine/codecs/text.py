@@ -1,7 +1,7 @@
 """Text codec: words to Word2Vec vectors [L, C] and back by nearest vector, as in arXiv 2311.16488.
 
 A text is its words, then the end token "</s>" up to the last of the L tokens, so its length is part of what is
-diffused. Knows nothing of images, tasks or diffusion. gensim is imported when vectors are trained, never to encode or
+diffused. Independent of images, tasks and diffusion. gensim is imported when vectors are trained, never to encode or
 decode.
 """
 
@@ -23,7 +23,7 @@ from engine.codecs.word_vectors import spread, word2vec
 from engine.codecs.words import END, HOLE, tokenize
 from engine.config import Modality
 from engine.errors import InputError, shown
-from engine.files import load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import load_tensors, read_json, save_tensors, unreadable, write_atomically
 from engine.request import NO_WORD
 
 HOLE_INDEX = -1  # of a word to be filled in
@@ -48,7 +48,7 @@ class TextCodec:
     def train(cls, captions: Iterable[str], channels: int, seed: int = 0) -> "TextCodec":
         """Word vectors of `channels` from captions: skip-gram (Mikolov et al., arXiv 1301.3781), then `spread`.
 
-        One worker and a hash of our own (Python's differs between processes) make it the same bit for bit wherever the
+        One worker and a fixed hash (Python's differs between processes) make it the same bit for bit wherever the
         same versions of gensim, numpy and torch run. Raises InputError if the captions hold no word.
         """
         sentences = [[word for word in tokenize(caption) if word != HOLE] + [END] for caption in captions]
@@ -201,12 +201,7 @@ def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
     """The two files of a codec, checked: words and their vectors [V, C]."""
     words_file, vectors_file = folder / "vocabulary.json", folder / "vectors.safetensors"
     remedy = "restore the checkpoint"
-    try:
-        vocabulary = json.loads(words_file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable("checkpoint", words_file, error, remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError("checkpoint", words_file, remedy, f"is not readable JSON ({error})") from None
+    vocabulary = read_json(words_file, "checkpoint", absent=remedy, damaged=remedy)
     is_list = isinstance(vocabulary, list) and all(isinstance(word, str) for word in vocabulary)
     if not is_list or vocabulary[:1] != [END] or len(set(vocabulary)) != len(vocabulary):
         problem = f"is not a list of distinct words that starts with {END!r}"
@@ -228,8 +223,8 @@ def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
 def token_weights(indices: Tensor) -> Tensor:
     """How much each token of captions [n, L] (rows of `vectors`) counts in training so that all captions count alike.
 
-    A plain mean over the tokens is one over the "</s>" that fill a short caption up: of the 16 tokens of "ghost" only
-    one is the ghost. So a caption's words and its first "</s>" count alike, and the further ones, which `decode` never
+    A plain mean over the tokens is dominated by the "</s>" that pad a short caption: of the 16 tokens of "ghost" only
+    one is a word. So a caption's words and its first "</s>" count alike, and the further ones, which `decode` never
     reads, as one of them together. Each row of the result [n, L] float32 sums to L.
     """
     words = (indices != 0).sum(1, keepdim=True)  # [n, 1]

@@ -1,4 +1,4 @@
-"""Vectors of words that diffusion can work with: Word2Vec's, spread over the space and parted from each other."""
+"""Vectors of words that diffusion can work with: Word2Vec's, spread over the space and separated from each other."""
 
 import math
 import zlib
@@ -45,7 +45,7 @@ def spread(vectors: Tensor, ridge: float = 1e-3) -> Tensor:
     Word2Vec's vectors share a large common part and few strong directions, which carry frequency, not meaning. Their
     mean is removed (Mu & Viswanath 2018, "All-but-the-Top"), and the rest is whitened (ZCA: the whitening that turns
     vectors least), with a ridge relative to the mean eigenvalue. Words of like use ("girl", "boy") then still lie too
-    close for nearest-vector decoding, so `separate` parts them. Returns float32 [V, C].
+    close for nearest-vector decoding, so `separate` moves them apart. Returns float32 [V, C].
     """
     x = vectors.double()
     x = x - x.mean(0)  # [V, C]
@@ -60,13 +60,13 @@ def separate(x: Tensor, least: float = 0.5, steps: int = 100) -> Tensor:
     Stops after `steps` rounds: many vectors do not fit into few channels. Returns float32 [V, C].
     """
     radius = math.sqrt(x.shape[1])
-    aim = 1.05 * least * radius  # 5 % further than needed, so that the rounds end
-    reach = 1.001 * aim  # some room for rounding
+    aim = 1.05 * least * radius  # 5 % further than needed, so that fewer rounds are needed
+    reach = 1.001 * aim  # with a margin for rounding
     x = torch.nn.functional.normalize(x.float()) * radius  # [V, C]
     room = torch.zeros(len(x))  # [V], at most the distance to the nearest vector
-    with tqdm(desc="parting words", unit="word", disable=None) as bar:
+    with tqdm(desc="separating words", unit="word", disable=None) as bar:
         for step in range(steps):
-            # Most are far from all others and need no second look until they and others have moved that far.
+            # Most are far from all others: their distances are measured again only once vectors have moved that far.
             rows = (room < reach).nonzero()[:, 0]  # [n]
             bar.reset(len(rows))
             bar.set_postfix_str(f"round {step + 1}")

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from functools import cache
 
 END = "</s>"  # index 0 of every vocabulary; `tokenize` never yields it
 HOLE = "_"  # a word to be filled in
@@ -15,22 +16,29 @@ IGNORED = re.compile(
 PLAIN = str.maketrans(
     dict.fromkeys("‘’ʻʼ´\u1ffd", "'") | dict.fromkeys("‐‑", "-") | dict.fromkeys("™℠", " ") | {"ŉ": "'n"}
 )
-# Combining marks: accents without a composed letter, the vowel signs of Hindi and Thai, …
-MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
-WORD = rf"[^\W_]+(?:[{MARKS}]+[^\W_]*)*"
-# Letters with their marks and digits, with inner hyphens and apostrophes, or underscores that touch no word.
-TOKEN = re.compile(rf"{WORD}(?:['-]{WORD})*|(?<![\w{MARKS}])_+(?!\w)")
+# Letters and digits, with inner hyphens and apostrophes, or underscores that touch no word.
+ASCII_TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|(?<!\w)_+(?!\w)")
 
 
 def tokenize(caption: str) -> list[str]:
     """Lower-case words of `caption`; punctuation is dropped, and a lone "_" (or "__" …) is a hole, given as "_".
 
-    Characters that mean the same are one (Unicode's NFKC: full-width letters, ligatures, composed accents). Words are
-    what spaces and punctuation part: Chinese, Japanese and Thai have to come with spaces between their words.
+    Equivalent characters become one (Unicode's NFKC: full-width letters, ligatures, composed accents). Words are
+    separated by spaces and punctuation: Chinese, Japanese and Thai need spaces between their words.
     """
-    text = caption.lower()
+    text, pattern = caption.lower(), ASCII_TOKEN
     if not text.isascii():
+        pattern = _token()
         text = IGNORED.sub("", caption).translate(PLAIN)
         # Twice, since small letters may have composed forms that capitals have not.
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower().replace("i\u0307", "i"))  # İ
-    return [HOLE if token[0] == HOLE else token for token in TOKEN.findall(text)]
+    return [HOLE if token[0] == HOLE else token for token in pattern.findall(text)]
+
+
+@cache
+def _token() -> re.Pattern[str]:
+    """ASCII_TOKEN for all of Unicode; made for the first text that needs it, since finding the marks takes 30 ms."""
+    # Combining marks: accents without a composed letter, the vowel signs of Hindi and Thai, …
+    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+    word = rf"[^\W_]+(?:[{marks}]+[^\W_]*)*"
+    return re.compile(rf"{word}(?:['-]{word})*|(?<![\w{marks}])_+(?!\w)")

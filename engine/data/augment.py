@@ -1,8 +1,7 @@
 """Random changes of an image that leave what it shows the same: for training on images that are known.
 
 A model that is trained on unchanged images only describes them badly once they are shifted or scaled. Images that are
-to be generated are never changed, since the model would learn to draw the changes. Imports no torch, since recipes hold
-an `Augmentation`.
+to be generated are never changed, since the model would learn to generate the changes.
 """
 
 import io
@@ -37,8 +36,8 @@ class Augmentation:
 def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.Generator, flip: bool) -> Image.Image:
     """An image of mode RGB or RGBA → RGB, size × size: its centre square, changed at random.
 
-    Around the image there is more of it where the square left some out. Else its background goes on, or, where it is
-    not transparent, its outermost pixels.
+    Where the result reaches beyond the square, it shows the rest of the image. Beyond the image it is filled with the
+    background colour if the image is transparent, else by repeating the outermost pixels.
     flip  whether it may be flipped, see `Augmentation.may_flip`
     """
     background = None  # of a transparent image
@@ -52,12 +51,12 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(1 + random.uniform(-how.colour, how.colour))
     if random.random() < how.jpeg:
-        image = compressed(image, int(random.integers(how.quality[0], how.quality[1] + 1)))
+        image = compressed(image, quality=int(random.integers(how.quality[0], how.quality[1] + 1)))
     return image
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:
-    """An RGB image as JPEG of this quality shows it."""
+    """An RGB image after JPEG of this quality."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
@@ -74,7 +73,7 @@ def moved(image: Image.Image, size: int, scale: float, shift: np.ndarray, backgr
     """The centre square scaled about its centre and shifted by `shift` (x, y) of its side → size × size.
 
     image       RGB; resampled once
-    background  colour around the image; None: its outermost pixels go on
+    background  colour around the image; None: its outermost pixels are repeated
     """
     square = min(image.size)
     side = square / scale  # of the part that is shown, in pixels of the image

@@ -50,7 +50,8 @@ class CocoCaptions:
 
         Captions are in `captions_SPLIT.json` (for "train" also `captions.json`), images in `SPLIT/`, `images/SPLIT/` or
         `images/`; or both are where MS-COCO's archives have them. A file that is listed under several ids is one image
-        with the captions of all of them. Several files under one id are skipped: whose captions are they?
+        with the captions of all of them. Several files under one id are skipped,
+        since it is unknown which of them the captions describe.
         Raises InputError about `folder` if a file or folder is missing, the captions are not in this layout, or no
         listed image has both a file and a caption.
         """
@@ -139,7 +140,7 @@ def _parse(file: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], dict
     """File names and captions by image id, and the entries that cannot be used by reason, which names their list."""
     remedy = 'it needs the lists "images", with id and file_name, and "annotations", with image_id and caption'
     try:
-        content = json.loads(file.read_bytes())  # as bytes: json knows the marks of UTF-8 and UTF-16
+        content = json.loads(file.read_bytes())  # as bytes: json detects UTF-8 and UTF-16
     except OSError as error:
         raise unreadable("folder", file, error, "restore the file") from None
     except (ValueError, RecursionError) as error:

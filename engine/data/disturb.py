@@ -41,7 +41,7 @@ DISTURBANCES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "scale 0.9": _moved(0.9),
     "mirrored": lambda image, size: ImageOps.mirror(_plain(image, size)),
     "grey background": lambda image, size: _plain(on_background(image, GREY), size),
-    "JPEG 75": lambda image, size: compressed(_plain(image, size), 75),
+    "JPEG 75": lambda image, size: compressed(_plain(image, size), quality=75),
     "noise 5": _noisy,
     "bicubic": lambda image, size: ImageOps.fit(on_background(image), (size, size), Image.Resampling.BICUBIC),
 }

@@ -3,7 +3,7 @@
 Images: the font of Debian's `fonts-noto-color-emoji` (OFL 1.1). Names and keywords: the CLDR annotations of Debian's
 `unicode-cldr-core` (Unicode licence), https://unicode.org/reports/tr35/tr35-general.html#Annotations.
 Names are compositional ("woman running: dark skin tone"). A fixed 5 % of the names with several parts are held out: a
-model gets these right only by combining words that it knows from other names.
+model gets these right only by combining words that it learnt from other names.
 """
 
 import hashlib

@@ -5,7 +5,7 @@
 
 The first latents of an image are its own; the V others are those of the image as `engine.data.augment` changes it. A
 shard holds a fixed part of the data set's items and is renamed when complete, so a killed run resumes after its last
-complete shard. Shards are mapped into memory: what is read of them is what a batch takes.
+complete shard. Shards are memory-mapped: only the latents of a batch are read from disk.
 """
 
 import hashlib

@@ -5,8 +5,8 @@ At a step from time t to s < t every modality that moves is updated as (columns:
     x̂0 = p·x + q·f                          f: the model's prediction
     x  ← a·x + b·x̂0 + c·x̂0_prev + d·z       DDIM(η), DDPM or DPM-Solver++(2M)
 
-and those that do not move keep their state: they wait at time N, as pure noise, or have arrived at time 0. A table
-knows nothing of models, states or devices.
+and those that do not move keep their state: they wait at time N, as pure noise, or have arrived at time 0. Tables
+are independent of models, states and devices.
 """
 
 from dataclasses import dataclass, field

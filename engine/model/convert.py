@@ -81,7 +81,7 @@ def convert_uvit(
 
     text_tokens   words or sub-words of the text. The weights have the sum of text and image tokens only. None: 77, as
                   CLIP has, if the others then form a square, else as many as leave `image_tokens`
-    heads         of the attention, which the weights do not tell either. None: of 64 channels, as in both projects
+    heads         of the attention, which the weights do not imply either. None: of 64 channels, as in both projects
     image_tokens  those that are expected, see text_tokens
     Raises InputError: about "weights" if names, shapes or values are not those of such a model, about "text_tokens" or
     "heads" if they do not fit.

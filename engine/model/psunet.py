@@ -4,8 +4,8 @@
                                ├─ shared U-ViT, skips ──┤
     text tokens  ── in-blocks ─┘                        └─ out-blocks ── text prediction
 
-Every in-block's output skips to the mirrored out-block of its own branch. The model knows tokens and times only:
-nothing of images, words, masks, noise or solvers.
+Every in-block's output skips to the mirrored out-block of its own branch. The model's inputs are tokens and times only:
+images, words, masks, noise and solvers are handled elsewhere.
 
 Shapes: R rows, L tokens, C channels, D width, N packed elements, T times.
 """

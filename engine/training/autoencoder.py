@@ -35,21 +35,26 @@ def train_autoencoder(
     network = autoencoder_class("AutoencoderDC")(**recipe.autoencoder_config)
     network.to(options.device, memory_format=torch.channels_last)  # the faster layout for convolutions
     settings = config.codecs[image_and_text(config)[0]].settings
-    size, images = settings["size"], list(data.images())
-    if not images:
+    size = settings["size"]
+    plain, sources = [], []  # uint8 [3, S, S]; if there are to be changed versions, what these are made from
+    for item, image in data.images():
+        plain.append(fit_image(image, size))
+        if recipe.augmentation is not None:
+            sources.append((image, recipe.augmentation.may_flip(item.captions)))
+    if not plain:
         folder = data.items[0].path.parent
         raise InputError("data", folder, "give a folder of intact images", f"has none ({data.summary()})")
     with errors_named("out"):
-        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(images), options.dtype)
+        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(plain), options.dtype)
 
     def batch(indices: list[int] | range, random: np.random.Generator | None = None) -> Tensor:
         """Images [B, 3, S, S] in −1..1, some of them changed at random."""
         levels = []
-        for item, image in (images[i] for i in indices):
+        for i in indices:
             if random is None or recipe.augmentation is None or random.random() >= CHANGED:
-                levels.append(fit_image(image, size))
+                levels.append(plain[i])
             else:
-                flip = recipe.augmentation.may_flip(item.captions)
+                image, flip = sources[i]
                 levels.append(to_levels(augment(image, size, recipe.augmentation, random, flip)))
         pixels = torch.stack(levels).float() / 127.5 - 1
         return pixels.to(options.device, memory_format=torch.channels_last)
@@ -60,7 +65,7 @@ def train_autoencoder(
 
     @torch.inference_mode()
     def preview(step: int) -> None:
-        pixels = batch(range(0, len(images), max(1, len(images) // 32))[:32])
+        pixels = batch(range(0, len(plain), max(1, len(plain) // 32))[:32])
         decoded = stage.average.decode(stage.average.encode(pixels).latent).sample
         sheet = grid([to_image(p) for pair in zip(pixels, decoded, strict=True) for p in pair], columns=16)
         write_atomically(stage.folder / "samples.png", lambda p: sheet.save(p, "PNG"))
@@ -68,7 +73,7 @@ def train_autoencoder(
 
     stage.run(losses, options.save_every, preview)
     with torch.inference_mode():
-        pixels = batch(range(0, len(images), max(1, len(images) // 512)))
+        pixels = batch(range(0, len(plain), max(1, len(plain) // 512)))
         rms = stage.average.encode(pixels).latent.square().mean().sqrt().item()
     stage.average.register_to_config(scaling_factor=1 / rms)
     return ImageCodec(stage.average, size, settings["patch"])

@@ -20,7 +20,7 @@ CHANGED = 0.75
 
 
 class Examples:
-    """Captioned images as the denoiser sees them: latents on disk, captions in memory.
+    """Captioned images as training data of the denoiser: latents on disk, captions in memory.
 
     cache   latents and captions of the images
     text    the codec of the captions
@@ -49,8 +49,8 @@ class Examples:
     ) -> tuple[Tensor, Tensor | None]:
         """(x0 [B, N] float32, token weights [B, L] float32 or None) of images of the epoch, on the CPU.
 
-        known  [B] bool, images that are known as a whole: most of these are taken as `engine.data.augment` changes
-               them. None: none
+        known  [B] bool, images that are known as a whole: most of these are taken in a version that
+               `engine.data.augment` changed. None: none are known
         """
         images = [self.epoch[i] for i in indices]
         draws = torch.rand(len(images), 2, generator=generator).tolist()

@@ -1,6 +1,6 @@
 """`Stage`: trains one module, keeps an average of its weights, saves its state and resumes exactly.
 
-Knows nothing about images or diffusion: a stage is a module, a function from (random generator, sample indices) to
+Independent of images and diffusion: a stage is a module, a function from (random generator, sample indices) to
 named losses, and a `StageConfig`. The random numbers of step s come from a generator seeded by (seed, s), so a run that
 was killed at any moment resumes with the losses it would have had.
 """
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -135,8 +136,6 @@ class Stage:
         save_tensors(self.folder / STATE, tensors, metadata)
 
     def _restore(self) -> None:
-        from safetensors import SafetensorError
-
         path, remedy = self.folder / STATE, "delete it to restart this stage"
         try:
             tensors, metadata = load_tensors(path)

@@ -245,7 +245,7 @@ def _require_same_data(data: CocoCaptions, options: TrainOptions) -> dict[str, l
     recorded = _recorded(file, lambda entry: isinstance(entry, list) and len(entry) == 4)
     record = record_of(data, recorded)
     if recorded and (changed := differences(recorded, record)):
-        remedy = "restore it, or start a run in another folder, with --init to go on from this one's checkpoint"
+        remedy = "restore it, or start a run in another folder, with --init to continue from this one's checkpoint"
         raise InputError("data", options.data, remedy, f"is not what this run began with: {changed}")
     write_atomically(file, lambda p: p.write_text(json.dumps(record) + "\n"))
     return record
