@@ -34,6 +34,7 @@ TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+BACKGROUND = (255, 255, 255)  # what is seen through transparent images
 WHITE = 127.5  # of 255; a mask is white above it
 COLOURED = 64  # a mask's pixel is refused if its highest and lowest channel differ by more levels
 MARGIN, FONT_SIZE = 8, 12  # of a grid, in pixels
@@ -138,10 +139,15 @@ def fit_image(image: Image.Image, size: int) -> Tensor:
     Takes greyscale of any depth, palettes, transparency and CMYK. Raises ValueError for a mode that Pillow cannot
     convert.
     """
-    image = _eight_bits(image)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = on_background(_eight_bits(image))
     return to_levels(image.resize((size, size), Image.Resampling.LANCZOS, box=_centre_square(image.size)))
+
+
+def on_background(image: Image.Image, colour: tuple[int, int, int] = BACKGROUND) -> Image.Image:
+    """An image of mode RGB or RGBA as RGB, its transparent parts in this colour."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+    return image.convert("RGB")
 
 
 def to_levels(image: Image.Image) -> Tensor:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from engine.data.augment import Augmentation, augment
+from engine.config import Augmentation
+from engine.data.augment import augment
 
 NONE = Augmentation((1, 1), 0, flip=False, background=0, colour=0, jpeg=0)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.augment import Augmentation
+from engine.config import Augmentation
 from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
 from engine.errors import InputError

@@ -6,31 +6,12 @@ to be generated are never changed, since the model would learn to generate the c
 
 import io
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-WHITE = (255, 255, 255)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How much images are changed. All draws are uniform."""
-
-    scale: tuple[float, float] = (0.8, 1.1)
-    shift: float = 0.1  # at most, along each axis, as a fraction of the side
-    flip: bool = True  # left and right, half of the images
-    directional: tuple[str, ...] = ()  # images with one of these in a caption are not flipped
-    background: float = 0.5  # of transparent images: the fraction on a random colour instead of white
-    colour: float = 0.1  # brightness, contrast and saturation change by this fraction at most
-    jpeg: float = 0.3  # fraction of the images that are compressed
-    quality: tuple[int, int] = (50, 95)  # of JPEG
-    variants: int = 16  # changed versions of each image whose latents are kept
-
-    def may_flip(self, captions: tuple[str, ...]) -> bool:
-        """Whether an image with these captions shows the same when left and right are exchanged."""
-        return self.flip and not any(part in caption.lower() for caption in captions for part in self.directional)
+from engine.config import Augmentation
+from engine.images import BACKGROUND, on_background
 
 
 def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.Generator, flip: bool) -> Image.Image:
@@ -42,7 +23,7 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
     """
     background = None  # of a transparent image
     if image.mode == "RGBA":
-        background = tuple(random.integers(0, 256, 3).tolist()) if random.random() < how.background else WHITE
+        background = tuple(random.integers(0, 256, 3).tolist()) if random.random() < how.background else BACKGROUND
         image = on_background(image, background)
     scale, shift = random.uniform(*how.scale), random.uniform(-how.shift, how.shift, 2)
     image = moved(image, size, scale, shift, background)
@@ -60,13 +41,6 @@ def compressed(image: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
-
-
-def on_background(image: Image.Image, colour: tuple[int, int, int] = WHITE) -> Image.Image:
-    """An image of mode RGB or RGBA as RGB, the transparent parts in this colour."""
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
-    return image.convert("RGB")
 
 
 def moved(image: Image.Image, size: int, scale: float, shift: np.ndarray, background=None) -> Image.Image:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.data.augment import WHITE, compressed, moved, on_background
-from engine.images import fit_image
+from engine.data.augment import compressed, moved
+from engine.images import BACKGROUND, fit_image, on_background
 
 GREY = (128, 128, 128)
 NOISE = 5  # standard deviation, in levels of 0…255
@@ -16,7 +16,7 @@ def _moved(scale: float, x: float = 0, y: float = 0) -> Callable:
     """Scaled about the centre and shifted by whole pixels of the result; white under and around transparency."""
 
     def change(image: Image.Image, size: int) -> Image.Image:
-        background = WHITE if image.mode == "RGBA" else None
+        background = BACKGROUND if image.mode == "RGBA" else None
         return moved(on_background(image), size, scale, np.array([x, y]) / size, background)
 
     return change

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.data.augment import Augmentation, augment
+from engine.config import Augmentation
+from engine.data.augment import augment
 from engine.data.coco import CocoCaptions
 from engine.data.record import record_of
 from engine.errors import InputError

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from engine.data.augment import Augmentation
+from engine.config import Augmentation
 
 
 @dataclass(frozen=True)
