@@ -176,8 +176,8 @@ async def test_bad_options_are_refused_and_take_no_place(engine, options):
 @asynchronous
 async def test_a_deadline_ends_a_request_that_runs_and_one_that_waits(narrow):
     served = AsyncEngine(narrow)
-    first, second = await running(served, deadline=0.3), await served.submit(Request(steps=1), deadline=0.1)
-    for handle, seconds in ((second, 0.1), (first, 0.3)):
+    first, second = await running(served, deadline=1.5), await served.submit(Request(steps=1), deadline=0.8)
+    for handle, seconds in ((second, 0.8), (first, 1.5)):
         with pytest.raises(DeadlineExceeded) as error:
             await handle.result()
         assert error.value.seconds == seconds
