@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+from engine_cases import left_half, noise
 from PIL import Image
 
 from engine import Engine, Request
@@ -21,7 +22,26 @@ from engine.serving.app import create_app
 from engine.serving.async_engine import AsyncEngine
 
 ROOT = Path(__file__).resolve().parents[1]
+INFILL, GENERATIONS, EDITS, CAPTIONS = "/v1/infill", "/v1/images/generations", "/v1/images/edits", "/v1/captions"
+ENDPOINTS = [INFILL, GENERATIONS, EDITS, CAPTIONS]
 LONG = {"num": 2, "steps": 250, "resample": 10, "seed": 0}  # 2,500 steps of two samples, ten seconds at least
+
+
+def file_of(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def base64_of(image: Image.Image | bytes, **options) -> str:
+    data = image if isinstance(image, bytes) else file_of(image, **options)
+    return base64.b64encode(data).decode()
+
+
+PHOTO, MASK = base64_of(noise()), base64_of(left_half())
+MINIMAL = {INFILL: {"steps": 1}, GENERATIONS: {"prompt": "red", "num_inference_steps": 1},
+           EDITS: {"prompt": "red", "image": PHOTO, "mask_image": MASK, "num_inference_steps": 1},
+           CAPTIONS: {"image": PHOTO, "steps": 1}}  # fmt: skip
 
 
 def asynchronous(test: Callable) -> Callable:
@@ -106,17 +126,6 @@ def events_of(text: str) -> list[tuple[str | None, dict]]:
     return found
 
 
-def file_of(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def base64_of(image: Image.Image | bytes, **options) -> str:
-    data = image if isinstance(image, bytes) else file_of(image, **options)
-    return base64.b64encode(data).decode()
-
-
 def image_of(text: str) -> Image.Image:
     """An image that the service answered."""
     image = Image.open(io.BytesIO(base64.b64decode(text)))
@@ -146,3 +155,13 @@ def memory() -> int:
     """Bytes of this process that are resident."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def assert_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:
+    """Returns the message."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param), error
+    assert error["message"] and "Traceback" not in error["message"]
+    return error["message"]

@@ -1,16 +1,24 @@
-"""The HTTP service: what its endpoints answer, what they refuse and how, limits, tokens, events and the end."""
+"""The HTTP service: what its endpoints answer, events, and the end."""
 
 import asyncio
 import json
 
-import httpx
 import pytest
 from engine_cases import assert_same, difference, left_half, noise
 from PIL import Image
 from service_cases import (
+    CAPTIONS,
+    EDITS,
+    ENDPOINTS,
+    GENERATIONS,
+    INFILL,
     LONG,
+    MASK,
+    MINIMAL,
+    PHOTO,
     Connection,
     app_of,
+    assert_error,
     asynchronous,
     base64_of,
     client,
@@ -25,24 +33,6 @@ from service_cases import (
 from engine import Engine, Request
 from engine.serving.inputs import Limits
 from engine.serving.schemas import InfillBody
-
-INFILL, GENERATIONS, EDITS, CAPTIONS = "/v1/infill", "/v1/images/generations", "/v1/images/edits", "/v1/captions"
-ENDPOINTS = [INFILL, GENERATIONS, EDITS, CAPTIONS]
-PHOTO, MASK = base64_of(noise()), base64_of(left_half())
-MINIMAL = {INFILL: {"steps": 1}, GENERATIONS: {"prompt": "red", "num_inference_steps": 1},
-           EDITS: {"prompt": "red", "image": PHOTO, "mask_image": MASK, "num_inference_steps": 1},
-           CAPTIONS: {"image": PHOTO, "steps": 1}}  # fmt: skip
-
-
-def assert_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> str:
-    """Returns the message."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == (code, param), error
-    assert error["message"] and "Traceback" not in error["message"]
-    return error["message"]
-
 
 # ------------------------------------------------------------------------------------------------- answers
 
@@ -173,226 +163,6 @@ async def test_the_model_and_its_words_are_listed(engine):
         assert len((await http.get("/v1/vocabulary?limit=1000")).json()["words"]) == 31
         for limit in ("0", "x", "1001", "-1", "9" * 5000):
             assert_error(await http.get(f"/v1/vocabulary?limit={limit}"), 400, "invalid_value", "limit")
-
-
-# ------------------------------------------------------------------------------------------------- refusals
-
-
-def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: int = 400):
-    return pytest.param(path, body, param, code, status, id=f"{path.rpartition('/')[2]}-{json.dumps(body)[:60]}")
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "param", "code", "status"),
-    [
-        *(bad(path, {"sampler": 1}, "sampler", "unsupported_field") for path in ENDPOINTS),
-        *(bad(path, {"prompt": "purple"}, "prompt") for path in ENDPOINTS),
-        *(bad(path, {"prompt": " ?! "}, "prompt") for path in ENDPOINTS),
-        *(bad(path, {"prompt": "red \ud800"}, "prompt") for path in ENDPOINTS),
-        *(bad(path, {"prompt": "red " * 7}, "prompt") for path in ENDPOINTS),
-        *(bad(path, {"prompt": "red " * 2000}, "prompt") for path in ENDPOINTS),
-        *(bad(path, {"prompt": 5}, "prompt") for path in ENDPOINTS),
-        *(bad(path, {"seed": 2**64}, "seed") for path in ENDPOINTS),
-        *(bad(path, {"seed": 1.5}, "seed") for path in ENDPOINTS),
-        *(bad(path, {"n": 0}, "n") for path in ENDPOINTS[1:]),
-        *(bad(path, {"n": 65}, "n") for path in ENDPOINTS[1:]),
-        *(bad(path, {"model": "gpt-image-1"}, "model", "model_not_found", 404) for path in ENDPOINTS[1:]),
-        *(bad(path, {"image": "cat.png"}, "image", "invalid_image") for path in (INFILL, EDITS, CAPTIONS)),
-        *(bad(path, {"image": "/etc/passwd"}, "image", "invalid_image") for path in (INFILL, EDITS, CAPTIONS)),
-        *(bad(path, {"image": "https://x.org/a.png"}, "image", "invalid_image") for path in (INFILL, EDITS, CAPTIONS)),
-        *(bad(path, {"image": base64_of(b"%!PS")}, "image", "invalid_image") for path in (INFILL, EDITS, CAPTIONS)),
-        *(bad(path, {"image": PHOTO[:200]}, "image", "invalid_image") for path in (INFILL, EDITS, CAPTIONS)),
-        *(bad(path, {"image": {"url": "x"}}, "image") for path in (INFILL, EDITS, CAPTIONS)),
-        bad(INFILL, {"num": 65}, "num"),
-        bad(INFILL, {"num": True}, "num"),
-        bad(INFILL, {"steps": 251}, "steps"),
-        bad(INFILL, {"steps": 250, "resample": 11}, "resample"),
-        bad(INFILL, {"steps": "5"}, "steps"),
-        bad(INFILL, {"guidance": 1e3}, "guidance"),
-        bad(INFILL, {"guidance_interval": [0.5, 0.2]}, "guidance_interval"),
-        bad(INFILL, {"eta": 0.5}, "eta"),
-        bad(INFILL, {"order": ["sound"]}, "order"),
-        bad(INFILL, {"order": "text"}, "order"),
-        bad(INFILL, {"task": "image-to-text"}, "task"),
-        bad(INFILL, {"deadline": 0}, "deadline"),
-        bad(INFILL, {"preview_every": 5}, "preview_every"),
-        bad(INFILL, {"output_format": "gif"}, "output_format"),
-        bad(INFILL, {"mask": MASK}, "mask", "invalid_image"),
-        bad(INFILL, {"image": PHOTO, "mask": base64_of(left_half((16, 16)))}, "mask", "invalid_image"),
-        bad(INFILL, {"image": PHOTO, "mask": PHOTO}, "mask", "invalid_image"),
-        bad(INFILL, {"image": PHOTO, "prompt": "red"}, "prompt, image"),
-        bad(INFILL, {"prompt": "red", "inputs": {"text": "red"}}, "prompt"),
-        bad(GENERATIONS, {"n": 2.0}, "n"),
-        bad(GENERATIONS, {"response_format": "url"}, "response_format"),
-        bad(GENERATIONS, {"background": "transparent"}, "background"),
-        bad(GENERATIONS, {"quality": "hd"}, "quality"),
-        bad(GENERATIONS, {"style": "vivid"}, "style", "unsupported_field"),
-        bad(GENERATIONS, {"partial_images": 2}, "partial_images"),
-        bad(GENERATIONS, {"num_inference_steps": 251}, "num_inference_steps"),
-        bad(GENERATIONS, {"guidance_scale": 101}, "guidance_scale"),
-        bad(EDITS, {"mask_image": None}, "image", "invalid_image"),
-        bad(EDITS, {"mask": MASK, "mask_image": None}, "mask", "invalid_image"),
-        bad(EDITS, {"mask": MASK}, "mask_image"),
-        bad(EDITS, {"image": None}, "image"),
-        bad(EDITS, {"mask_image": base64_of(left_half((16, 16)))}, "mask_image", "invalid_image"),
-        bad(CAPTIONS, {"image": None}, "image"),
-        bad(CAPTIONS, {"steps": 251}, "steps"),
-        bad(CAPTIONS, {"stream": True}, "stream", "unsupported_field"),
-    ],
-)  # fmt: skip
-@asynchronous
-async def test_a_bad_value_is_a_400_that_names_its_field(engine, path, body, param, code, status):
-    before = engine.stats().samples
-    async with service(engine) as http:
-        content = json.dumps(MINIMAL[path] | body)
-        answer = await http.post(path, content=content, headers={"content-type": "application/json"})
-    message = assert_error(answer, status, code, param)
-    assert message.startswith(f"{param}: ") and "object at 0x" not in message
-    assert engine.stats().samples == before, "nothing was computed"
-
-
-@pytest.mark.parametrize(
-    ("content", "kind", "status", "code"),
-    [
-        ("{", "application/json", 400, "invalid_body"),
-        ("", "application/json", 400, "invalid_body"),
-        ("[]", "application/json", 400, "invalid_body"),
-        ('{"steps": NaN}', "application/json", 400, "invalid_body"),
-        ("[" * 100_000, "application/json", 400, "invalid_body"),
-        ('{"seed": ' + "9" * 5000 + "}", "application/json", 400, "invalid_body"),
-        (b'{"prompt": "\xff"}', "application/json", 400, "invalid_body"),
-        ("{}", "text/plain", 415, "unsupported_media_type"),
-        ("{}", "", 415, "unsupported_media_type"),
-        ("x", "multipart/form-data", 400, "invalid_body"),
-        ("x", "multipart/form-data; boundary=y", 400, "invalid_body"),
-        ("--y\r\n\r\n", "multipart/form-data; boundary=y; charset=no", 400, "invalid_body"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-@asynchronous
-async def test_a_malformed_body_is_refused(engine, content, kind, status, code):
-    async with service(engine) as http:
-        assert_error(await http.post(INFILL, content=content, headers={"content-type": kind}), status, code)
-
-
-@asynchronous
-async def test_unknown_paths_and_methods_have_error_objects(engine):
-    async with service(engine) as http:
-        assert_error(await http.get("/v1/nothing"), 404, "not_found")
-        answer = await http.get(INFILL)
-        assert_error(answer, 405, "method_not_allowed")
-        assert answer.headers["allow"] == "POST"
-        assert_error(await http.delete("/v1/requests/x"), 404, "not_found", "id")
-
-
-@asynchronous
-async def test_a_body_above_the_limit_is_refused_before_it_is_all_read(engine):
-    app, _ = app_of(engine, limits=Limits(body_bytes=1000))
-    read = 0
-
-    async def endless():
-        nonlocal read
-        while True:
-            read += 500
-            yield b" " * 500
-
-    headers = {"content-type": "application/json"}
-    async with client(app) as http:
-        assert_error(await http.post(INFILL, json={"image": "A" * 1000}), 413, "too_large")
-        assert_error(await http.post(INFILL, files={"image": b"A" * 1000}), 413, "too_large")
-        assert_error(await http.post(INFILL, content=endless(), headers=headers), 413, "too_large")
-        assert read <= 2000
-
-
-@asynchronous
-async def test_a_body_that_does_not_come_is_given_up(engine):
-    async def slow():
-        yield b"{"
-        await asyncio.sleep(5)
-
-    async with service(engine, limits=Limits(body_seconds=0.05)) as http:
-        answer = await http.post(INFILL, content=slow(), headers={"content-type": "application/json"})
-        assert_error(answer, 408, "timeout")
-
-
-@asynchronous
-async def test_what_nobody_foresaw_is_a_500_without_details(engine, monkeypatch):
-    async with service(engine) as http:
-        monkeypatch.setattr(engine, "submit", lambda *_, **__: 1 / 0)
-        message = assert_error(await http.post(INFILL, json={}), 500, "internal_error")
-        assert "zero" not in message
-
-
-@asynchronous
-async def test_a_full_queue_is_a_429_and_a_deadline_a_504(tiny_checkpoint):
-    with Engine.from_pretrained(tiny_checkpoint, dtype="float32", max_rows=1) as engine:
-        app, served, read = *app_of(engine, max_queue=1), []
-
-        async def body():
-            read.append(True)
-            yield b'{"steps": 1}'
-
-        async with client(app) as http:
-            waiting = asyncio.ensure_future(http.post(INFILL, json=LONG))
-            await until(lambda: served.samples == 2)
-            answer = await http.post(INFILL, content=body(), headers={"content-type": "application/json"})
-            assert_error(answer, 429, "queue_full")
-            assert not read, "what there is no room for is not read"
-            assert int(answer.headers["retry-after"]) > 0
-            assert (await http.get("/ready")).status_code == 503
-            for handle in list(served._handles.values()):
-                handle.cancel()
-            assert_error(await waiting, 409, "cancelled")
-            assert (await http.get("/ready")).status_code == 200
-            assert_error(await http.post(INFILL, json=LONG | {"deadline": 0.05}), 504, "deadline_exceeded", "deadline")
-        async with service(engine, limits=Limits(seconds=0.05)) as http:
-            assert_error(await http.post(INFILL, json=LONG | {"deadline": 9}), 504, "deadline_exceeded", "deadline")
-
-
-# ------------------------------------------------------------------------------------------------- tokens, other pages
-
-
-@asynchronous
-async def test_tokens_are_asked_for_where_there_are_some(engine):
-    async with service(engine, tokens=["first", "s\u00e9cond"]) as http:
-        for path in ("/health", "/ready", "/openapi.json"):
-            assert (await http.get(path)).status_code == 200
-        for header in (None, "Bearer", "Bearer no", "Basic first", "Bearer first2", b"Bearer \xff"):
-            headers = {} if header is None else {"authorization": header}
-            for path in ("/v1/models", "/metrics", "/v1/nothing"):
-                answer = await http.get(path, headers=headers)
-                assert_error(answer, 401, "unauthorized")
-                assert answer.headers["www-authenticate"] == "Bearer"
-        for token in ("first", "s\u00e9cond"):
-            headers = {"authorization": f"bearer {token}".encode()}
-            assert (await http.get("/v1/models", headers=headers)).status_code == 200
-
-
-@asynchronous
-async def test_other_pages_may_call_only_where_that_was_asked_for(engine):
-    origin = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    async with service(engine) as http:
-        assert "access-control-allow-origin" not in (await http.get("/v1/models", headers=origin)).headers
-    async with service(engine, origins=["https://a.example"], tokens=["t"]) as http:
-        assert (await http.options(INFILL, headers=origin)).headers["access-control-allow-origin"] == origin["origin"]
-        refused = await http.get("/v1/models", headers=origin)
-        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == origin["origin"]
-        other = await http.get("/v1/models", headers=origin | {"origin": "https://b.example"})
-        assert "access-control-allow-origin" not in other.headers
-
-
-@asynchronous
-async def test_a_form_that_another_page_sends_is_refused(engine):
-    form = {"files": {"steps": (None, "1")}}
-    async with service(engine, origins=["https://a.example"]) as http:
-        for site, origin, status in (
-            ("cross-site", "https://b.example", 403),
-            ("cross-site", "null", 403),
-            ("cross-site", "https://a.example", 200),
-            ("same-origin", "http://service", 200),
-        ):
-            answer = await http.post(INFILL, headers={"sec-fetch-site": site, "origin": origin}, **form)
-            assert answer.status_code == status
 
 
 # ------------------------------------------------------------------------------------------------- events

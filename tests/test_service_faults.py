@@ -14,6 +14,9 @@ import torch
 from engine_cases import difference, left_half, levels, noise, one_block_checkpoint
 from PIL import Image
 from service_cases import (
+    EDITS,
+    GENERATIONS,
+    INFILL,
     LONG,
     Connection,
     app_of,
@@ -30,7 +33,6 @@ from service_cases import (
 from engine import Engine, Request
 from engine.images import open_mask
 
-INFILL, GENERATIONS, EDITS = "/v1/infill", "/v1/images/generations", "/v1/images/edits"
 KEPT = (16, 0, 32, 32)  # of `left_half`
 
 

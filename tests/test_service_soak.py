@@ -13,13 +13,19 @@ from dataclasses import replace
 import httpx
 import pytest
 import schemathesis
-from engine_cases import assert_same, left_half, noise
+from engine_cases import assert_same, noise
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service_cases import (
+    CAPTIONS,
+    EDITS,
+    GENERATIONS,
+    INFILL,
+    MASK,
+    PHOTO,
     Connection,
     app_of,
     asynchronous,
@@ -39,8 +45,6 @@ from engine.serving.inputs import Limits
 from engine.serving.schemas import CaptionBody, EditBody, GenerationBody, InfillBody
 
 ENDURANCE = (pytest.mark.endurance, pytest.mark.slow)  # slow too, so that -m "not slow" leaves them out
-INFILL, GENERATIONS, EDITS, CAPTIONS = "/v1/infill", "/v1/images/generations", "/v1/images/edits", "/v1/captions"
-PHOTO, MASK = base64_of(noise()), base64_of(left_half())
 SMALL = Limits(num=2, steps=25, calls=25, seconds=10)  # a generated body asks for little work at most
 
 # ------------------------------------------------------------------------------------------------- soak
