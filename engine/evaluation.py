@@ -71,9 +71,9 @@ class Gallery:
 
     def nearest(self, images: Tensor) -> list[str]:
         """The names of the images nearest in L2 to images [m, 3·S·S]."""
-        return [self.names[i] for i in self.nearest_indices(images)[0]]
+        return [self.names[i] for i in self.nearest_with_distances(images)[0]]
 
-    def nearest_indices(self, images: Tensor) -> tuple[list[int], list[float]]:
+    def nearest_with_distances(self, images: Tensor) -> tuple[list[int], list[float]]:
         """Of images [m, 3·S·S], the index of the nearest in L2 and its root mean square distance in levels."""
         distances, indices = torch.cdist(images, self.images).min(1)
         return indices.tolist(), (distances * (127.5 / images.shape[1] ** 0.5)).tolist()
@@ -183,7 +183,9 @@ def evaluate_joint(
     requests = [Request(num=min(CHUNK, count - i), steps=steps, seed=seed + i) for i in firsts]
     results = _generate(engine, "joint", requests, chunk=1)
     samples = [sample for result in results for sample in result.samples]
-    nearest, distances = gallery.nearest_indices(torch.stack([pixels_of(s.outputs[image]) for s in samples]).flatten(1))
+    nearest, distances = gallery.nearest_with_distances(
+        torch.stack([pixels_of(s.outputs[image]) for s in samples]).flatten(1)
+    )
     f1 = _mean(word_f1(s.outputs[text], gallery.names[i]) for s, i in zip(samples, nearest, strict=True))
     return JointScores(count, seed, results[0].order, f1, len(set(nearest)), _mean(distances))
 
