@@ -1,4 +1,4 @@
-"""`InputError`: what a user got wrong, with the argument, the value and the remedy as fields."""
+"""`InputError`: what a user got wrong, with the argument, the value and the remedy as fields. `EngineClosed`."""
 
 import reprlib
 from collections.abc import Iterator
@@ -22,6 +22,10 @@ class InputError(ValueError):
     def __str__(self) -> str:
         sentence = f"{self.argument}: {shown(self.value)} {self.problem}; {self.remedy}"
         return " ".join(sentence.splitlines())
+
+
+class EngineClosed(RuntimeError):
+    """The engine is closed, or finishes what it has and takes nothing new."""
 
 
 @contextmanager

@@ -135,7 +135,7 @@ class Engine:
     def close(self) -> None:
         """Frees the model, after the step that is under way; the engine cannot be used afterwards.
 
-        Calls that are not done raise RuntimeError in their own threads.
+        Calls that are not done raise EngineClosed in their own threads.
         """
         self._sampler.close()
         self._denoiser = self._sampler.denoiser = None
@@ -186,11 +186,11 @@ class Engine:
         but not wait for the engine.
 
         Cancelling the future, at any time before it is done, frees its slots before the next step. Requests are read
-        and checked in this thread: raises InputError before anything is computed if one of them cannot be served, and
-        RuntimeError if the engine is closed or was made before a fork. The future raises NotFiniteSamplesError, whose
-        `results` hold all other samples, if some are not finite, torch.OutOfMemoryError if memory does not suffice for
-        a single sample, RuntimeError if the engine is closed meanwhile, and what the model raised where it fails; other
-        calls' samples are not affected.
+        and checked in this thread: raises InputError before anything is computed if one of them cannot be served,
+        EngineClosed if the engine is closed, and RuntimeError if it was made before a fork. The future raises
+        NotFiniteSamplesError, whose `results` hold all other samples, if some are not finite, torch.OutOfMemoryError if
+        memory does not suffice for a single sample, EngineClosed if the engine is closed meanwhile, and what the model
+        raised where it fails; other calls' samples are not affected.
         """
         alone, started = isinstance(requests, Request), time.perf_counter()
         watch = Watch(progress, priority, preview, preview_every)

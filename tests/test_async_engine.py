@@ -9,13 +9,12 @@ from engine_cases import ENDLESS, assert_same, noise
 from service_cases import asynchronous, until
 
 from engine import Engine, Request
-from engine.errors import InputError
+from engine.errors import EngineClosed, InputError
 from engine.serving.async_engine import (
     READERS,
     AsyncEngine,
     Cancelled,
     DeadlineExceeded,
-    EngineClosed,
     Preview,
     Progress,
     Queued,

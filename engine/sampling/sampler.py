@@ -113,10 +113,10 @@ class Sampler:
         preview   called like `progress`, and after it, with the samples of which `preview_every`, twice as many, …
                   steps are done, but not all. Results are the same with it and without
 
-        Cancelling the future frees the slots before the next step. Raises InputError if a sample does not fit the model
-        and RuntimeError if the sampler is closed or was made before a fork. The future raises NotFiniteError if a
-        result is not finite, torch.OutOfMemoryError if memory does not suffice for a single sample, and RuntimeError if
-        the sampler is closed meanwhile.
+        Cancelling the future frees the slots before the next step. Raises InputError if a sample does not fit the
+        model, EngineClosed if the sampler is closed, and RuntimeError if it was made before a fork. The future raises
+        NotFiniteError if a result is not finite, torch.OutOfMemoryError if memory does not suffice for a single sample,
+        and EngineClosed if the sampler is closed meanwhile.
         """
         denoiser = self.denoiser
         self.worker.check()
@@ -143,7 +143,7 @@ class Sampler:
             future.cancel()
 
     def close(self) -> None:
-        """Ends the worker after the step that it is in and frees all memory; open futures raise RuntimeError."""
+        """Ends the worker after the step that it is in and frees all memory; open futures raise EngineClosed."""
         self.worker.close()
 
     # ------------------------------------------------------------------------------------------ on the worker

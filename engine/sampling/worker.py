@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from engine.errors import EngineClosed
+
 CLOSED = "this engine is closed; make another with Engine.from_pretrained"
 FORKED = "an engine was made before this process was forked; start processes with multiprocessing's spawn instead"
 WAITS_FOR_ITSELF = "the engine's own thread cannot wait for the engine; call from another thread, or use submit"
@@ -67,11 +69,11 @@ class Worker:
         return item.future
 
     def check(self) -> None:
-        """Raises RuntimeError if the worker is closed, or if it was made before this process was forked."""
+        """Raises EngineClosed if the worker is closed, RuntimeError if it was made before this process was forked."""
         if self._pid != os.getpid():
             raise RuntimeError(FORKED)
         if self.closed:
-            raise RuntimeError(CLOSED)
+            raise EngineClosed(CLOSED)
 
     def check_waiting(self) -> None:
         """Raises RuntimeError on the worker's own thread, on which waiting for it would never end."""
@@ -79,7 +81,7 @@ class Worker:
             raise RuntimeError(WAITS_FOR_ITSELF)
 
     def close(self, timeout: float | None = None) -> None:
-        """Ends the thread after the turn that it is in; the owner's `abort` is called with RuntimeError.
+        """Ends the thread after the turn that it is in; the owner's `abort` is called with EngineClosed.
 
         timeout  seconds to wait for it at most
         """
@@ -108,7 +110,7 @@ class Worker:
                 except BaseException as error:  # the callers must not wait for results that never come
                     owner.abort(error)
                 if self.closed:
-                    owner.abort(RuntimeError(CLOSED))
+                    owner.abort(EngineClosed(CLOSED))
                     return
                 del owner
 

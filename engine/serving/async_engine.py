@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from engine.errors import InputError
+from engine.errors import EngineClosed, InputError
 from engine.request import Request, Result, Sample, Watch
 from engine.runtime import Engine
 
@@ -38,10 +38,6 @@ class DeadlineExceeded(TimeoutError):
     def __init__(self, seconds: float):
         self.seconds = seconds
         super().__init__(f"not done within the deadline of {seconds:g} s")
-
-
-class EngineClosed(RuntimeError):
-    """The engine is closed, or finishes what it has and takes nothing new."""
 
 
 @dataclass(frozen=True)
@@ -291,8 +287,7 @@ class AsyncEngine:
         except asyncio.CancelledError:  # the engine was closed, or the loop ends
             handle._end(error=EngineClosed("the engine was closed before the request was done"))
         except Exception as error:
-            closed = type(error) is RuntimeError and self.engine.closed
-            handle._end(error=EngineClosed(str(error)) if closed else error)
+            handle._end(error=error)
         finally:
             if timer:
                 timer.cancel()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from engine.errors import InputError, shown
-from engine.serving.async_engine import Cancelled, DeadlineExceeded, EngineClosed, QueueFull
+from engine.errors import EngineClosed, InputError, shown
+from engine.serving.async_engine import Cancelled, DeadlineExceeded, QueueFull
 
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 
