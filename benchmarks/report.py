@@ -246,6 +246,10 @@ def _load(group: str, rows: list[dict]) -> str:
     ours = p95.pop("step-level batching", None)
     ratios = [f"{ours / theirs:.2f} times that of {name}" for name, theirs in p95.items()] if ours else []
     comparison = f"\n\nThe p95 of step-level batching is {' and '.join(ratios)}." if ratios else ""
+    if ratios and "predicted_ratio" in rows[0]:
+        a, b = (_time(seconds) for seconds in rows[0]["step"])
+        predicted = f"{rows[0]['predicted_ratio']:.2f} times that of request-level batching"
+        comparison += f" Predicted from steps of {a} + {b} a sample (`benchmarks/queueing.py`): {predicted}."
     return f"### {group}\n\n{_table([*header, 'good answers/s'], lines)}{comparison}"
 
 

@@ -5,7 +5,8 @@ the same engine one batch after another: up to `max_rows` of the waiting request
 "one at a time" is the same with batches of one. All get the same requests at the same times, in turns. The load is a
 share of the capacity, the most requests per second that the engine answers, measured first; latencies are counted from
 the times of arrival. A play takes 3 × `--seconds`, and longer where requests still wait; 99th percentiles need
-`--seconds 20` or more, and a machine without other work.
+`--seconds 20` or more, and a machine without other work. The ratio of the first two is also predicted from the measured
+time of a step, see `benchmarks.queueing`.
 """
 
 import json
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from queue import SimpleQueue
 
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.queueing import STEPS, arrivals, p95_ratio
 from benchmarks.race import CLOCK, Contender
 from benchmarks.workloads import presets, random_checkpoint
 from engine import Engine, Request
@@ -35,7 +37,6 @@ CONTENDERS = (STEP_LEVEL, REQUEST_LEVEL, ALONE)
 ROUNDS = 3  # every contender is once the first
 GIVE_UP = 5  # a play is over after so many times the time in which its requests arrive
 GOOD = 4  # an answer is good within so many times what the request takes alone
-STEPS = (5, 10, 20)
 
 
 @dataclass
@@ -102,10 +103,10 @@ class Batches:
                 visit.ended = time.perf_counter()
 
 
-def play(server: StepLevel | Batches, requests: list[Request], arrivals: list[float], seconds: float) -> list[Visit]:
+def play(server: StepLevel | Batches, requests: list[Request], arrived: list[float], seconds: float) -> list[Visit]:
     """Lets requests arrive at these times, in seconds from now, and waits for their answers `seconds` at most."""
     started = time.perf_counter()
-    visits = [Visit(request, started + at) for request, at in zip(requests, arrivals, strict=True)]
+    visits = [Visit(request, started + at) for request, at in zip(requests, arrived, strict=True)]
     for visit in visits:
         time.sleep(max(0.0, visit.arrived - time.perf_counter()))
         server.take(visit)
@@ -142,20 +143,21 @@ def plays(engine, request) -> Callable[[float], dict[str, dict]]:
     seconds = 3 * request.config.getoption("seconds")
     capacity = _capacity(engine)
     alone = {steps: _seconds_alone(engine, steps) for steps in STEPS}
+    step = _step_cost(engine)
 
     @cache
     def at(share: float) -> dict[str, dict]:
-        visits = {name: [] for name in CONTENDERS}
+        visits, arrived_of = {name: [] for name in CONTENDERS}, []
         for number in range(ROUNDS):
-            draw, arrivals, now = random.Random(number), [], 0.0
-            while (now := now + draw.expovariate(share * capacity)) < seconds:
-                arrivals.append(now)
-            requests = mixed(len(arrivals), seed=number)
+            arrived = arrivals(share * capacity, seconds, random.Random(number))
+            requests = mixed(len(arrived), seed=number)
+            arrived_of.append((arrived, [request.steps for request in requests]))
             for i in range(len(CONTENDERS)):
                 name = CONTENDERS[(number + i) % len(CONTENDERS)]
                 server = StepLevel(engine) if name == STEP_LEVEL else Batches(engine, _rows(engine, name))
-                visits[name] += play(server, requests, arrivals, GIVE_UP * seconds)
-        facts = {"capacity": capacity, "seconds": ROUNDS * seconds}
+                visits[name] += play(server, requests, arrived, GIVE_UP * seconds)
+        predicted = p95_ratio(arrived_of, *step, engine.max_rows)
+        facts = {"capacity": capacity, "seconds": ROUNDS * seconds, "step": step, "predicted_ratio": predicted}
         return {name: facts | recorded(of_name, alone, ROUNDS * seconds) for name, of_name in visits.items()}
 
     return at
@@ -174,6 +176,17 @@ def _capacity(engine: Engine) -> float:
 def _seconds_alone(engine: Engine, steps: int) -> float:
     requests = [request for request in mixed(60, seed=1) if request.steps == steps][:8]
     return statistics.median(_seconds_of(engine, [request]) for request in requests)
+
+
+def _step_cost(engine: Engine) -> tuple[float, float]:
+    """(a, b): a step of n samples of `mixed` takes about a + b·n seconds; what is not steps is left out."""
+    seconds = []
+    for samples in (1, engine.max_rows):
+        few, many = ([replace(r, steps=steps) for r in mixed(samples, seed=2)] for steps in (min(STEPS), max(STEPS)))
+        short, long = (min(_seconds_of(engine, requests) for _ in range(3)) for requests in (few, many))
+        seconds.append((long - short) / (max(STEPS) - min(STEPS)))
+    b = max(0.0, seconds[1] - seconds[0]) / (engine.max_rows - 1)
+    return max(0.0, seconds[0] - b), b
 
 
 def _seconds_of(engine: Engine, requests: list[Request]) -> float:
