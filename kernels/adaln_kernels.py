@@ -13,7 +13,7 @@ NONE = -1  # a chunk number that is not used
 
 
 @jit
-def _modulation(
+def modulation(
     TABLE,  # [T, K·D] any float dtype
     VECTOR,  # [K·D] any float dtype
     row,  # [TOKENS] int32, rows of TABLE
@@ -68,7 +68,7 @@ def adaln_forward(
     if GATE >= 0:
         y = Y + (b * stride_yb + position * stride_yl)[:, None] + channel[None, :]
         y = tl.load(y, mask=real, other=0.0).to(tl.float32)
-        x += _modulation(TABLE, VECTOR, row, channel, real, GATE, stride_table, D) * y
+        x += modulation(TABLE, VECTOR, row, channel, real, GATE, stride_table, D) * y
         x = x.to(STREAM.dtype.element_ty)
         tl.store(STREAM + at, x, mask=real)
         x = x.to(tl.float32)  # h follows from what was stored, as in the reference
@@ -76,8 +76,8 @@ def adaln_forward(
         mean = tl.sum(x, 1) / D
         centred = tl.where(real, x - mean[:, None], 0.0)
         rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-        scale = _modulation(TABLE, VECTOR, row, channel, real, SCALE, stride_table, D)
-        shift = _modulation(TABLE, VECTOR, row, channel, real, SHIFT, stride_table, D)
+        scale = modulation(TABLE, VECTOR, row, channel, real, SCALE, stride_table, D)
+        shift = modulation(TABLE, VECTOR, row, channel, real, SHIFT, stride_table, D)
         h = centred * rstd[:, None] * (1 + scale) + shift
         tl.store(H + at, h.to(H.dtype.element_ty), mask=real)
         tl.store(MEAN + token, mean, mask=token < n)
@@ -124,12 +124,12 @@ def adaln_backward_tokens(
         mean, rstd = tl.load(MEAN + token, mask=token < n, other=0.0), tl.load(RSTD + token, mask=token < n, other=0.0)
         normed = tl.where(real, (x - mean[:, None]) * rstd[:, None], 0.0)
         dnormed = tl.load(DH + at, mask=real, other=0.0).to(tl.float32)
-        dnormed *= 1 + _modulation(TABLE, VECTOR, row, channel, real, SCALE, stride_table, D)
+        dnormed *= 1 + modulation(TABLE, VECTOR, row, channel, real, SCALE, stride_table, D)
         along = tl.sum(dnormed * normed, 1) / D
         dx += rstd[:, None] * (dnormed - tl.sum(dnormed, 1)[:, None] / D - normed * along[:, None])
     tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=real)
     if GATE >= 0:
-        dy = dx * _modulation(TABLE, VECTOR, row, channel, real, GATE, stride_table, D)
+        dy = dx * modulation(TABLE, VECTOR, row, channel, real, GATE, stride_table, D)
         tl.store(DY + at, dy.to(DY.dtype.element_ty), mask=real)
 
 

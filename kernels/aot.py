@@ -27,7 +27,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels import adaln, attention, cfg_step, timestep
+from engine.kernels import adaln, attention, cfg_step, linear, timestep
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,7 +51,7 @@ class Usage(NamedTuple):
     spills: int  # bytes of registers kept in memory (AMD: spilled registers)
     shared: int  # bytes per block
     instructions: int
-    wgmma: int  # tensor-core instructions of a whole warpgroup: wgmma, tcgen05.mma
+    wgmma: int  # tensor-core instructions of a whole warpgroup: wgmma, tcgen05.mma, in 16 or 8 bits
     mma: int  # those of one warp: mma, mfma
     vector_loads: int  # global loads of 8 or 16 bytes a thread
     loads: int  # global loads in all
@@ -136,7 +136,7 @@ def _nvidia_usage(case: str, target: str, kernel: CompiledKernel, code: list[str
         spills=_spills(kernel.asm["ptx"], target) if has_local_stores else 0,
         shared=kernel.metadata.shared,
         instructions=len(code),
-        wgmma=sum(instruction.startswith(("HGMMA", "UTCHMMA")) for instruction in code),
+        wgmma=sum(instruction.startswith(("HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA")) for instruction in code),
         mma=sum(instruction.startswith(("HMMA", "DMMA")) for instruction in code),
         vector_loads=sum(bool(re.search(r"\.(64|128)\b", load)) or load.startswith("UTMALDG") for load in loads),
         loads=len(loads),
@@ -185,8 +185,9 @@ def _output_of(*command) -> str:
     return done.stdout + done.stderr
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def cases(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, a call that launches the case's kernels): every block size that a launcher can choose, and odd shapes."""
+    yield from _linear_cases(eight_bits=target in ("sm_90", "sm_100"))
     shapes = ((320, 64), (1024, 64), (333, 64), (77, 64), (32, 64), (1, 64), (320, 32), (320, 128))
     for dtype, sizes in (
         ("bf16", shapes),
@@ -216,6 +217,24 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "B 16, N 8192, 3 of 3 passes, 3 modalities, bf16", partial(cfg_step._triton_step, *inputs)
 
 
+def _linear_cases(eight_bits: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """eight_bits: also products in 8 bits, which not every target has."""
+    for dtype, rows in (("bf16", 2), ("bf16", 64), ("fp16", 2), ("fp32", 2)):
+        x, weight, bias = linear.example_inputs(rows, dtype=DTYPES[dtype])
+        stream, _, table, index, vector = adaln.example_inputs(rows, dim=512, dtype=DTYPES[dtype])
+        back, half = weight.t().contiguous(), weight[:512]  # [512, 2048] and [512, 512]
+        hidden = x.repeat(1, 1, 4)  # [rows, 320, 2048]
+        pair, gated = torch.cat([half, half], 1), (stream, table, index, vector)
+        name = f"{rows} x 320, D 512, {dtype}"
+        yield f"{name}, GELU", partial(linear._launch, x, weight, bias, gelu="tanh")
+        yield f"{name}, residual", partial(linear._launch, hidden, back, bias[:512], residual=gated, gate=2)
+        yield f"{name}, pair", partial(linear._launch, x, pair, bias[:512], second=x)
+        if eight_bits and dtype == "bf16":
+            yield f"{name}, 8 bits", partial(linear._launch, x, linear.quantize(weight), bias, gelu="tanh")
+            back = linear.quantize(back)
+            yield f"{name}, 8 bits, residual", partial(linear._launch, hidden, back, bias[:512], residual=gated, gate=2)
+
+
 def _run_attention(qkv: torch.Tensor) -> None:
     out, lse = attention._attention(qkv)
     attention._attention_backward(out, qkv, out, lse)
@@ -231,7 +250,7 @@ def _run_adaln(inputs: tuple[torch.Tensor, ...], chunks: tuple[int, int, int]) -
 def compile_all(target: str) -> list[Usage]:
     """Every case on one target; a kernel that several cases share is listed with the first."""
     kernels: dict[int, tuple[str, CompiledKernel]] = {}
-    for case, run in cases():
+    for case, run in cases(target):
         with compiling_for(target) as compiled:
             run()
         for kernel in compiled:

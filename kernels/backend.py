@@ -2,6 +2,8 @@
 
     attention                       "sdpa" (PyTorch's choice), "cudnn", "flash", "triton", "xformers"
     adaln, timestep, cfg_step       "torch" (the reference, which Inductor may fuse), "triton"
+    linear_8bit, linear_gelu,       the same: a product and what follows it, in one launch
+    linear_residual, linear_pair
 
 In this order: the caller's argument; the environment variable PSUNET_<OPERATION>, read at import; off CUDA, PyTorch;
 on CUDA the fastest in `measured.json` for the nearest shape of the same device family, operation and dtype; else
@@ -31,10 +33,16 @@ BACKENDS = {
     "adaln": ("torch", "triton"),
     "timestep": ("torch", "triton"),
     "cfg_step": ("torch", "triton"),
+    "linear_8bit": ("torch", "triton"),
+    "linear_gelu": ("torch", "triton"),
+    "linear_residual": ("torch", "triton"),
+    "linear_pair": ("torch", "triton"),
 }
 PORTABLE = {operation: backends[0] for operation, backends in BACKENDS.items()}
 # What CUDA runs where nothing was measured: each of these is one launch instead of five to fifty eager ones.
-UNMEASURED = {"attention": "sdpa", "adaln": "triton", "timestep": "torch", "cfg_step": "triton"}
+UNMEASURED = {"attention": "sdpa", "timestep": "torch"} | {
+    operation: "triton" for operation in BACKENDS if operation not in ("attention", "timestep")
+}
 ENVIRONMENT = {operation: os.environ.get(f"PSUNET_{operation.upper()}", "auto") for operation in BACKENDS}
 # Of every launch. Explicit, because Triton 3.9 warns without it, and 3.10 changes its default.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine.kernels import adaln, attention, backend, cfg_step, timestep
+from engine.kernels import adaln, attention, backend, cfg_step, linear, timestep
 
 ROWS = (2, 32, 128)  # of the forward: two passes of 1, 16 and 64 samples
 
@@ -29,6 +29,14 @@ def workloads(dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple[int,
             yield "attention", (rows, tokens, 64), partial(attention.attention, qkv)
             inputs = adaln.example_inputs(rows, tokens, times=1001, dtype=dtype, device=device)
             yield "adaln", (rows, tokens, 512), partial(adaln.gated_residual_modulate, *inputs, 2, 3, 4)
+        x, weight, bias = linear.example_inputs(rows, 320, 512, 2048, dtype, device)
+        yield "linear_gelu", (rows * 320, 2048, 512), partial(linear.linear_gelu, x, weight, bias, "tanh")
+        stream, _, *time = adaln.example_inputs(rows, times=1001, dtype=dtype, device=device)
+        hidden, weight, bias = linear.example_inputs(rows, 320, 2048, 512, dtype, device)
+        gated = partial(linear.linear_residual, stream, hidden, weight, bias, *time, 5)
+        yield "linear_residual", (rows * 320, 512, 2048), gated
+        weight = weight[:, :1024].contiguous()
+        yield "linear_pair", (rows * 320, 512, 1024), partial(linear.linear_pair, x, stream, weight, bias)
     for times in (51, 1001):
         inputs = timestep.example_inputs(times, dtype=dtype, device=device)
         yield "timestep", (times, 256, 512), partial(timestep.timestep_table, *inputs)
