@@ -46,7 +46,7 @@ def test_kernels_fit_the_device_and_do_not_spill(target, compiled, committed):
         # The kernels are tuned to the table's compiler; triton 3.6 and 3.9 spill a few bytes in one or two of them.
         assert u.spills <= (allowed if is_the_tables_compiler() else 64), u
         assert u.shared <= aot.SHARED_LIMIT[target], u
-        if u.kernel.startswith(("_attention", "adaln_forward", "cfg_step")):
+        if u.kernel.startswith(("_attention", "adaln_forward", "cfg_step", "linear")):
             assert u.vector_loads > 0, u
 
 
@@ -59,6 +59,14 @@ def test_attention_in_16_bits_runs_on_tensor_cores(target, compiled):
         # A warpgroup's instructions need 64 rows a program, which so few tokens do not have.
         warpgroup = target in ("sm_90", "sm_100") and tokens > 32
         assert (u.wgmma if warpgroup else u.mma) > 0, u
+
+
+@pytest.mark.slow
+def test_linear_layers_in_16_and_8_bits_run_on_tensor_cores(target, compiled):
+    linear = [u for u in compiled if u.kernel == "linear_forward" and "fp32" not in u.case]
+    assert any("8 bits" in u.case for u in linear) == (target in ("sm_90", "sm_100"))
+    for u in linear:
+        assert (u.wgmma if target in ("sm_90", "sm_100") else u.mma) > 0, u
 
 
 @pytest.mark.slow
