@@ -16,6 +16,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.device": 2,
     "engine.errors": 2,
     "engine.files": 2,
+    "engine.hub": 2,
     "engine.images": 2,
     "engine.interrupts": 2,
     "engine.presets": 2,
@@ -24,6 +25,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.diffusion": 4,
     "engine.model": 4,
     "engine.checkpoint": 5,
+    "engine.model_card": 5,
     "engine.data": 5,
     "engine.sampling": 5,
     "engine.decoding": 6,
@@ -41,7 +43,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
 }
 LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
-IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray"}
+IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray", "huggingface_hub"}
 
 
 def module_name(path: Path) -> str:
