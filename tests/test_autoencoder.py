@@ -227,7 +227,9 @@ assert None not in [sys.modules.get(name, 1) for name in UNUSED]
 
 def test_a_program_may_have_imported_diffusers_before():
     """It has then found xformers, which its models import with their first class."""
-    code = "import diffusers; from engine.codecs.autoencoder import autoencoder_class; autoencoder_class('AutoencoderDC')"
+    code = (
+        "import diffusers; from engine.codecs.autoencoder import autoencoder_class; autoencoder_class('AutoencoderDC')"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 

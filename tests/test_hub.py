@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from hub_cases import COMMIT, in_cache
 from huggingface_hub import ModelCard, constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
@@ -18,28 +19,17 @@ from engine.model_card import model_card
 from engine.presets import PRESETS
 from engine.training.options import TrainOptions
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "owner/tiny"
 
 
 @pytest.fixture
 def cache(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
     """An offline cache in huggingface_hub's layout that holds NAME, with branch main and tag v1 at COMMIT."""
-    folder = tmp_path / "hub" / "models--owner--tiny"
-    for path in filter(Path.is_file, tiny_checkpoint.rglob("*")):
-        blob = folder / "blobs" / str(path.relative_to(tiny_checkpoint)).replace("/", "-")
-        link = folder / "snapshots" / COMMIT / path.relative_to(tiny_checkpoint)
-        for file in (blob, link):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, blob)
-        link.symlink_to(blob)
-    (folder / "refs").mkdir()
-    for ref in ("main", "v1"):
-        (folder / "refs" / ref).write_text(COMMIT)
+    snapshot = in_cache(tiny_checkpoint, tmp_path / "hub", NAME, refs=["main", "v1"])
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    return folder / "snapshots" / COMMIT
+    return snapshot
 
 
 @pytest.mark.parametrize(
