@@ -15,7 +15,7 @@ from engine.config import Config
 from engine.errors import InputError, cut
 from engine.files import is_folder, read_json
 
-NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 PIPELINE_FOLDERS = ("transformer", "scheduler")  # beside those of the codecs, see `engine.pipeline`
 ENDINGS = ("json", "safetensors", "txt")
 VARIANTS = "*/diffusion_pytorch_model.*.safetensors"  # further versions of the same weights, such as fp16

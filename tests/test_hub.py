@@ -65,7 +65,8 @@ def test_a_folder_wins_over_a_name_on_the_hub(cache, tiny_checkpoint):
         (f"{NAME}@v1", "v1", "revision", "beside"),
         (None, "v1", "revision", "leave it out"),
         ("owner/a..b", None, "checkpoint", "is not a name on the hub"),
-        ("owner/tiny/text", None, "checkpoint", "is not a folder"),
+        ("owner/tiny/text", None, "checkpoint", "owner/tiny/text is not a folder"),
+        ("../tiny", None, "checkpoint", "../tiny is not a folder"),
     ],
 )
 def test_what_is_not_in_the_cache_is_refused_in_one_line(cache, name, revision, argument, message):
