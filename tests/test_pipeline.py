@@ -366,16 +366,36 @@ def test_a_callback_may_change_the_latents(pipe, in_place):
 
 
 def test_latents_changed_on_the_way_are_what_the_next_step_starts_from(pipe):
-    """The images of two seeds, exchanged before the last step, which is deterministic."""
+    """Of DDIM, which keeps nothing else from step to step: what was before the change does not matter."""
+    ddim = PSUNetPipeline(**pipe.components, **pipe.parameters)
+    ddim.scheduler = PSUNetScheduler.from_config(pipe.scheduler.config, solver="ddim")
+    x, y = torch.randn(2, 1, pipe.engine_config.model.size, generator=seeded(1))
 
-    def exchange(pipeline, step, time, inputs):
-        return {"latents": inputs["latents"].flip(0)} if step == 1 else None
+    def made(changes):
+        def callback(pipeline, step, time, inputs):
+            return {"latents": changes[step]} if step in changes else inputs
 
-    given = {"prompt": "red cat", "num_images_per_prompt": 2, "num_inference_steps": 3, "output_type": "latent"}
-    plain, exchanged = make(pipe, **given), make(pipe, **given, callback_on_step_end=exchange)
-    assert not torch.allclose(exchanged.images, plain.images, atol=1e-3)
-    last = (exchanged.images - plain.images.flip(0)).norm() / (plain.images - plain.images.flip(0)).norm()
-    assert last < 0.8  # not 0: the noise of the unconditional pass and the last x̂0 stay with the slot
+        given = {"prompt": "red cat", "num_inference_steps": 3, "output_type": "latent"}
+        return make(ddim, **given, callback_on_step_end=callback).images
+
+    assert torch.equal(made({1: x}), made({0: y, 1: x}))
+    assert not torch.equal(made({1: x}), made({0: y}))
+
+
+def test_a_callback_has_the_latents_of_images_that_are_done_before_others(pipe):
+    """A prompt with a missing word takes twice as many steps."""
+    seen = []
+
+    def zero_at_the_end(pipeline, step, time, inputs):
+        seen.append(inputs["latents"].clone())
+        return {"latents": inputs["latents"] * (step < 3)}
+
+    prompts, generators = ["red cat", "_ dog"], [seeded(4), seeded(5)]
+    given = {"num_inference_steps": 2, "generator": generators, "output_type": "latent"}
+    out = pipe(prompts, **given, callback_on_step_end=zero_at_the_end)
+    assert [len(latents) for latents in seen] == [2] * 4
+    assert torch.equal(seen[1][0], seen[3][0]) and not torch.equal(seen[1][1], seen[3][1])
+    assert out.images.abs().sum() == 0
 
 
 def test_latents_of_another_shape_are_refused(pipe):
