@@ -20,6 +20,7 @@ from hub_cases import in_cache
 from engine import Engine, InputError, Request, checkpoint
 from engine.pipeline import PSUNetPipeline
 from engine.pipeline_components import PSUNetModel, PSUNetScheduler
+from engine.pipeline_values import listed_images
 
 TASKS = {
     "joint": {},
@@ -318,6 +319,11 @@ def test_images_are_taken_in_every_form(pipe, tmp_path, kind):
     form, mask_form = tensors if kind == "tensor" else (forms.get(kind, image), mask)
     out = make(pipe, image=form, mask_image=mask_form)
     assert same(out, make(pipe, image=noise(1), mask_image=left_half()))
+
+
+def test_arrays_are_rounded_to_levels():
+    (image,) = listed_images(np.full((1, 1, 3), 0.999), "image")
+    assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_without_return_dict_there_is_a_tuple(pipe):
