@@ -35,6 +35,8 @@ class Block(nn.Module):
     """
 
     attention = "auto"  # backend, see `engine.kernels.backend`; may be set on each block
+    # Set by `enable_gradient_checkpointing` of diffusers' models, with `_gradient_checkpointing_func`.
+    gradient_checkpointing = False
 
     def __init__(self, dim: int, head_dim: int, mlp_ratio: int, skip: bool, norm: str, exact_gelu: bool = False):
         super().__init__()
@@ -59,6 +61,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
         """x [R, L, D], skip [R, L, D] or None, table [T, 6·D] or [T, D], index [R, L] int32 → [R, L, D]."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(self._compute, x, skip, table, index)  # [R, L, D]
+        return self._compute(x, skip, table, index)  # [R, L, D]
+
+    def _compute(self, x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
         if self.skip is not None:
             x = self.skip(torch.cat([x, skip], dim=-1))  # [R, L, D]
         if self.norm == "adaln":
