@@ -1,11 +1,14 @@
 """Checkpoint folders: `config.json`, `model.safetensors` (averaged weights), and a folder for each codec.
 
-Only JSON and safetensors are read: nothing is unpickled.
+A folder that `engine.pipeline` has saved holds the weights in `transformer/` instead, as diffusers does, perhaps in
+parts. Only JSON and safetensors are read: nothing is unpickled.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ from engine.config import Config, ModelConfig
 from engine.errors import InputError, shown
 from engine.files import (
     all_finite,
+    is_file,
     is_folder,
     load_tensors,
     read_json,
@@ -25,10 +29,13 @@ from engine.files import (
     unreadable,
     write_atomically,
 )
+from engine.hub import REMEDY, local_folder, patterns, upload
 from engine.model.denoiser import build
+from engine.model_card import model_card
 
 BUILT_IN = Path(__file__).parent / "assets" / "emoji"
-REMEDY = "give a folder that engine.train has written"
+PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # in transformer/, under names that start with PIPELINE_PREFIX
+PIPELINE_PREFIX = "network."
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,18 +65,20 @@ class Checkpoint:
         return self._codecs[key]
 
 
-def load(folder: str | Path) -> Checkpoint:
-    """Reads a checkpoint folder, weights in the dtype they were saved in.
+def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
+    """Reads a checkpoint folder, or a checkpoint on the hub, weights in the dtype they were saved in.
 
+    folder  a path, or "owner/name" or "owner/name@revision" on the hub, see `engine.hub.local_folder`
     Autoencoders stay in their folders until they are built. Raises InputError about "checkpoint", naming the file.
     """
     if not isinstance(folder, str | os.PathLike):
         raise InputError("checkpoint", folder, REMEDY, "is not the name of a folder")
-    if not is_folder(folder, "checkpoint"):  # not Path's, which takes "" for the current folder
-        raise InputError("checkpoint", Path(folder) if folder else folder, REMEDY, "is not a folder")
-    folder = Path(folder)
-    config = _read_config(folder / "config.json")
-    network = _read_network(folder / "model.safetensors", config.model)
+    if folder:  # not for "", which Path takes as the current folder
+        folder = local_folder(folder, revision=revision)
+    if not is_folder(folder, "checkpoint"):
+        raise InputError("checkpoint", folder, REMEDY, "is not a folder")
+    config = read_config(folder / "config.json")
+    network = _read_network(folder, config.model)
     checkpoint = Checkpoint(config, network, folder)
     for modality in config.model.modalities:
         checkpoint.codec(modality.name)  # now, so that damage is reported before minutes of work
@@ -85,7 +94,41 @@ def save(folder: str | Path, config: Config, weights: dict[str, Tensor], dtype: 
     save_tensors(folder / "model.safetensors", {name: w.to(dtype) for name, w in weights.items()})
 
 
-def _read_config(path: Path) -> Config:
+def push_to_hub(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    evaluation: Mapping | str | os.PathLike | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str = "Upload checkpoint",
+) -> str:
+    """Uploads a checkpoint folder to the Hugging Face hub in one commit, and a model card as its README.md.
+
+    evaluation  what `python -m engine.evaluate --json` prints, or the file of it: the card is written from it and from
+                the config. None: the folder's own README.md, or a card without scores if it has none
+    revision    branch, made if there is none; default the default branch
+    private     of a repository that is made; None: the account's default
+    token       None: that of `hf auth login`, or HF_TOKEN
+    Returns the address of the commit. Raises InputError: about "checkpoint" if the folder cannot be loaded, about
+    "evaluation", or about "repo_id" if the hub refuses.
+    """
+    config, folder = load(folder).config, Path(folder)
+    if isinstance(evaluation, str | os.PathLike):
+        remedy = "give what engine.evaluate --json prints"
+        evaluation = read_json(Path(evaluation), "evaluation", remedy, remedy)
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    wanted = patterns(config)
+    files = {name: folder / name for name in sorted(paths) if any(fnmatchcase(name, pattern) for pattern in wanted)}
+    readme = folder / "README.md"
+    if evaluation is not None or not readme.exists():
+        readme = model_card(config, repo_id, evaluation).encode()
+    return upload(repo_id, {**files, "README.md": readme}, message, revision, private, token)
+
+
+def read_config(path: Path) -> Config:
+    """The config.json of a checkpoint; raises InputError about "checkpoint"."""
     values = read_json(path, "checkpoint", REMEDY, "copy it again")
     try:
         config = Config.from_dict(values)
@@ -96,23 +139,47 @@ def _read_config(path: Path) -> Config:
     return config
 
 
-def _read_network(path: Path, config: ModelConfig) -> nn.Module:
-    try:
-        weights, _ = load_tensors(path)
-    except OSError as error:
-        raise unreadable("checkpoint", path, error, REMEDY) from None
-    except SafetensorError as error:
-        raise InputError("checkpoint", path, "copy it again", f"is damaged or truncated ({error})") from None
+def _read_network(folder: Path, config: ModelConfig) -> nn.Module:
+    weights: dict[str, Tensor] = {}
+    files = _weights_files(folder)
+    for path in files:
+        try:
+            weights |= load_tensors(path)[0]
+        except OSError as error:
+            raise unreadable("checkpoint", path, error, REMEDY) from None
+        except SafetensorError as error:
+            raise InputError("checkpoint", path, "copy it again", f"is damaged or truncated ({error})") from None
+    weights = {name.removeprefix(PIPELINE_PREFIX): w for name, w in weights.items()}
     with torch.device("meta"):  # no time is spent on weights that are about to be replaced
         network = build(config)
     difference = shape_difference(network.state_dict(), weights)
     if difference:
-        raise InputError("checkpoint", path, "copy the folder again", f"does not fit config.json: {difference}")
+        problem = f"does not fit config.json: {difference}"
+        raise InputError("checkpoint", files[0], "copy the folder again", problem)
     if not all_finite(weights):
         problem = "holds values that are not finite floats of 16 bits or more"
-        raise InputError("checkpoint", path, "copy it again", problem)
+        raise InputError("checkpoint", files[0], "copy it again", problem)
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The files of the network's weights: one, or the parts that a pipeline's index names."""
+    if not is_file(folder / "model_index.json", "checkpoint"):
+        return [folder / "model.safetensors"]
+    whole = folder / "transformer" / PIPELINE_WEIGHTS
+    index = whole.with_name(f"{PIPELINE_WEIGHTS}.index.json")
+    if not is_file(index, "checkpoint"):
+        return [whole]
+    parts = read_json(index, "checkpoint", REMEDY, "copy it again")
+    try:
+        names = sorted(set(parts["weight_map"].values()))
+        inside = bool(names) and all(Path(name).name == name for name in names)
+    except (AttributeError, KeyError, TypeError):
+        inside = False
+    if not inside:
+        raise InputError("checkpoint", index, "copy it again", "does not name the files of the weights")
+    return [whole.with_name(name) for name in names]
 
 
 def _in_file(path: Path, error: InputError) -> InputError:

@@ -136,10 +136,18 @@ class ModelConfig:
         return _slices({m.name: m.tokens for m in self.modalities})
 
     def modality(self, name: str) -> Modality:
-        for m in self.modalities:
-            if m.name == name:
-                return m
-        raise KeyError(name)
+        return {m.name: m for m in self.modalities}[name]
+
+    @classmethod
+    def from_dict(cls, values) -> "ModelConfig":
+        """The inverse of `asdict`; raises InputError on unknown, missing or ill-typed keys."""
+        values = _known_keys(cls, values, "model")
+        modalities = values.get("modalities")
+        _require(isinstance(modalities, list | tuple), "model.modalities", modalities, "give a list")
+        values["modalities"] = tuple(_build(Modality, m, "model.modalities") for m in modalities)
+        if values.get("uvit") is not None:
+            values["uvit"] = _build(UViTConfig, values["uvit"], "model.uvit")
+        return _build(cls, values, "model")
 
 
 @dataclass(frozen=True)
@@ -259,16 +267,10 @@ class Config:
         Raises InputError on unknown, missing or ill-typed keys.
         """
         values = _known_keys(cls, _from_version_0_1(values), "config")
-        model = _known_keys(ModelConfig, values.get("model"), "model")
-        modalities = model.get("modalities")
-        _require(isinstance(modalities, list | tuple), "model.modalities", modalities, "give a list")
-        model["modalities"] = tuple(_build(Modality, m, "model.modalities") for m in modalities)
-        if model.get("uvit") is not None:
-            model["uvit"] = _build(UViTConfig, model["uvit"], "model.uvit")
         codecs = values.get("codecs", {})
         _require(isinstance(codecs, dict), "codecs", codecs, "give a codec for each modality")
         return cls(
-            model=_build(ModelConfig, model, "model"),
+            model=ModelConfig.from_dict(values.get("model")),
             diffusion=_build(DiffusionConfig, values.get("diffusion", {}), "diffusion"),
             codecs={name: CodecConfig.from_dict(codec, f"codecs.{name}") for name, codec in codecs.items()},
             sampling=_build(SamplingConfig, values.get("sampling", {}), "sampling"),

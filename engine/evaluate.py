@@ -54,7 +54,8 @@ COMMAND = "python -m engine.evaluate"
 def _parser() -> Parser:
     parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=path, help="default: the built-in model")
+    text = "a folder, or owner/name[@revision] on the hub (default: the built-in model)"
+    add("--checkpoint", type=path, metavar="DIR", help=text)
     add("--data", type=path, required=True, help="folder of images, captions.json and captions_test.json")
     add("--count", type=int, default=0, help="names of each split, evenly spaced (default: as many as are held out)")
     add("--joint-count", type=int, default=JOINT_SAMPLES, help="joint samples, 0 for none (default: %(default)s)")

@@ -88,6 +88,7 @@ class Engine:
         cls,
         checkpoint: str | PathLike | None = None,
         *,
+        revision: str | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         attention: str = "auto",
@@ -95,8 +96,9 @@ class Engine:
         graphs: bool = True,
         max_rows: int = 64,
     ) -> "Engine":
-        """Loads a checkpoint folder, default the built-in one.
+        """Loads a checkpoint: a folder, or "owner/name" on the Hugging Face hub; default the built-in one.
 
+        revision   of the hub: branch, tag or commit; "owner/name@revision" says the same
         device     "auto", "cpu", "cuda" or "cuda:N"
         dtype      "auto" (the faster of float32 and bfloat16, as measured on the model's shapes), "float32", "bfloat16"
                    or "float16", or such a torch dtype; the sampler's state stays float32
@@ -116,7 +118,7 @@ class Engine:
         backend.check("attention", attention, where.type)
 
         def make() -> Engine:
-            loaded = load(BUILT_IN if checkpoint is None else checkpoint)
+            loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
             what = resolve_dtype(dtype, where, loaded.config.model)
             return cls(loaded, where, what, int(max_rows), attention, compile, graphs)
 

@@ -69,7 +69,7 @@ def _add_solver(add) -> None:
 
 
 def _add_engine(add) -> None:
-    text = "a folder that engine.train has written (default: the built-in model)"
+    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
     add("--checkpoint", type=path, metavar="DIR", help=text)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")

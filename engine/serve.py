@@ -6,6 +6,7 @@ Parses, loads and serves; the rest is in `engine.serving`. SIGTERM and Ctrl-C fi
 import argparse
 import dataclasses
 import logging
+import os
 import signal
 import socket
 import sys
@@ -27,7 +28,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0: any free one (default: 8000)")
-    text = "a folder that engine.train has written (default: the built-in model)"
+    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
     add("--checkpoint", type=path, metavar="DIR", help=text)
     add("--name", type=name, help="the model's name for clients (default: the checkpoint folder's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -99,7 +100,7 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
     else:
         from engine.serving.ray_serve import Settings, running
 
-        if options.checkpoint is not None:
+        if options.checkpoint is not None and os.path.exists(options.checkpoint):  # else on the hub
             engine["checkpoint"] = options.checkpoint.resolve()  # replicas have other working folders
         settings = Settings(
             engine=engine,

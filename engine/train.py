@@ -23,7 +23,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=path, required=True, metavar="DIR", help="images and captions.json, MS-COCO captions layout")
     add("--out", type=path, required=True, metavar="RUN", help="folder of the run; an interrupted run is resumed")
     add("--autoencoder", type=name, metavar="DIR", help="a trained diffusers autoencoder: a folder or a hub id")
-    add("--init", type=path, metavar="DIR", help="start from a checkpoint, or a U-ViT weights file")
+    add("--init", type=path, metavar="DIR",
+        help="a checkpoint to start from, a folder or on the hub, or a U-ViT weights file")  # fmt: skip
     add("--init-heads", type=int, metavar="N", help="attention heads of the weights file (default: the preset's)")
     add("--steps", type=int, help="optimiser steps of the denoiser")
     add("--batch", type=int, help="samples per step of the denoiser")

@@ -18,7 +18,8 @@ one pass per modality, UniDiffuser (arXiv 2303.06555) eq. 7; the generator, Salm
 
 Shapes: B samples, N elements of packed state, L tokens, M modalities, P passes, S steps. Everything is float32,
 whatever the model computes in: one step's rounding in bfloat16 is larger than the update of a late step.
-Nothing here reads a tensor on the host or branches on its values, so a step can be captured in a CUDA graph.
+On a GPU nothing reads a tensor on the host or branches on its values, so a step can be captured in a CUDA graph. On a
+CPU noise is drawn only where a sample uses it, and kept where it stays the same.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
 from engine.kernels.cfg_step_kernels import cfg_step_kernel
-from engine.kernels.philox import step_noise
+from engine.kernels.philox import DROP_STREAM, STATE_STREAM, normals
 from engine.kernels.sampler_state import BatchConstants, SamplerState, at_step, example_constants, new_state
 from engine.kernels.step_table import Coefficient, PassKind, StepColumn
 
@@ -38,18 +39,17 @@ from engine.kernels.step_table import Coefficient, PassKind, StepColumn
 def init_state(constants: BatchConstants, state: SamplerState) -> None:
     """Sets every sample to its step 0: initial noise, and the inputs and times of the first forward. In place."""
     state.step.zero_()
-    coefficients, indices = at_step(constants, state)
-    noise, xi, *eta = _noise(constants, state, indices)
+    noise, _ = normals(constants.seeds, state.step, STATE_STREAM, constants.known.shape[1])  # [B, N]
     state.state.copy_(torch.where(constants.generate, noise, constants.known))
     state.x0_prev.zero_()
-    _write_inputs(constants, state, coefficients, indices, xi, eta)
+    write_inputs(constants, state)
 
 
 def write_inputs(constants: BatchConstants, state: SamplerState) -> None:
     """The inputs and times of every sample's present step, after its state was changed from outside. In place."""
     coefficients, indices = at_step(constants, state)
-    _, xi, *eta = _noise(constants, state, indices)
-    _write_inputs(constants, state, coefficients, indices, xi, eta)
+    _, xi = _step_noise(constants, state, coefficients[..., Coefficient.KNOWN_SIGMA])
+    _write_inputs(constants, state, coefficients, indices, xi)
 
 
 def _torch_step(prediction: Tensor, constants: BatchConstants, state: SamplerState) -> None:
@@ -66,19 +66,43 @@ def _torch_step(prediction: Tensor, constants: BatchConstants, state: SamplerSta
     x0 = p * state.state + torch.where(q != 0, q * f, 0.0)
 
     state.step.add_(1)
+    noise_scale, before = coefficients[..., Coefficient.D], indices
     coefficients, indices = at_step(constants, state)
-    z, xi, *eta = _noise(constants, state, indices)
+    z, xi = _step_noise(constants, state, noise_scale, coefficients[..., Coefficient.KNOWN_SIGMA])
     x = a * state.state + b * x0 + c * state.x0_prev + d * z
     state.state.copy_(torch.where(constants.generate, x, constants.known))
     state.x0_prev.copy_(x0)
-    _write_inputs(constants, state, coefficients, indices, xi, eta)
+    _write_inputs(constants, state, coefficients, indices, xi, before)
 
 
-def _noise(constants: BatchConstants, state: SamplerState, indices: Tensor) -> tuple[Tensor, ...]:
-    """z of the step before (at step 0 the initial state), ξ and all η of the present one: (P + 1) × [B, N]."""
-    drop_draw = indices[:, 0, StepColumn.DROP_DRAW].long()  # all modalities have the same
-    passes = state.inputs.shape[0] // state.state.shape[0]
-    return step_noise(constants.seeds, state.step, drop_draw, constants.known.shape[1], passes)
+def _step_noise(constants: BatchConstants, state: SamplerState, *scales: Tensor) -> tuple[Tensor, Tensor]:
+    """z of the step before and ξ of the present one, [B, N] each; zeros [] if all the scales of both are 0."""
+    if not _used(*scales):
+        return constants.known.new_zeros(2).unbind()
+    return normals(constants.seeds, state.step, STATE_STREAM, constants.known.shape[1])
+
+
+def _drop_noise(
+    constants: BatchConstants, state: SamplerState, indices: Tensor, before: Tensor | None, k: int
+) -> Tensor:
+    """η of extra pass k, [B, N] or [], where it drops something; elsewhere anything.
+
+    before  the indices of the step whose inputs the state still holds: what stays dropped keeps its noise
+    """
+    of_pass, drops = StepColumn.PASS + k, PassKind.DROPS_KNOWN | PassKind.DROPS_STATE
+    if before is not None and indices.is_cpu:
+        columns = [StepColumn.DROP_DRAW, of_pass]
+        if torch.equal(indices[..., columns], before[..., columns]):
+            return state.inputs.view(-1, *state.state.shape)[k + 1]
+    if not _used(indices[..., of_pass] & drops):
+        return constants.known.new_zeros(())
+    draw = indices[:, 0, StepColumn.DROP_DRAW].long()  # all modalities have the same
+    return normals(constants.seeds, draw, DROP_STREAM + k, constants.known.shape[1])[0]
+
+
+def _used(*scales: Tensor) -> bool:
+    """Whether any is not 0. Values on a CPU are known to the host; on other devices it does not wait for them."""
+    return any(not scale.is_cpu or bool(scale.any()) for scale in scales)
 
 
 def _of_each(modality: Tensor, values: Tensor) -> Tensor:
@@ -92,8 +116,8 @@ def _write_inputs(
     state: SamplerState,
     coefficients: Tensor,  # of the samples' present steps, [B, M, len(Coefficient)]
     indices: Tensor,  # of the samples' present steps, [B, M, StepColumn.PASS + P − 1]
-    xi: Tensor,  # [B, N], noise of the known part
-    eta: Sequence[Tensor],  # (P − 1) × [B, N], noise of what the extra passes drop
+    xi: Tensor,  # [B, N] or [], noise of the known part
+    before: Tensor | None = None,  # as indices, of the step whose inputs the state holds
 ) -> None:
     """The inputs and times of all passes."""
     generate, token_generate = constants.generate, constants.token_generate
@@ -108,9 +132,12 @@ def _write_inputs(
     inputs[0] = torch.where(generate, state.state, known_alpha * constants.known + known_noise)
     times[0] = torch.where(token_generate, token_indices[StepColumn.TIME], token_indices[StepColumn.KNOWN_TIME])
     for k, kind in enumerate(kinds):
-        nulled = ((kind & PassKind.NULLS_KNOWN) != 0) & ~generate
-        kept = torch.where(nulled, known_alpha * constants.null + known_noise, inputs[0])
-        inputs[k + 1] = torch.where(_dropped(kind, generate), eta[k], kept)
+        eta = _drop_noise(constants, state, indices, before, k)
+        kept = inputs[0]
+        if _used(indices[..., StepColumn.PASS + k] & PassKind.NULLS_KNOWN):
+            nulled = ((kind & PassKind.NULLS_KNOWN) != 0) & ~generate
+            kept = torch.where(nulled, known_alpha * constants.null + known_noise, kept)
+        inputs[k + 1] = torch.where(_dropped(kind, generate), eta, kept)
         dropped = _dropped(token_indices[StepColumn.PASS + k], token_generate)
         times[k + 1] = torch.where(dropped, token_indices[StepColumn.DROP_TIME], times[0])
 

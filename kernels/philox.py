@@ -39,14 +39,14 @@ def philox_4x32(counter: tuple, key: tuple, rounds: int = 10) -> tuple:
     return c0, c1 & _WORD, c2, c3 & _WORD
 
 
-def normals(seeds: Tensor, draw: Tensor, stream: int | Tensor, size: int) -> tuple[Tensor, Tensor]:
+def normals(seeds: Tensor, draw: Tensor, stream: int, size: int) -> tuple[Tensor, Tensor]:
     """Two independent N(0, 1) values for each (seed, element, draw, stream): float32 [B, size] each.
 
-    `seeds` and `draw` are [B] int64. K streams at once: `draw` [K, B] and `stream` [K, 1, 1] give [K, B, size].
+    `seeds` and `draw` are [B] int64.
     """
     element = torch.arange(size, device=seeds.device)  # [N]
     key = (seeds & _WORD)[:, None], ((seeds >> 32) & _WORD)[:, None]  # [B, 1]
-    bits0, bits1, _, _ = philox_4x32((element, draw[..., None], stream, 0), key)  # [B, N]
+    bits0, bits1, _, _ = philox_4x32((element, draw[:, None], stream, 0), key)  # [B, N]
     radius = torch.sqrt(-2.0 * torch.log(_uniform(bits0)))
     angle = 2.0 * math.pi * _uniform(bits1)
     return radius * torch.cos(angle), radius * torch.sin(angle)
@@ -54,20 +54,6 @@ def normals(seeds: Tensor, draw: Tensor, stream: int | Tensor, size: int) -> tup
 
 def _uniform(bits: Tensor) -> Tensor:
     return ((bits >> 8).float() + 0.5) * 2.0**-24
-
-
-def step_noise(seeds: Tensor, step: Tensor, drop_draw: Tensor, size: int, passes: int) -> tuple[Tensor, ...]:
-    """z of the step before (at step 0 the initial state), ξ and the P − 1 η of this step: (P + 1) × float32 [B, size].
-
-    `seeds`, `step` and `drop_draw` are [B] int64.
-    """
-    draws = [step, *[drop_draw] * (passes - 1)]  # P × [B], of the streams 0 … P − 1
-    if passes * len(seeds) * size > 2**14:  # larger temporaries leave the CPU's caches
-        first, second = zip(*(normals(seeds, draw, stream, size) for stream, draw in enumerate(draws)), strict=True)
-    else:  # all streams at once: so few numbers take less time than the calls that draw them
-        streams = torch.arange(passes, device=seeds.device)[:, None, None]
-        first, second = normals(seeds, torch.stack(draws), streams, size)  # [P, B, size] each
-    return first[STATE_STREAM], second[STATE_STREAM], *first[DROP_STREAM:]
 
 
 @jit

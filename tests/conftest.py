@@ -10,6 +10,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers with several threads slow each other down
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub: names that no cache holds are not looked up
+
 import torch
 from hypothesis import settings
 

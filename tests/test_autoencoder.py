@@ -225,6 +225,15 @@ assert None not in [sys.modules.get(name, 1) for name in UNUSED]
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_program_may_have_imported_diffusers_before():
+    """It has then found xformers, which its models import with their first class."""
+    code = (
+        "import diffusers; from engine.codecs.autoencoder import autoencoder_class; autoencoder_class('AutoencoderDC')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_threads_that_need_the_autoencoder_at_once_build_it_once(folders, monkeypatch):
     codec, builds, barrier = load(folders["AutoencoderDC"]), [], threading.Barrier(4)
     build = SavedAutoencoder.build

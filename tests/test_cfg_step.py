@@ -1,5 +1,7 @@
 """The sampling step's PyTorch reference: what each pass sees, guidance, and modalities that wait or have arrived."""
 
+import sys
+
 import pytest
 import torch
 from denoisers import initial_noise
@@ -292,15 +294,35 @@ def test_a_sample_becomes_the_same_whatever_shares_its_batch():
         assert torch.equal(alone.inputs, state.inputs[1::3]) and torch.equal(alone.times, state.times[1::3])
 
 
-def test_step_can_be_captured_because_it_never_reads_a_tensor_on_the_host():
-    """Fake tensors have no values: any host read of one raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def test_off_the_cpu_a_step_can_be_captured_because_it_never_reads_a_tensor_on_the_host():
+    """Tensors on the meta device have no values: any host read of one raises."""
     constants, state = one_step(MASKED, ONLY_0, W=3.0)
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        constants, state = (type(t)(*map(mode.from_tensor, t)) for t in (constants, state))
-        init_state(constants, state)
-        cfg_step(mode.from_tensor(torch.randn(3, 7)), constants, state)
+    constants, state = (type(tensors)(*(t.to("meta") for t in tensors)) for tensors in (constants, state))
+    init_state(constants, state)
+    cfg_step(torch.randn(3, 7).to("meta"), constants, state)
+
+
+@pytest.mark.parametrize("lines, drawn", [
+    ([{}, {}], set()),
+    ([{"kinds": [DROPPED]}, {}], {DROP_STREAM}),
+    ([{}, {"kinds": [PassKind.NULLS_KNOWN]}], set()),
+    ([{"D": 0.3}, {}], {STATE_STREAM}),
+    ([{}, {"KNOWN_SIGMA": 0.3}], {STATE_STREAM}),
+])  # fmt: skip
+def test_on_a_cpu_noise_is_drawn_only_where_the_table_uses_it_and_stays_where_it_is_the_same(lines, drawn, monkeypatch):
+    constants, state = one_sample(*[[line(**{"kinds": [MASKED]} | options)] * 2 for options in lines])
+    streams = set()
+
+    def counted(seeds, draw, stream, size):
+        streams.add(stream)
+        return normals(seeds, draw, stream, size)
+
+    monkeypatch.setattr(sys.modules[cfg_step.__module__], "normals", counted)
+    cfg_step(torch.randn(2, 7), constants, state)
+    assert streams == drawn
+    before = state.inputs.clone()
+    write_inputs(constants, state)
+    assert torch.equal(state.inputs, before)
 
 
 def test_example_inputs_are_samples_of_all_kinds():

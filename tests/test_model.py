@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.config import Modality, ModelConfig
-from engine.model.blocks import InnerCache
+from engine.model.blocks import InnerCache, LinearGELU
 from engine.model.psunet import PSUNet
 from engine.presets import PRESETS
 
@@ -282,3 +282,18 @@ def test_training_and_inference_predict_the_same():
     with torch.inference_mode():
         inference = predict(model, inputs)
     torch.testing.assert_close(predict(model, inputs).detach(), inference)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_with_gelu_is_the_same_with_and_without_gradients(exact, dtype):
+    layer, x = LinearGELU(24, 40, exact), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    layer, x = layer.to(dtype), x.to(dtype)
+    trained = layer(x)
+    trained.sum().backward()
+    with torch.inference_mode():
+        found = layer(x)
+    assert found.dtype == dtype and layer.weight.grad.isfinite().all()
+    torch.testing.assert_close(found, trained)
+    expected = layer.double()(x.double())
+    assert (found - expected).abs().max() <= 2 * (trained - expected).abs().max()

@@ -5,7 +5,7 @@ import torch
 from denoisers import initial_noise
 
 from engine.kernels import philox
-from engine.kernels.philox import DROP_STREAM, STATE_STREAM, normals, philox_4x32, step_noise
+from engine.kernels.philox import DROP_STREAM, normals, philox_4x32
 
 # Random123's published known-answer vectors for philox4x32-10: counter, key, result.
 KNOWN_ANSWERS = [
@@ -64,14 +64,9 @@ def test_extreme_random_bits_give_finite_normals(monkeypatch):
             assert values.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [9, 6000])  # drawn all at once, and stream by stream
-def test_a_step_draws_the_same_noise_however_many_passes_and_samples_it_has(size):
-    seeds, step, drop_draw = torch.tensor([5, -8]), torch.tensor([3, 4]), torch.tensor([0, 4])
-    z, xi, *eta = step_noise(seeds, step, drop_draw, size, passes=3)
-    assert len(eta) == 2
+def test_samples_draw_the_same_noise_alone_as_together():
+    seeds, draw = torch.tensor([5, -8]), torch.tensor([0, 4])
+    together = normals(seeds, draw, DROP_STREAM + 1, 9)
     for i in range(2):
-        one = step_noise(seeds[i : i + 1], step[i : i + 1], drop_draw[i : i + 1], size, passes=2)
-        for ours, alone in zip((z, xi, eta[0]), one, strict=True):
-            assert torch.equal(ours[i : i + 1], alone)
-    assert torch.equal(z, normals(seeds, step, STATE_STREAM, size)[0])
-    assert torch.equal(eta[1], normals(seeds, drop_draw, DROP_STREAM + 1, size)[0])
+        alone = normals(seeds[i : i + 1], draw[i : i + 1], DROP_STREAM + 1, 9)
+        assert all(torch.equal(one, both[i : i + 1]) for one, both in zip(alone, together, strict=True))

@@ -368,7 +368,7 @@ def test_out_of_memory_where_a_finished_state_is_copied_starts_its_samples_again
 
 
 def test_out_of_memory_where_samples_enter_starts_them_again(monkeypatch):
-    import engine.sampling.sampler as module
+    import engine.sampling.stepper as module
 
     make, asked = module.batch_constants, []
 

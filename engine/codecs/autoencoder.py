@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -150,18 +151,25 @@ class SavedAutoencoder:
 
 
 def autoencoder_class(name: str):
-    """A class of diffusers.
+    """A class of diffusers; see `import_diffusers`."""
+    return getattr(import_diffusers(name), name)
 
-    diffusers imports many optional packages. An autoencoder needs none of UNUSED, so if the import fails, as with a
-    broken package, diffusers is imported again without them, unless the program had imported it before.
-    xformers is hidden without a CUDA device; with one, its warnings are suppressed.
+
+def import_diffusers(*names: str) -> ModuleType:
+    """diffusers, with the modules of these classes, which it imports when they are first used.
+
+    It imports many optional packages. Our classes need none of UNUSED, so if the import fails, as with a broken
+    package, diffusers is imported again without them, unless the program had imported it before.
+    xformers is hidden without a CUDA device; with one, or where diffusers has found it before, its warnings are
+    suppressed.
     """
     again = "diffusers" not in sys.modules
     level = XFORMERS_LOG.level
     XFORMERS_LOG.setLevel(logging.ERROR)
     try:
-        with _hidden(() if torch.cuda.is_available() or "xformers" in sys.modules else ("xformers",)):
-            return getattr(importlib.import_module("diffusers"), name)
+        hide = again and not torch.cuda.is_available() and "xformers" not in sys.modules
+        with _hidden(("xformers",) if hide else ()):
+            return _import_diffusers(names)
     except Exception as error:  # a broken package raises anything
         if not again:
             raise
@@ -171,7 +179,14 @@ def autoencoder_class(name: str):
     for module in [module for module in sys.modules if module.partition(".")[0] == "diffusers"]:
         del sys.modules[module]
     with _hidden(UNUSED):
-        return getattr(importlib.import_module("diffusers"), name)
+        return _import_diffusers(names)
+
+
+def _import_diffusers(names: Iterable[str]) -> ModuleType:
+    module = importlib.import_module("diffusers")
+    for name in names:
+        getattr(module, name)
+    return module
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class ImageCodec:
         if isinstance(autoencoder, SavedAutoencoder):
             self._saved, latents = autoencoder, autoencoder.latents
         else:
-            self._built = autoencoder.eval().requires_grad_(False)
+            self._built = autoencoder.eval()
             latents = LatentSpace.of(autoencoder.config, type(autoencoder).__name__)
         self.latents, self.factor, self.latent_channels = latents, latents.factor, latents.channels
         if size % (self.factor * patch):
@@ -143,7 +143,12 @@ class ImageCodec:
 
     def decode(self, tokens: Tensor, given: Sequence[Given]) -> list[Decoded]:
         """PIL images from tokens [B, L, C]: known pixels are those given, and what is wholly known is not decoded."""
-        images = {i: to_image(one.content.pixels) for i, one in enumerate(given) if not one.generate.any()}
+        images = self.decode_images(tokens, given)
+        return [Decoded(to_image(image) if image.isfinite().all() else None) for image in images]
+
+    def decode_images(self, tokens: Tensor, given: Sequence[Given]) -> list[Tensor]:
+        """`decode` before it rounds: pixels [3, S, S] float32 on the CPU, about −1..1, or not finite."""
+        images = {i: one.content.pixels for i, one in enumerate(given) if not one.generate.any()}
         rows = [i for i in range(len(given)) if i not in images]
         if rows:
             decoded = self.decode_pixels(tokens[rows]).cpu()  # [b, 3, S, S]
@@ -154,9 +159,8 @@ class ImageCodec:
                 pixels, image = decoded[places], one.content
                 if image is not None:
                     pixels = composite(image.pixels, pixels, image.mask, image.feather)
-                for place, p in zip(places, pixels, strict=True):
-                    images[rows[place]] = to_image(p) if p.isfinite().all() else None
-        return [Decoded(images[i]) for i in range(len(given))]
+                images |= {rows[place]: p for place, p in zip(places, pixels, strict=True)}
+        return [images[i] for i in range(len(given))]
 
     def project(self, tokens: Tensor, given: Given) -> Tensor:
         """The tokens as they are: any stands for an image."""

@@ -67,7 +67,7 @@ class TextCodec:
         if settings:
             names = ", ".join(sorted(settings))
             raise InputError(f"codecs.{modality.name}", names, "leave it out", "is not a setting of the text codec")
-        vocabulary, vectors = _read_vocabulary(Path(folder))
+        vocabulary, vectors = read_vocabulary(Path(folder))
         if vectors.shape[1] != modality.channels:
             problem = f"has word vectors of {vectors.shape[1]} channels, the model takes {modality.channels}"
             raise InputError("checkpoint", Path(folder), "copy the folder again", problem)
@@ -197,7 +197,7 @@ def _words(text: str, tokens: int, argument: str) -> list[str]:
     return words + [END] * (tokens - len(words))
 
 
-def _read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
+def read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
     """The two files of a codec, checked: words and their vectors [V, C]."""
     words_file, vectors_file = folder / "vocabulary.json", folder / "vectors.safetensors"
     remedy = "restore the checkpoint"

@@ -42,6 +42,10 @@ class Denoiser:
         with torch.no_grad():
             # All times at once: the sampling loop only changes indices into this table.
             self.table = network.time_table(torch.arange(timesteps + 1, device=device))  # [N+1, ·], row t for time t
+        # Blocks add their own modulation to each row, so there should be few. Compiled blocks add it to the tokens, and
+        # would be compiled again for another number of rows.
+        compiled = any(block._compiled_call_impl is not None for block in network.blocks())
+        self.few_times = device.type == "cpu" and network.time.adaln and not compiled
 
     @property
     def can_cache(self) -> bool:
@@ -70,7 +74,7 @@ class Denoiser:
         """
         assert cache is None or self.can_cache, "no inner blocks: ask can_cache first"
         inner = None if cache is None else InnerCache(cache, refresh)
-        return self.network(inputs, self.table, times, outputs, features, inner, self.run_branches)
+        return self.network(inputs, *self._rows_of(times), outputs, features, inner, self.run_branches)
 
     def branch_features(self, name: str, inputs: Tensor, times: Tensor) -> Tensor:
         """The outputs of the in-blocks of one modality with depth ≥ 1, [depth, R, L, D] in the network's dtype.
@@ -78,8 +82,15 @@ class Denoiser:
         Arguments as in a call. They depend on the modality's own inputs and times alone: while these do not change, one
         call serves every step.
         """
-        return self.network.branch_features(name, inputs, self.table, times)
+        return self.network.branch_features(name, inputs, *self._rows_of(times))
 
     def new_cache(self, rows: int) -> Tensor:
         """Memory for `cache`, [R, L, D] in the network's dtype, L with time tokens; it holds no results yet."""
         return self.network.new_cache(rows)
+
+    def _rows_of(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """(table [T, ·], index [R, L]) for the network: where it saves time, only the rows that these times have."""
+        if not self.few_times:
+            return self.table, times
+        distinct, index = times.unique(return_inverse=True)
+        return self.table[distinct], index

@@ -6,10 +6,9 @@ caller gets a `concurrent.futures.Future`, which stays cancellable until its res
 """
 
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +16,13 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.kernels.cfg_step import write_inputs
-from engine.kernels.sampler_state import BatchConstants
 from engine.model.denoiser import Denoiser
-from engine.sampling.batch import Batch, SampleSpec, batch_constants, upload
+from engine.sampling.batch import Batch, SampleSpec
 from engine.sampling.calls import Call, Calls
 from engine.sampling.graphs import StepGraphs, compile_failure
 from engine.sampling.preview import Preview, preview
-from engine.sampling.scheduler import Arrangement, CacheMode, Job, Scheduler, StepPlan
-from engine.sampling.step import denoise_step
+from engine.sampling.scheduler import Job
+from engine.sampling.stepper import Stepper
 from engine.sampling.worker import Worker, finish_future
 
 
@@ -54,16 +51,12 @@ class _Run:
     reported: int = 0  # steps at the last call of `progress`
 
 
-class Sampler:
-    """Makes samples with a denoiser, all of them on one thread, which starts with the first of them.
+class Sampler(Stepper):
+    """Makes samples of many callers, all of them on one thread, which starts with the first of them.
 
-    What a sample becomes depends on its own seed, table and masks only (as far as the denoiser's arithmetic does), not
-    on its slot, the batch or its neighbours. When memory runs out the slots are halved, with a warning, samples in
-    progress start again, and the slots grow back later. When a step fails for another reason its samples start again,
-    one at a time, and only those that fail again raise.
-
-    buckets  numbers of slots that a batch may have, ascending; the smallest that holds the samples is used
-    graphs   captures and replays the steps; None: they run eagerly
+    When memory runs out the slots are halved, with a warning, samples in progress start again, and the slots grow back
+    later. When a step fails for another reason its samples start again, one at a time, and only those that fail again
+    raise.
     """
 
     def __init__(
@@ -75,24 +68,12 @@ class Sampler:
         buckets: Sequence[int],
         graphs: StepGraphs | None = None,
     ):
-        self.denoiser, self.device, self.graphs = denoiser, torch.device(device), graphs
-        self.scheduler = Scheduler(model, buckets, keep=graphs is not None)
-        self.plans: Counter[StepPlan] = Counter()  # steps done so far
-        self.feature_rows: Counter[str] = Counter()  # rows of `Denoiser.branch_features` so far, by modality
-        self.finished = 0  # samples
-        self._batches: dict[int, Batch] = {}  # by slots; only the one in use, unless graphs use their memory
-        self._current: Batch | None = None
-        self._shape = (0, 0)  # lines and passes of the batches' tables
+        super().__init__(denoiser, model, device, buckets=buckets, graphs=graphs)
         self._runs: list[_Run] = []
         self._run_of: dict[Job, tuple[_Run, int]] = {}
         self._inbox: deque[_Run | Call] = deque()
         self._calls = Calls()
         self.worker = Worker(self)
-
-    @property
-    def forwards(self) -> int:
-        """Calls of the denoiser so far."""
-        return self.plans.total()
 
     # ------------------------------------------------------------------------------------------ for callers
 
@@ -160,9 +141,7 @@ class Sampler:
         if self.scheduler.idle:
             return False
         try:
-            # Triton launches on the current device, whatever device its tensors are on; -1 leaves it as it is.
-            with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-                self._step()
+            self._step()
         except Exception as error:  # whatever a model raises belongs to the samples that it was computing
             self._failed(error)
         return True
@@ -175,7 +154,7 @@ class Sampler:
         for run in list(self._runs):
             self._reject(run, error)
         self.scheduler.waiting.clear()
-        self._free()
+        self.free()
 
     def _receive(self) -> None:
         while self._inbox:
@@ -193,78 +172,15 @@ class Sampler:
 
     def _step(self) -> None:
         """Lets samples leave and enter, then does one step of all that are in slots."""
-        self._rearrange(self.scheduler.arrange())
-        if self._current is None:
+        if not self.compute():
             return
-        plan, batch = self.scheduler.plan(), self._current
-        self._compute_features(batch, plan)
-        if plan.cache_mode is not CacheMode.OFF and batch.cache is None:
-            batch.cache = self.denoiser.new_cache(batch.passes * batch.slots)
-        if self.graphs is None:
-            denoise_step(self.denoiser, batch, plan)
-        else:
-            self.graphs(plan, lambda: denoise_step(self.denoiser, batch, plan))
-        self.plans[plan] += 1
-        live = self.scheduler.live
-        # Before the step counts as done, since memory may not suffice for it.
-        self._arrive(batch)
-        states = {job: batch.state.state[i].clone() for i, job in self.scheduler.finishing()}
-        previews = self._previews(batch)
-        self.scheduler.advance()
-        for job, state in states.items():
+        live, previews = self.scheduler.live, self._previews(self.batch)
+        for job, state in self.advance().items():
             run, position = self._run_of[job]
             run.states[position] = state
-        self.finished += len(states)
         for run in dict.fromkeys(self._run_of[job][0] for job in live):
             self._report(run, previews.get(run))
             self._finish(run)
-
-    def _rearrange(self, change: Arrangement) -> None:
-        """Brings the samples to the slots where the scheduler has put them."""
-        source, shape = self._current, (change.lines, change.passes)
-        if shape != self._shape:
-            self._drop_batches()
-            self._shape = shape
-        elif self.graphs is None and (source is None or source.slots != change.slots):
-            self._batches.clear()
-        self._current = None
-        if change.slots == 0:
-            return
-        if change.slots not in self._batches:
-            self._batches[change.slots] = Batch(self._constants([], change.slots))
-        batch = self._batches[change.slots]
-        if change.stay:
-            batch.copy(source, change.stay)
-        if change.enter:
-            entering = Batch(self._constants([job.spec for _, job in change.enter], len(change.enter)))
-            batch.copy(entering, [(i, slot) for i, (slot, _) in enumerate(change.enter)])
-        self._current = batch
-
-    def _constants(self, specs: Sequence[SampleSpec], slots: int) -> BatchConstants:
-        return batch_constants(specs, self.scheduler.model, self.device, slots, *self._shape)
-
-    def _compute_features(self, batch: Batch, plan: StepPlan) -> None:
-        """Runs the in-blocks of modalities whose inputs stay the same for some steps, in the slots that need it."""
-        for name, slots in self.scheduler.missing_features(plan).items():
-            size = next(size for size in self.scheduler.buckets if size >= len(slots))  # shapes that were compiled
-            rows = batch.rows(upload(torch.tensor(slots + slots[:1] * (size - len(slots))), self.device))
-            features = self.denoiser.branch_features(name, batch.state.inputs[rows], batch.state.times[rows])
-            self.feature_rows[name] += len(rows)
-            batch.new_features(name, features)
-            batch.features[name].index_copy_(1, rows, features)  # [depth, P·B, L, D]
-
-    def _arrive(self, batch: Batch) -> None:
-        """Replaces modalities that arrive with this step by what their samples make of them for the later ones."""
-        arrived = self.scheduler.arriving()
-        for (name, function), slots in arrived.items():
-            m, part = self.scheduler.model.modality(name), self.scheduler.model.state_slices[name]
-            at = upload(torch.tensor(slots), self.device)
-            state, generate = batch.state.state[at, part], batch.constants.generate[at, part]  # [n, L·C] each
-            tokens = function(state.unflatten(1, (m.tokens, m.channels)))  # [n, L, C]
-            # What is not finite stays, to be reported as such at the end.
-            batch.state.state[at, part] = torch.where(generate & state.isfinite(), tokens.flatten(1), state)
-        if arrived:
-            write_inputs(batch.constants, batch.state)
 
     def _previews(self, batch: Batch) -> dict[_Run, list[Preview]]:
         """Previews of the step that was just done, for the runs that asked for them."""
@@ -331,23 +247,10 @@ class Sampler:
             error = torch.OutOfMemoryError(
                 f"max_rows: memory does not suffice for {slots} samples at a time; use fewer"
             )
-        self._free()
+        self.free()
         if out_of_memory and self.scheduler.shrink(slots):
             smaller = self.scheduler.capacity
             warnings.warn(f"out of memory with {slots} samples at a time; continuing with {smaller}", stacklevel=2)
         elif out_of_memory or len(live) == 1:
             for run in runs:
                 self._reject(run, error)
-
-    def _free(self) -> None:
-        """Frees the memory of the batches."""
-        self._drop_batches()
-        self._current = None
-        if self.device.type == "cuda":
-            with suppress(RuntimeError):  # on a failed device; the futures report that
-                torch.cuda.empty_cache()
-
-    def _drop_batches(self) -> None:
-        self._batches.clear()
-        if self.graphs is not None:
-            self.graphs.clear()  # they write into that memory

@@ -55,7 +55,9 @@ def _network_of_file(source: Path, config: Config) -> UViT:
 def _network_of_folder(folder: Path, config: Config) -> PSUNet | UViT:
     with errors_named("init"):
         loaded = checkpoint.load(folder)
-    if loaded.config.codecs != config.codecs:
+    # Not their folders: those of a checkpoint that `engine.pipeline` has saved have other names.
+    ours, theirs = ({name: (c.kind, c.settings) for name, c in of.codecs.items()} for of in (config, loaded.config))
+    if ours != theirs:
         raise InputError("init", folder, "use the preset it was trained with", "has other codecs than the preset")
     return loaded.network
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.config import Config
 from engine.errors import InputError
 from engine.files import is_file, is_folder
+from engine.hub import local_folder
 from engine.presets import PRESETS
 from engine.training.recipes import RECIPES, Recipe
 
@@ -29,7 +30,7 @@ class TrainOptions:
     out: Path  # folder of the run; a run found there is resumed
     preset: str = "emoji"  # name of the config and of the recipe
     autoencoder: str | None = None  # a trained diffusers autoencoder: a folder or a hub id; None: train one
-    init: Path | None = None  # start from this checkpoint folder or file of published U-ViT weights
+    init: Path | None = None  # start from this checkpoint folder (or owner/name on the hub) or file of U-ViT weights
     init_heads: int | None = None  # attention heads of a weights file, also those of the run; None: the preset's
     steps: int | None = None  # optimiser steps of the denoiser; None: the recipe's, like the next four
     batch: int | None = None  # samples per step of the denoiser
@@ -64,6 +65,8 @@ class TrainOptions:
             if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
                 raise InputError(key, rate, "use a number above 0", "is out of range")
         if self.init is not None:
+            if self.init.suffix not in WEIGHTS:  # the name of a file that is missing is none of the hub's
+                object.__setattr__(self, "init", local_folder(self.init, "init"))
             _check_init(self.init)
         object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))

@@ -197,7 +197,7 @@ def _sample_sheet(
 
 def copy_codecs(source: Path, run: Path, config: Config) -> None:
     """Copies the codecs of the checkpoint folder `source` into RUN/checkpoint, except for those it already has."""
-    for name, codec in config.codecs.items():
+    for name, codec in checkpoint.read_config(source / "config.json").codecs.items():
         folder = _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
