@@ -12,6 +12,21 @@ SQRT_2_OVER_PI, GELU_CUBIC, SQRT_HALF = (tl.constexpr(x) for x in (0.79788456080
 
 
 @jit
+def _block(
+    m,  # int, tokens
+    N: tl.constexpr,  # output channels
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A program's (block of tokens, block of channels): programs that run together share GROUP blocks of tokens."""
+    blocks_n = tl.cdiv(N, BN)
+    group, within = tl.program_id(0) // (GROUP * blocks_n), tl.program_id(0) % (GROUP * blocks_n)
+    size = min(tl.cdiv(m, BM) - group * GROUP, GROUP)
+    return group * GROUP + within % size, within // size
+
+
+@jit
 def _gelu(x, EXACT: tl.constexpr):
     """x·Φ(x), float32, or its tanh approximation."""
     if EXACT:
@@ -100,16 +115,12 @@ def linear_forward(
     BM: tl.constexpr,  # tokens of a program
     BN: tl.constexpr,  # output channels of a program
     BK: tl.constexpr,  # input channels of an iteration
-    GROUP: tl.constexpr,  # blocks of tokens that share their part of W in the cache
+    GROUP: tl.constexpr,  # see `_block`
     PRECISION: tl.constexpr,  # of float32 products
 ):
     """OUT = epilogue([X, SECOND]·Wᵀ + BIAS) of BM tokens and BN channels; the epilogue: GELU or gated residual."""
-    blocks_m, blocks_n = tl.cdiv(m, BM), tl.cdiv(N, BN)
-    group = tl.program_id(0) // (GROUP * blocks_n)
-    size = min(blocks_m - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * blocks_n)
-    token = (group * GROUP + within % size) * BM + tl.arange(0, BM)
-    column = within // size * BN + tl.arange(0, BN)
+    block_m, block_n = _block(m, N, BM, BN, GROUP)
+    token, column = block_m * BM + tl.arange(0, BM), block_n * BN + tl.arange(0, BN)
     real = token < m
     b, position = (token // L).to(tl.int64), token % L
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.kernels import backend
+from engine.model.blocks import Block, quantize_blocks
 from engine.model.psunet import PSUNet
 from engine.presets import PRESETS
 
@@ -181,6 +183,39 @@ def test_dynamo_traces_the_depth_of_the_full_model(trained, gpu, monkeypatch):
     blocks = full.shared_depth + 2 * sum(depths.values())
     assert sum("psunet.attention" in name for name in called) == blocks
     assert sum("psunet.adaln" in name for name in called) == 3 * blocks + len(depths)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch something: all but views and new memory."""
+
+    FREE = ("device", "empty", "new_empty", "detach", "alias", "_unsafe_view", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("skip", "most"), [(False, 7), (True, 8)])
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_a_block_takes_few_launches_on_a_gpu(skip, most, eight_bits, gpu):
+    config, rows = PRESETS["coco256"].model, 2
+    with torch.device("meta"):
+        block = Block.from_config(config, skip=skip)
+        if eight_bits:
+            quantize_blocks([block])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(), torch.device("cuda"):
+        block.to_empty(device="cuda")
+        x, y, table = torch.empty(rows, 320, 512), torch.empty(rows, 320, 512), torch.empty(7, 6 * 512)
+        index = torch.empty(rows, 320, dtype=torch.int32)
+        with Launches() as launches:
+            block(x, y if skip else None, table, index)
+    assert 5 < len(launches.names) <= most, launches.names
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

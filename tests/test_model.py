@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engine.config import Modality, ModelConfig
-from engine.model.blocks import InnerCache, LinearGELU
+from engine.kernels.linear import linear_gelu
+from engine.model.blocks import Block, InnerCache, quantize_blocks
 from engine.model.psunet import PSUNet
 from engine.presets import PRESETS
 
@@ -287,13 +288,53 @@ def test_training_and_inference_predict_the_same():
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_with_gelu_is_the_same_with_and_without_gradients(exact, dtype):
-    layer, x = LinearGELU(24, 40, exact), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    layer, x = torch.nn.Linear(24, 40), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     layer, x = layer.to(dtype), x.to(dtype)
-    trained = layer(x)
+    approximate = "none" if exact else "tanh"
+    trained = linear_gelu(x, layer.weight, layer.bias, approximate)
     trained.sum().backward()
     with torch.inference_mode():
-        found = layer(x)
+        found = linear_gelu(x, layer.weight, layer.bias, approximate)
     assert found.dtype == dtype and layer.weight.grad.isfinite().all()
     torch.testing.assert_close(found, trained)
-    expected = layer.double()(x.double())
+    expected = torch.nn.functional.gelu(layer.double()(x.double()), approximate=approximate)
     assert (found - expected).abs().max() <= 2 * (trained - expected).abs().max()
+
+
+class Adapted(torch.nn.Module):
+    """An adapter as peft makes them: adds to what a layer gives."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.added = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.added(x)
+
+
+@pytest.mark.parametrize("name", ["skip", "fc1", "fc2"])
+def test_adapters_around_a_layer_act_before_what_follows_it(name):
+    """Merged into the layer's weight, they give the same."""
+    torch.manual_seed(0)
+    block = Block(32, 16, 4, skip=True, norm="adaln")
+    torch.nn.init.normal_(block.modulation)
+    x, skip, table, index = torch.randn(2, 5, 32), torch.randn(2, 5, 32), torch.randn(3, 192), torch.zeros(2, 5).int()
+    layer = getattr(block, name)
+    setattr(block, name, Adapted(layer))
+    with torch.inference_mode():
+        adapted = block(x, skip, table, index)
+        layer.weight += getattr(block, name).added.weight
+        setattr(block, name, layer)
+        torch.testing.assert_close(adapted, block(x, skip, table, index), rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_in_8_bits_predict_nearly_the_same():
+    c = config()
+    model, inputs = model_of(c), inputs_of(c)
+    with torch.inference_mode():
+        exact = predict(model, inputs)
+        quantize_blocks(model.blocks())
+        rounded = predict(model, inputs)
+    error = (rounded - exact).square().mean() / exact.square().mean()
+    assert 0 < error < 0.1**2

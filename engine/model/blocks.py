@@ -7,7 +7,6 @@ step caching: DeepCache, Ma et al. 2023 (arXiv 2312.00858).
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.kernels.adaln import gated_residual, gated_residual_modulate, layer_norm_modulate
 from engine.kernels.attention import attention
+from engine.kernels.linear import Weight8, linear, linear_gelu, linear_pair, linear_residual, quantize
 from engine.kernels.timestep import sinusoid, timestep_table
 
 FREQUENCIES = 256  # channels of the sinusoidal time embedding
@@ -41,7 +41,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, head_dim: int, mlp_ratio: int, skip: bool, norm: str, exact_gelu: bool = False):
         super().__init__()
         adaln = norm == "adaln"
-        self.heads, self.norm = dim // head_dim, norm
+        self.heads, self.norm, self.gelu = dim // head_dim, norm, "none" if exact_gelu else "tanh"
         self.skip = nn.Linear(2 * dim, dim) if skip else None
         self.skip_norm = nn.LayerNorm(dim) if skip and norm == "post" else None
         self.modulation = nn.Parameter(torch.zeros(6 * dim)) if adaln else None  # added to the row of the table
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = None if adaln else nn.LayerNorm(dim)
-        self.fc1 = LinearGELU(dim, mlp_ratio * dim, exact_gelu)
+        self.fc1 = nn.Linear(dim, mlp_ratio * dim)
         self.fc2 = nn.Linear(mlp_ratio * dim, dim)
 
     @classmethod
@@ -67,53 +67,72 @@ class Block(nn.Module):
 
     def _compute(self, x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
         if self.skip is not None:
-            x = self.skip(torch.cat([x, skip], dim=-1))  # [R, L, D]
+            x = self._join(x, skip)  # [R, L, D]
         if self.norm == "adaln":
             time = (table, index, self.modulation)
             h = layer_norm_modulate(x, *time, SHIFT_ATTENTION, SCALE_ATTENTION)  # [R, L, D]
             h = self._attend(h)  # [R, L, D]
             x, h = gated_residual_modulate(x, h, *time, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP)  # 2 × [R, L, D]
-            return gated_residual(x, self._mlp(h), *time, GATE_MLP)  # [R, L, D]
+            h = self._hidden(h)  # [R, L, 4·D]
+            if may_fuse(self.fc2):
+                return linear_residual(x, h, self.fc2.weight, self.fc2.bias, *time, GATE_MLP)  # [R, L, D]
+            return gated_residual(x, self.fc2(h), *time, GATE_MLP)  # [R, L, D]
         if self.norm == "pre":
             x = x + self._attend(self.norm1(x))  # [R, L, D]
-            return x + self._mlp(self.norm2(x))  # [R, L, D]
+            return x + self.fc2(self._hidden(self.norm2(x)))  # [R, L, D]
         if self.skip_norm is not None:
             x = self.skip_norm(x)  # [R, L, D]
         x = self.norm1(x + self._attend(x))  # [R, L, D]
-        return self.norm2(x + self._mlp(x))  # [R, L, D]
+        return self.norm2(x + self.fc2(self._hidden(x)))  # [R, L, D]
+
+    def _join(self, x: Tensor, skip: Tensor) -> Tensor:
+        if may_fuse(self.skip):
+            return linear_pair(x, skip, self.skip.weight, self.skip.bias)  # [R, L, D]
+        return self.skip(torch.cat([x, skip], dim=-1))  # [R, L, D]
 
     def _attend(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [R, L, 3, H, d]
         return self.proj(attention(qkv, self.attention))  # [R, L, D]
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))  # [R, L, D]
+    def _hidden(self, x: Tensor) -> Tensor:
+        if may_fuse(self.fc1):
+            return linear_gelu(x, self.fc1.weight, self.fc1.bias, self.gelu)  # [R, L, 4·D]
+        return F.gelu(self.fc1(x), approximate=self.gelu)  # [R, L, 4·D]
 
 
-class LinearGELU(nn.Linear):
-    """A linear layer and the GELU of its output; `exact`: with the error function, in place of its tanh approximation.
+class Linear8(nn.Module):
+    """A linear layer whose weight is kept in 8 bits, for inference: see `engine.kernels.linear`."""
 
-    On a CPU oneDNN applies the GELU to each tile of the product, while PyTorch's takes 40 % of the product's time.
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        weight = quantize(layer.weight.detach())
+        self.register_buffer("values", weight.values)  # [out, in] float8_e4m3fn
+        self.register_buffer("scales", weight.scales)  # [out] float32
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    @property
+    def weight(self) -> Weight8:
+        return Weight8(self.values, self.scales)
+
+    def forward(self, x: Tensor) -> Tensor:  # [R, L, in] → [R, L, out]
+        return linear(x, self.weight, self.bias)
+
+
+def quantize_blocks(blocks: Iterable[Block]) -> None:
+    """Keeps the weights of the four large products of each block in 8 bits, in place. For inference only."""
+    for block in blocks:
+        for name in ("qkv", "proj", "fc1", "fc2"):
+            setattr(block, name, Linear8(getattr(block, name)))
+
+
+def may_fuse(layer: nn.Module) -> bool:
+    """Whether a layer's product can be joined with what follows it.
+
+    Not with gradients, since that has no backward, nor where calling the layer does more than the product: an adapter
+    (LoRA) around it, or a hook, such as those with which diffusers moves or casts its weights at each call.
     """
-
-    def __init__(self, dim: int, width: int, exact: bool):
-        super().__init__(dim, width)
-        self.approximate = "none" if exact else "tanh"
-
-    def forward(self, x: Tensor) -> Tensor:  # [R, L, D] → [R, L, width]
-        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if inference and x.is_cpu and x.dtype == self.weight.dtype and onednn_computes(x.dtype):
-            fused = torch.ops.mkldnn._linear_pointwise  # Inductor calls it where weights are frozen
-            return fused(x, self.weight, self.bias, "gelu", [], self.approximate)
-        return F.gelu(super().forward(x), approximate=self.approximate)
-
-
-@cache
-def onednn_computes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and computes in this dtype on this CPU."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
+    return not torch.is_grad_enabled() and type(layer) in (nn.Linear, Linear8) and not hooked
 
 
 class TimeTable(nn.Module):
