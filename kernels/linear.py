@@ -194,7 +194,7 @@ def linear_residual(
     return gated_residual(stream, _torch_linear(x, weight, bias), table, index, vector, gate)
 
 
-def linear_pair(x: Tensor, y: Tensor, weight: Tensor | Weight8, bias: Tensor, backend: str = "auto") -> Tensor:
+def linear_pair(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
     """A linear layer of [x, y], side by side in the channels, [B, L, N]."""
     if _choose("linear_pair", x, weight, backend) == "triton":
         return _launch(x, weight, bias, second=y)

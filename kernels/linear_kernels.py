@@ -32,7 +32,8 @@ def _gelu(x, EXACT: tl.constexpr):
     if EXACT:
         return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
     u = SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x)
-    return x / (1 + tl.exp(-2 * u))  # 0.5·(1 + tanh u) = 1/(1 + exp(−2u))
+    e = tl.exp(-2 * tl.abs(u))  # of |u|, so that it does not overflow
+    return x * tl.where(u >= 0, 1.0, e) / (1 + e)  # 0.5·(1 + tanh u) = 1/(1 + exp(−2u))
 
 
 @jit
@@ -107,7 +108,7 @@ def linear_forward(
     stride_table,  # int, between rows of TABLE
     L: tl.constexpr,  # tokens of a row
     K: tl.constexpr,
-    K2: tl.constexpr,  # 0 without a second input
+    K2: tl.constexpr,  # 0 without a second input, and in 8 bits
     N: tl.constexpr,
     GELU: tl.constexpr,  # "none", "tanh" or "erf"
     GATE: tl.constexpr,  # chunk, or NONE: no gated residual
@@ -125,17 +126,13 @@ def linear_forward(
     b, position = (token // L).to(tl.int64), token % L
 
     x = X + b * stride_xb + position * stride_xl  # [BM]
-    second = x
-    if K2 > 0:
-        second = SECOND + b * stride_sb + position * stride_sl
     scale = tl.full([BM], 1.0, tl.float32)
     if FP8:
         scale = _scale(x, real, K, BK)
-        if K2 > 0:
-            scale = tl.maximum(scale, _scale(second, real, K2, BK))
     acc = tl.zeros([BM, BN], tl.float32)
     acc = _accumulate(acc, x, W, scale, real, column, stride_w, K, N, BK, FP8, PRECISION)
     if K2 > 0:
+        second = SECOND + b * stride_sb + position * stride_sl
         acc = _accumulate(acc, second, W + K, scale, real, column, stride_w, K2, N, BK, FP8, PRECISION)
 
     if FP8:
