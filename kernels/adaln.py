@@ -35,8 +35,9 @@ def _chunk(table: Tensor, index: Tensor, vector: Tensor, k: int, dim: int) -> Te
     """m_k of every token, float32 [B, L, D]."""
     columns = slice(k * dim, (k + 1) * dim)
     rows, addition = table[:, columns], vector[columns].float()
-    # Add where there are fewer rows: training has few times and many tokens, sampling has a row for every time.
-    if rows.shape[0] < index.numel():
+    # Add where there are fewer rows: training has few times and many tokens, sampling has a row for every time. A
+    # package serves any number of both.
+    if not torch.compiler.is_exporting() and rows.shape[0] < index.numel():
         return F.embedding(index, rows.float() + addition)
     return F.embedding(index, rows).float() + addition
 
