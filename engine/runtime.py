@@ -102,8 +102,8 @@ class Engine:
         dtype      "auto" (the faster of float32 and bfloat16, as measured on the model's shapes), "float32", "bfloat16"
                    or "float16", or such a torch dtype; the sampler's state stays float32
         attention  "auto" (the fastest measured), "sdpa", "triton" or "xformers", the last two on CUDA only
-        compile    on CUDA, torch.compile of the transformer blocks, at the first forward of each shape; on a CPU, builds
-                   packages of them, which every later engine of this width and dtype uses, with `compile` or without
+        compile    on CUDA, torch.compile of the transformer blocks, at the first forward of each shape; on a CPU,
+                   builds packages of them, which later engines use with `compile` and without
         graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
         max_rows   samples computed together
         Raises InputError, naming the argument or the damaged file, and RuntimeError in a process that was forked from

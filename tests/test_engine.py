@@ -14,7 +14,6 @@ from engine_cases import (
     left_half,
     levels,
     noise,
-    one_block_checkpoint,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st

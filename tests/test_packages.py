@@ -191,7 +191,8 @@ def test_an_entry_belongs_to_what_it_was_built_from(monkeypatch, network, change
     block, table = next(iter(network.blocks())), network.time_table(torch.arange(7))
     before = graphs._source(block, table).file
     if changed in ("torch", "processor", "source"):
-        monkeypatch.setattr(packages, "_here", lambda here=packages._here(): {**here, changed: "another"})
+        here = {**packages._here(), changed: "another"}
+        monkeypatch.setattr(packages, "_here", lambda: here)
     elif changed == "dtype":
         block.bfloat16()
     elif changed == "width":
