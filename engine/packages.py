@@ -40,7 +40,7 @@ log = logging.getLogger("engine.packages")
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a package is compiled from. Of tensors only names, shapes and dtypes matter.
+    """What a package is compiled from. Of the weights only names, shapes and dtypes matter: they may be "meta" tensors.
 
     name      for people: the first part of the file's name
     module    makes the module, when a package is built
@@ -164,7 +164,7 @@ def compile_package(source: Source, path: Path) -> None:
     sizes = {name: torch.export.Dim(name, min=1) for named in source.dynamic for name in named.values()}
     dynamic = tuple({i: sizes[name] for i, name in named.items()} or None for named in source.dynamic)
     example = tuple(None if x is None else x.contiguous() for x in source.inputs)
-    weights = [source.weights[name].detach() for name in names]
+    weights = [torch.zeros(w.shape, dtype=w.dtype) for _, w in sorted(source.weights.items())]
     options = {
         "aot_inductor.metadata": {LABEL: source.description},
         "cpp.dynamic_threads": True,  # as many as there are when it runs, not as there were here

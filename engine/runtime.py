@@ -72,6 +72,9 @@ class Engine:
         cuda = device.type == "cuda"
         if not cuda:
             use_packages(network, build=compile)
+            if compile:
+                for codec in self.codecs.values():
+                    codec.build(compile=True)
         elif compile:
             compile_blocks(network.blocks())
         captured = StepGraphs(device) if cuda and graphs else None

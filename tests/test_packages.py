@@ -6,6 +6,8 @@ One real build for the whole file; elsewhere its files stand in for what a compi
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,7 +108,7 @@ def test_every_kind_of_step_is_the_eager_one_at_any_number_of_rows(cached, netwo
 def test_samples_are_the_eager_ones_and_nothing_is_built_when_batch_task_or_steps_change(
     built, cached, builds, engine, mixed, tiny_checkpoint
 ):
-    assert len(built[1]) == 2, "a block with a skip and one without"
+    assert len(built[1]) == 3, "a block with a skip, one without, and the decoder"
     eager = engine.generate(mixed)
     with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True) as compiled:
         for found, expected in zip(compiled.generate(mixed_requests()), eager, strict=True):
@@ -127,6 +129,49 @@ def test_a_run_that_does_not_compile_uses_what_is_there_and_builds_nothing(cache
 def test_packages_serve_every_checkpoint_of_the_width(cached, builds, three_modality_checkpoint):
     network = load(three_modality_checkpoint).network
     assert graphs.use_packages(network, build=True) and builds.files == []
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_images_are_decoded_as_by_diffusers(cached, tiny_checkpoint, images):
+    codec, decoded = load(tiny_checkpoint).codec("image"), []
+    tokens = torch.randn(images, codec.tokens, codec.channels, generator=torch.Generator().manual_seed(0))
+    codec.build()
+    assert codec._decode is not None
+    for _ in range(2):
+        decoded.append(codec.decode_pixels(tokens))
+        codec._decode = None
+    torch.testing.assert_close(*decoded, atol=1e-5, rtol=1e-5)
+
+
+START = """
+import sys
+from engine.sample import main
+assert main(sys.argv[1:]) == 0
+print(sorted({"diffusers", "torch._dynamo", "scipy", "gensim"} & {*sys.modules}))
+"""
+
+
+def test_a_start_with_packages_imports_neither_diffusers_nor_dynamo(built, tiny_checkpoint, tmp_path):
+    options = ["--checkpoint", tiny_checkpoint, "--prompt", "red", "--steps", 1, "--dtype", "float32", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", START, *map(str, options), "--out", tmp_path / "out"],
+        cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"XDG_CACHE_HOME": str(built[0])},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[]\n")
+    assert (tmp_path / "out" / "0000.png").exists()
+
+
+def test_damaged_weights_of_a_compiled_decoder_are_named_before_sampling(cached, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+    weights = folder / "image" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    damaged = pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is damaged")
+    with Engine.from_pretrained(folder, device="cpu", dtype="float32") as engine, damaged:
+        engine.submit(Request(prompt="red", steps=1))
 
 
 def test_they_run_on_as_many_threads_as_there_are_then(cached, network):
@@ -168,7 +213,7 @@ def replace(path: Path, other: Path):
     [(cut, "is damaged"), (empty, "is damaged"), (flip, "is damaged"), (replace, "was built from something else")],
 )
 def test_a_damaged_or_foreign_entry_is_never_used_and_built_again(cached, builds, network, caplog, harm, problem):
-    one, other = sorted(cached.iterdir())
+    one, other = sorted(cached.glob("*block*"))
     harm(one, other)
     with caplog.at_level(logging.WARNING):
         assert not graphs.use_packages(network)
@@ -183,7 +228,9 @@ def test_an_entry_of_another_user_is_not_used(cached, network, monkeypatch, capl
     for file in cached.iterdir():
         os.chown(file, 1234, 1234) if os.getuid() == 0 else monkeypatch.setattr(os, "getuid", lambda: 1234)
     assert not graphs.use_packages(network)
-    assert all("belongs to another user" in line for line in caplog.messages) and len(caplog.messages) == 2
+    assert all("belongs to another user" in line for line in caplog.messages) and len(caplog.messages) == 2, (
+        "of both kinds of block"
+    )
 
 
 @pytest.mark.parametrize("changed", ["torch", "processor", "source", "dtype", "width", "norm", "heads"])
@@ -203,7 +250,8 @@ def test_an_entry_belongs_to_what_it_was_built_from(monkeypatch, network, change
 
 
 def test_the_folder_keeps_what_was_used_last_within_its_limit(cached, builds, network, monkeypatch):
-    skip, plain = sorted(cached.iterdir(), key=lambda file: file.name.startswith("block"))
+    (skip,), (plain,) = cached.glob("skip*"), cached.glob("block*")
+    next(cached.glob("decoder*")).unlink()
     old, abandoned = cached / "old.pt2", cached / ".building-killed"
     old.write_bytes(bytes(1000))
     abandoned.mkdir()
@@ -221,7 +269,7 @@ def test_two_processes_may_build_at_once(cached, builds, network, monkeypatch):
         shutil.copy(path, cached / source.file)  # the other one is done first
 
     monkeypatch.setattr(packages, "compile_package", late)
-    names = {file.name for file in cached.iterdir()}
+    names = {file.name for file in cached.glob("*block*")}
     for file in list(cached.iterdir()):
         file.unlink()
     assert graphs.use_packages(network, build=True)
