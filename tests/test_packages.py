@@ -18,6 +18,7 @@ from engine_cases import assert_same, mixed_requests
 
 from engine import Engine, Request, packages
 from engine.checkpoint import load
+from engine.codecs import image
 from engine.errors import InputError
 from engine.model.blocks import InnerCache
 from engine.sampling import graphs
@@ -105,6 +106,23 @@ def test_every_kind_of_step_is_the_eager_one_at_any_number_of_rows(cached, netwo
         torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
 
 
+@torch.inference_mode()
+def test_no_call_takes_more_rows_than_other_threads_can_wait_for(cached, network, monkeypatch):
+    calls, bind = [], packages.Package.bind
+
+    def counted(self, weights):
+        forward = bind(self, weights)
+        return lambda *inputs: calls.append(len(inputs[0]) * inputs[0].shape[1]) or forward(*inputs)
+
+    monkeypatch.setattr(packages.Package, "bind", counted)
+    monkeypatch.setattr(graphs, "PART", 2 * 22 * network.config.dim)  # 2 rows of the shared stack
+    expected = forwards(network, 5)
+    graphs.use_packages(network)
+    for found, eager in zip(forwards(network, 5), expected, strict=True):
+        torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
+    assert max(calls) == 2 * 22
+
+
 def test_samples_are_the_eager_ones_and_nothing_is_built_when_batch_task_or_steps_change(
     built, cached, builds, engine, mixed, tiny_checkpoint
 ):
@@ -133,7 +151,8 @@ def test_packages_serve_every_checkpoint_of_the_width(cached, builds, three_moda
 
 @torch.inference_mode()
 @pytest.mark.parametrize("images", [1, 2, 5])
-def test_images_are_decoded_as_by_diffusers(cached, tiny_checkpoint, images):
+def test_images_are_decoded_as_by_diffusers(cached, tiny_checkpoint, images, monkeypatch):
+    monkeypatch.setattr(image, "PART", 2 * 32 * 32)
     codec, decoded = load(tiny_checkpoint).codec("image"), []
     tokens = torch.randn(images, codec.tokens, codec.channels, generator=torch.Generator().manual_seed(0))
     codec.build()
@@ -238,6 +257,7 @@ def test_an_entry_belongs_to_what_it_was_built_from(monkeypatch, network, change
     block, table = next(iter(network.blocks())), network.time_table(torch.arange(7))
     before = graphs._source(block, table).file
     if changed in ("torch", "processor", "source"):
+        assert packages._here()[changed]
         here = {**packages._here(), changed: "another"}
         monkeypatch.setattr(packages, "_here", lambda: here)
     elif changed == "dtype":

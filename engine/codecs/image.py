@@ -19,6 +19,8 @@ from engine.config import MAX_PIXELS, Modality
 from engine.errors import InputError
 from engine.images import composite, fill_masked, fit_image, open_image, open_mask, to_image
 
+PART = 1 << 15  # pixels that one call of a compiled decoder makes, or one image
+
 
 @dataclass(frozen=True, eq=False)
 class GivenImage:
@@ -187,7 +189,9 @@ class ImageCodec:
         """tokens [B, L, C] → pixels [B, 3, S, S] float32, clamped to −1..1, on the autoencoder's device."""
         latents = unpatchify(tokens.float(), self.patch) / self.latents.scale + self.latents.shift  # [B, c, h, w]
         if self._decode is not None:
-            return self._decode(latents).clamp(-1, 1)
+            # Compiled code holds Python's lock, and other threads must go on.
+            parts = latents.split(max(1, PART // self.size**2))
+            return torch.cat([self._decode(part) for part in parts]).clamp(-1, 1)
         return self.autoencoder.decode(latents.to(next(self.autoencoder.parameters()))).sample.float().clamp(-1, 1)
 
 

@@ -19,6 +19,7 @@ from engine.errors import InputError, cut
 from engine.model.blocks import Block
 from engine.packages import Source, package
 
+PART = 1 << 19  # elements of a block's input that one call of its package takes: some 20 to 100 milliseconds
 EXAMPLE_TIMES = 7  # rows of the table that packages are compiled with; they take any number
 
 
@@ -62,8 +63,22 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
                 raise failure from None
     for block, source in sources:
         if found[source.file] is not None:
-            block.forward = found[source.file].bind(dict(block.named_parameters()))
+            block.forward = _in_parts(found[source.file].bind(dict(block.named_parameters())))
     return all(found.values())
+
+
+def _in_parts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A block's forward, some rows at a time: compiled code holds Python's lock, and other threads must go on."""
+
+    def forward_parts(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
+        rows = max(1, PART // x[0].numel())
+        if len(x) <= rows:
+            return forward(x, skip, table, index)
+        skips = [None] * len(x) if skip is None else skip.split(rows)
+        parts = zip(x.split(rows), skips, index.split(rows), strict=False)
+        return torch.cat([forward(x, skip, table, index) for x, skip, index in parts])
+
+    return forward_parts
 
 
 def _source(block: Block, table: Tensor) -> Source:
