@@ -90,10 +90,10 @@ class Package:
 
 
 def package(source: Source, build: bool = False) -> Package | None:
-    """The package compiled from this; None where there is none and none is to be built, or where it cannot be kept.
+    """The package compiled from this; None where there is none and none is to be built, or it cannot be kept or loaded.
 
-    What is damaged or of another origin is announced and, with `build`, built again. Raises what PyTorch raises where
-    a compiler fails or is missing.
+    What is damaged or of another origin is announced, once, and with `build` built again. Raises what PyTorch raises
+    where a compiler fails or is missing.
     """
     folder = _folder()
     found = _stored(folder / source.file, source.description) if folder else None
@@ -101,11 +101,12 @@ def package(source: Source, build: bool = False) -> Package | None:
         try:
             if folder is None:
                 raise OSError("there is no home folder")
-            return Package(_build(folder, source))
+            _build(folder, source)
         except OSError as error:
-            _announce(
-                f"compile: {folder or 'the cache'} cannot be written ({error.strerror or error}); continuing without"
-            )
+            where = folder or "the cache"
+            _announce(f"compile: {where} cannot be written ({error.strerror or error}); continuing without packages")
+            return None
+        found = _stored(folder / source.file, source.description)
     return found
 
 
@@ -143,19 +144,18 @@ def _stored(path: Path, description: str) -> Package | None:
                     os.utime(path)
                 return found
     except (*DAMAGE, RuntimeError) as error:
-        problem = f"is damaged ({' '.join(str(error).split())[:100]})"
-    log.warning("compile: %s %s; it is not used, and built again with --compile", path, problem)
+        problem = f"is damaged or cannot be loaded ({' '.join(str(error).split())[:100]})"
+    _announce(f"compile: {path} {problem}; it is not used, --compile builds it again")
     return None
 
 
-def _build(folder: Path, source: Source) -> Path:
+def _build(folder: Path, source: Source) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
         made = Path(building) / source.file
         compile_package(source, made)
         os.replace(made, folder / source.file)
     _shrink(folder, keep=source.file)
-    return folder / source.file
 
 
 def compile_package(source: Source, path: Path) -> None:

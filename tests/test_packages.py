@@ -46,6 +46,8 @@ def use_cache(monkeypatch, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def built(tiny_checkpoint, tmp_path_factory) -> Iterator[tuple[Path, list[str]]]:
     """A cache folder with all packages of the tiny model in float32, and the files that were compiled for it."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
     folder, compiled, compile_package = tmp_path_factory.mktemp("built"), [], packages.compile_package
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packages, "compile_package", lambda s, p: (compiled.append(s.file), compile_package(s, p)))
@@ -239,8 +241,7 @@ def test_a_damaged_or_foreign_entry_is_never_used_and_built_again(cached, builds
     (line,) = caplog.messages
     assert str(one) in line and problem in line and "\n" not in line and builds.files == []
     assert graphs.use_packages(network, build=True) and builds.files == [one.name]
-    caplog.clear()
-    assert graphs.use_packages(network) and not caplog.messages
+    assert graphs.use_packages(network) and caplog.messages == [line]
 
 
 def test_an_entry_of_another_user_is_not_used(cached, network, monkeypatch, caplog):
