@@ -20,8 +20,10 @@ from engine import Engine, Request, packages
 from engine.checkpoint import load
 from engine.codecs import image
 from engine.errors import InputError
+from engine.files import load_tensors, save_tensors
 from engine.model.blocks import InnerCache
 from engine.sampling import graphs
+from engine.training.stages import _given_autoencoder
 
 ROWS = [1, 2, 31, 32, 33]
 
@@ -193,6 +195,15 @@ def test_damaged_weights_of_a_compiled_decoder_are_named_before_sampling(cached,
     damaged = pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is damaged")
     with Engine.from_pretrained(folder, device="cpu", dtype="float32") as engine, damaged:
         engine.submit(Request(prompt="red", steps=1))
+
+
+def test_training_refuses_a_broken_encoder_beside_a_compiled_decoder(cached, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint / "image", tmp_path / "image")
+    weights, _ = load_tensors(folder / "diffusion_pytorch_model.safetensors")
+    del weights[min(name for name in weights if name.startswith("encoder."))]
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", weights)
+    with pytest.raises(InputError, match="weights that do not fit its config.json: encoder"):
+        _given_autoencoder(folder, load(tiny_checkpoint).config)
 
 
 def test_they_run_on_as_many_threads_as_there_are_then(cached, network):
