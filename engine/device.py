@@ -12,6 +12,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.errors import InputError
+from engine.files import cache_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CANDIDATES = ("float32", "bfloat16")  # for "auto" on a CPU
@@ -110,7 +111,8 @@ def _faster_dtype(model: ModelConfig) -> torch.dtype:
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     tokens, width, hidden = model.tokens, model.dim, model.mlp_ratio * model.dim
     key = f"{processor()}, {capability}, {threads} threads, torch {torch.__version__}, {tokens}×{width}×{hidden}"
-    cache = _cache_file()
+    folder = cache_folder()  # None without a home
+    cache = folder and folder / "dtype.json"
     known = _read_json(cache)
     milliseconds = known.get(key)
     if not isinstance(milliseconds, dict) or not all(isinstance(milliseconds.get(d), float) for d in CANDIDATES):
@@ -137,15 +139,6 @@ def _measure_dtypes(tokens: int, width: int, hidden: int) -> dict[str, float]:
             if turn > 0:  # the first is a warm-up
                 best[name] = min(best[name], 1e3 * seconds)
     return {name: round(value, 4) for name, value in best.items()}
-
-
-def _cache_file() -> Path | None:
-    """Where measurements are kept; None without a home."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(folder or Path.home() / ".cache") / "psunet-engine" / "dtype.json"
-    except RuntimeError:
-        return None
 
 
 def _read_json(path: Path | None) -> dict:

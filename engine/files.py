@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def cache_folder() -> Path | None:
+    """Where the engine keeps measurements and compiled packages: below XDG_CACHE_HOME or ~/.cache; None: no home."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(folder or Path.home() / ".cache") / "psunet-engine"
+    except RuntimeError:
+        return None
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with the path of a temporary file, flushes that file to disk and renames it to `path`.
 

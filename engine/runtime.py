@@ -23,7 +23,7 @@ from engine.model.denoiser import Denoiser
 from engine.preparation import PreparedRequest, prepare, settle
 from engine.request import ATTENTIONS, MAX_NUM, Request, Result, Sample, Watch, is_whole
 from engine.sampling.batch import SampleSpec
-from engine.sampling.graphs import StepGraphs, compile_blocks
+from engine.sampling.graphs import StepGraphs, compile_blocks, use_packages
 from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
@@ -69,18 +69,22 @@ class Engine:
         network = loaded.network.to(device, dtype)
         for block in network.blocks():
             block.attention = attention
-        if compile:
-            compile_blocks(network.blocks())
         cuda = device.type == "cuda"
+        if not cuda:
+            use_packages(network, build=compile)
+            if compile:
+                for codec in self.codecs.values():
+                    codec.build(compile=True)
+        elif compile:
+            compile_blocks(network.blocks())
         captured = StepGraphs(device) if cuda and graphs else None
         branches = {} if captured is None else {"run_branches": captured.run_branches}
         self._denoiser = Denoiser(network, self.config.diffusion.timesteps, **branches)
         if cuda and (compile or graphs):  # every size of batch is compiled or captured by itself, so there are few
             buckets = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
             self._warm_sizes = buckets
-        else:  # one code for all sizes; only that for a single sample is always compiled by itself
-            buckets = range(1, max_rows + 1)
-            self._warm_sizes = [1] if compile else []
+        else:  # one code for all sizes
+            buckets, self._warm_sizes = range(1, max_rows + 1), []
         self._sampler = Sampler(self._denoiser, self.config.model, device, buckets=buckets, graphs=captured)
 
     @classmethod
@@ -103,7 +107,8 @@ class Engine:
         dtype      "auto" (the faster of float32 and bfloat16, as measured on the model's shapes), "float32", "bfloat16"
                    or "float16", or such a torch dtype; the sampler's state stays float32
         attention  "auto" (the fastest measured), "sdpa", "triton" or "xformers", the last two on CUDA only
-        compile    torch.compile of the transformer blocks, at the first forward of each shape
+        compile    on CUDA, torch.compile of the transformer blocks, at the first forward of each shape; on a CPU,
+                   builds packages of them, which later engines use with `compile` and without
         graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
         max_rows   samples computed together
         Raises InputError, naming the argument or the damaged file, and RuntimeError in a process that was forked from

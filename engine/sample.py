@@ -74,7 +74,8 @@ def _add_engine(add) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
     add("--attention", choices=ATTENTIONS, default="auto")
-    add("--compile", action="store_true", help="compile the model; worthwhile from a few dozen samples on")
+    text = "compile the model: on a CPU once, for all later runs too, with --compile or without"
+    add("--compile", action="store_true", help=text)
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
     text = "where the images go, in place of those of an earlier run (default: samples)"
     add("--out", type=path, default=Path("samples"), metavar="DIR", help=text)

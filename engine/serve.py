@@ -33,7 +33,7 @@ def _parser() -> Parser:
     add("--name", type=name, help="the model's name for clients (default: the checkpoint folder's)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
-    add("--compile", action="store_true", help="compile the model, in the warm-up")
+    add("--compile", action="store_true", help="compile the model before the first request")
     add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0 for no warm-up (default: 1; with --compile: --max-rows)"

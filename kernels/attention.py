@@ -322,7 +322,8 @@ def attention(qkv: Tensor, backend: str = "auto") -> Tensor:
     """
     rows, tokens, three, _, head_dim = qkv.shape
     assert three == 3, f"qkv is [B, L, 3, H, d], not {tuple(qkv.shape)}"
-    unsupported = "" if head_dim in HEAD_DIMS and tokens <= MAX_TOKENS else UNSUPPORTED
+    fits = torch.compiler.is_exporting() or tokens <= MAX_TOKENS  # a package, for CPUs, takes any number
+    unsupported = "" if head_dim in HEAD_DIMS and fits else UNSUPPORTED
     chosen = choose("attention", qkv, (rows, tokens, head_dim), backend, unsupported)
     if chosen == "triton":
         return _attention(qkv)[0]

@@ -14,7 +14,6 @@ from engine_cases import (
     left_half,
     levels,
     noise,
-    one_block_checkpoint,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -281,21 +280,6 @@ def test_warmup_leaves_no_kind_of_step_for_later(tiny_checkpoint):
             engine.warmup(batch=65)
         with pytest.raises(InputError, match="^batch: "):
             engine.warmup(batch=0)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside Inductor
-def test_nothing_is_compiled_after_warmup(tiny_checkpoint, tmp_path):
-    from torch._dynamo.utils import counters
-
-    folder = one_block_checkpoint(tiny_checkpoint, tmp_path / "one-block")
-    with Engine.from_pretrained(folder, dtype="float32", compile=True) as engine:
-        engine.warmup(batch=4)
-        assert counters["stats"]["unique_graphs"] > 0
-        counters.clear()
-        engine.generate([Request(num=3, steps=2), Request(prompt="red", steps=4)])
-        engine.generate(Request(image=noise(), steps=2))
-        assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_images_are_decoded_no_more_at_a_time_than_samples_are_computed(tiny_checkpoint, monkeypatch):

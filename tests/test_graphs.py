@@ -43,12 +43,6 @@ def eager(tiny_checkpoint):
         return results(engine)
 
 
-@pytest.mark.slow
-def test_compiled_samples_are_the_eager_ones(tiny_checkpoint, eager):
-    with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True) as engine:
-        assert_same(results(engine), eager)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_captured_samples_are_the_eager_ones(tiny_checkpoint, eager, compile):

@@ -331,9 +331,10 @@ async def test_a_result_that_is_not_finite_is_an_error_and_no_black_image(own): 
 
 @pytest.mark.slow
 @asynchronous
-async def test_memory_does_not_grow_with_requests_when_compiled(tiny_checkpoint, tmp_path):  # vllm-omni 4674
-    from torch._dynamo.utils import counters
-
+async def test_memory_does_not_grow_with_requests_when_compiled(
+    tiny_checkpoint, tmp_path, monkeypatch
+):  # vllm-omni 4674
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     checkpoint = one_block_checkpoint(tiny_checkpoint, tmp_path / "one")
     with Engine.from_pretrained(checkpoint, dtype="float32", compile=True, max_rows=4) as engine:
         engine.warmup(4)
@@ -349,8 +350,7 @@ async def test_memory_does_not_grow_with_requests_when_compiled(tiny_checkpoint,
 
             for seed in range(20):
                 await some(seed)
-            compiled, resident = counters["stats"]["unique_graphs"], memory()
+            resident = memory()
             for seed in range(100):
                 await some(seed % 50)
-            assert counters["stats"]["unique_graphs"] == compiled
             assert memory() < 1.05 * resident

@@ -1,25 +1,28 @@
 """Folders of diffusers autoencoders: described by their config.json alone, built when they are needed.
 
-diffusers is imported when an autoencoder is built, never before: its import takes longer than a short sampling run.
+diffusers is imported when an autoencoder is built, never before: its import takes longer than a short sampling run. A
+decoder that was compiled (`engine.packages`) does not need it.
 """
 
 import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config import MAX_BLOCKS, MAX_CHANNELS
 from engine.errors import InputError, shown
 from engine.files import all_finite, is_folder, read_json, save_tensors, shape_difference, unreadable
+from engine.packages import Source, package
 
 # The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
 AUTOENCODERS: dict[str, dict] = {
@@ -143,11 +146,41 @@ class SavedAutoencoder:
             if difference:
                 problem = f"has weights that do not fit its config.json: {difference}"
                 raise InputError("checkpoint", self.source, REMEDY, problem)
-            weights = {name: file.get_tensor(name) for name in names}
-        if not all_finite(weights):
-            raise InputError("checkpoint", path, REMEDY, "holds values that are not finite floats of 16 bits or more")
-        autoencoder.load_state_dict(weights, assign=True)
+        autoencoder.load_state_dict(_finite_weights(path), assign=True)
         return autoencoder.float()
+
+    def packaged_decoder(self, side: int, build: bool = False) -> Callable[[Tensor], Tensor] | None:
+        """The decoder of latents [B, c, side, side] float32 → [B, 3, S, S], as a package, without diffusers.
+
+        None where there is no package and none is to be built (`build`), or none can be kept. Raises as `self.build`.
+        """
+        if isinstance(self.source, str):
+            return None
+        with _open_weights(self.source / WEIGHTS) as file:
+            names = [name for name in file.keys() if not name.startswith(("encoder.", "quant_"))]  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+        source = Source(
+            name="decoder",
+            module=lambda: _Decoder(self.build().eval().requires_grad_(False)),
+            weights={f"autoencoder.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()},
+            inputs=(torch.zeros(2, self.latents.channels, side, side),),
+            dynamic=({0: "images"},),
+            settings={"config": dict(self.config), "diffusers": version("diffusers")},
+        )
+        compiled = package(source, build)
+        if compiled is None:
+            return None
+        weights = _finite_weights(self.source / WEIGHTS)
+        return compiled.bind({f"autoencoder.{name}": weights[name].float() for name in names})
+
+
+class _Decoder(nn.Module):
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents).sample
 
 
 def autoencoder_class(name: str):
@@ -261,6 +294,15 @@ def _check_numbers(key: str, value) -> None:
 
 def _length(value) -> int:
     return len(value) if isinstance(value, list) else 0
+
+
+def _finite_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file; raises InputError about "checkpoint" where it is damaged or they are not finite."""
+    with _open_weights(path) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if not all_finite(weights):
+        raise InputError("checkpoint", path, REMEDY, "holds values that are not finite floats of 16 bits or more")
+    return weights
 
 
 @contextmanager

@@ -57,9 +57,10 @@ class Codec(Protocol):
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes what `load` reads; weights of networks, if any, in `dtype`."""
 
-    def build(self) -> None:
+    def build(self, compile: bool = False) -> None:
         """Loads what `load` left out. Further calls do nothing; several threads may call it.
 
+        compile  on a CPU, first compiles what can be and is not compiled yet, for later processes too
         Raises InputError about "checkpoint" with the path of a damaged file.
         """
 

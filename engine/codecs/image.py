@@ -1,6 +1,7 @@
 """Image codec: a diffusers autoencoder's latents, cut into patch × patch squares, and back.
 
-Independent of diffusion and tasks. The autoencoder is built when it is first needed, see `engine.codecs.autoencoder`.
+Independent of diffusion and tasks. The autoencoder is built when it is first needed, see `engine.codecs.autoencoder`:
+for decoding alone it need not be, once its decoder was compiled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from engine.codecs.codec import Decoded, Given
 from engine.config import MAX_PIXELS, Modality
 from engine.errors import InputError
 from engine.images import composite, fill_masked, fit_image, open_image, open_mask, to_image
+
+PART = 1 << 15  # pixels that one call of a compiled decoder makes, or one image
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class ImageCodec:
     def __init__(self, autoencoder: nn.Module | SavedAutoencoder, size: int, patch: int, device="cpu"):
         self.size, self.patch, self.device = size, patch, device
         self._lock = Lock()  # guards the building
-        self._saved = self._built = None
+        self._saved = self._built = self._decode = None
         if isinstance(autoencoder, SavedAutoencoder):
             self._saved, latents = autoencoder, autoencoder.latents
         else:
@@ -87,18 +90,25 @@ class ImageCodec:
         """Writes a diffusers folder, weights in `dtype`."""
         save_autoencoder(self.autoencoder, folder, dtype)
 
-    def build(self) -> None:
-        """Loads the autoencoder, unless it is loaded; raises InputError naming a damaged file."""
+    def build(self, compile: bool = False) -> None:
+        """Loads the decoder's package if there is one, or with `compile` builds it, on a CPU; else the autoencoder.
+
+        Raises InputError naming a damaged file.
+        """
+        with self._lock:
+            if self._built is None and self._decode is None and torch.device(self.device).type == "cpu":
+                self._decode = self._saved.packaged_decoder(self.size // self.factor, compile)
+        if self._decode is None:
+            _ = self.autoencoder
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """The diffusers module, in evaluation mode; builds it when first used."""
         with self._lock:
             if self._built is None:
                 # A caller's inference mode must not reach the weights: they could not be saved or changed then.
                 with torch.inference_mode(False):
                     self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
-
-    @property
-    def autoencoder(self) -> nn.Module:
-        """The diffusers module, in evaluation mode; builds it when first used."""
-        self.build()
         return self._built
 
     def read(
@@ -181,9 +191,12 @@ class ImageCodec:
     @torch.inference_mode()
     def decode_pixels(self, tokens: Tensor) -> Tensor:
         """tokens [B, L, C] → pixels [B, 3, S, S] float32, clamped to −1..1, on the autoencoder's device."""
-        parameter = next(self.autoencoder.parameters())
-        latents = unpatchify(tokens.float(), self.patch) / self.latents.scale + self.latents.shift
-        return self.autoencoder.decode(latents.to(parameter)).sample.float().clamp(-1, 1)
+        latents = unpatchify(tokens.float(), self.patch) / self.latents.scale + self.latents.shift  # [B, c, h, w]
+        if self._decode is not None:
+            # Compiled code holds Python's lock, and other threads must go on.
+            parts = latents.split(max(1, PART // self.size**2))
+            return torch.cat([self._decode(part) for part in parts]).clamp(-1, 1)
+        return self.autoencoder.decode(latents.to(next(self.autoencoder.parameters()))).sample.float().clamp(-1, 1)
 
 
 def _size_and_patch(settings: Mapping, where: str) -> tuple[int, int]:

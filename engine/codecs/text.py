@@ -81,7 +81,7 @@ class TextCodec:
         write_atomically(folder / "vocabulary.json", lambda path: path.write_text(words, encoding="utf-8"))
         save_tensors(folder / "vectors.safetensors", {"vectors": self.vectors})
 
-    def build(self) -> None:
+    def build(self, compile: bool = False) -> None:
         """Does nothing: `load` has read everything."""
 
     def read(

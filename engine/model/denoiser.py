@@ -93,4 +93,4 @@ class Denoiser:
         if not self.few_times:
             return self.table, times
         distinct, index = times.unique(return_inverse=True)
-        return self.table[distinct], index
+        return self.table[distinct], index.int()

@@ -1,8 +1,11 @@
-"""The only `torch.compile` and the only CUDA-graph capture of the engine.
+"""How blocks are compiled, and the only `torch.compile` and CUDA-graph capture of the engine.
 
 Compilation is regional: a model's blocks repeat, so one compilation per kind of block and shape serves them all, and a
 cold start costs a few compilations instead of one as long as the model. Inductor keeps what it has built on disk
 (`TORCHINDUCTOR_CACHE_DIR`), so that the next process starts quickly.
+
+For sampling on a CPU a kind of block is compiled ahead of time instead, see `engine.packages`: once for all numbers of
+rows and tokens, and for all checkpoints of this width.
 
 Capture is for CUDA: on a CPU there is nothing to capture, and `StepGraphs` cannot be made.
 """
@@ -10,9 +13,14 @@ Capture is for CUDA: on a CPU there is nothing to capture, and `StepGraphs` cann
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.errors import InputError, cut
+from engine.model.blocks import Block
+from engine.packages import Source, package
+
+PART = 1 << 19  # elements of a block's input that one call of its package takes: some 20 to 100 milliseconds
+EXAMPLE_TIMES = 7  # rows of the table that packages are compiled with; they take any number
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -30,6 +38,62 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
             block.compile(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
         else:
             block.compile(fullgraph=True)
+
+
+def use_packages(network: nn.Module, build: bool = False) -> bool:
+    """Lets a network's blocks compute in packages as far as there are any; with `build`, builds those that are missing.
+
+    network  in evaluation mode on a CPU, in its dtype; its weights may change in place afterwards, not in dtype
+    Returns whether all blocks do. Shows its progress on a terminal. Raises InputError where nothing can be compiled.
+    """
+    from tqdm import tqdm
+
+    table = network.time_table(torch.arange(EXAMPLE_TIMES))
+    sources = [(block, _source(block, table)) for block in network.blocks()]
+    kinds = {source.file: source for _, source in sources}
+    found = {file: package(source) for file, source in kinds.items()}
+    if build and not all(found.values()):
+        missing = [file for file, known in found.items() if known is None]
+        for file in tqdm(missing, desc="compiling, once for this machine", unit="kind of block", disable=None):
+            try:
+                found[file] = package(kinds[file], build=True)
+            except Exception as error:
+                if (failure := compile_failure(error)) is error:
+                    raise
+                raise failure from None
+    for block, source in sources:
+        if found[source.file] is not None:
+            block.forward = _in_parts(found[source.file].bind(dict(block.named_parameters())))
+    return all(found.values())
+
+
+def _in_parts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A block's forward, some rows at a time: compiled code holds Python's lock, and other threads must go on."""
+
+    def forward_parts(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
+        rows = max(1, PART // x[0].numel())
+        if len(x) <= rows:
+            return forward(x, skip, table, index)
+        skips = [None] * len(x) if skip is None else skip.split(rows)
+        parts = zip(x.split(rows), skips, index.split(rows), strict=False)
+        return torch.cat([forward(x, skip, table, index) for x, skip, index in parts])
+
+    return forward_parts
+
+
+def _source(block: Block, table: Tensor) -> Source:
+    """A block as the source of a package."""
+    x, skip = torch.zeros(2, 3, 5, block.qkv.in_features, dtype=block.qkv.weight.dtype)  # [R, L, D] each
+    index = torch.zeros(3, 5, dtype=torch.int32)  # [R, L]
+    size, without = {0: "rows", 1: "tokens"}, block.skip is None
+    return Source(
+        name=f"{'block' if without else 'skip-block'}-{block.qkv.in_features}",
+        module=lambda: block,
+        weights=dict(block.named_parameters()),
+        inputs=(x, None if without else skip, table, index),
+        dynamic=(size, {} if without else size, {0: "times"}, size),
+        settings={"heads": block.heads, "norm": block.norm, "gelu": block.gelu},
+    )
 
 
 def compile_failure(error: Exception) -> Exception:

@@ -222,7 +222,7 @@ def _given_autoencoder(source: str, config: Config) -> ImageCodec:
     """The codec of an image modality with a given autoencoder, loaded: a damaged one is refused before any work."""
     name = image_and_text(config)[0]
     codec = ImageCodec.load(source, config.codecs[name].settings, config.model.modality(name))
-    codec.build()
+    _ = codec.autoencoder  # all of it, where `build` may load a compiled decoder alone
     return codec
 
 
