@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.codecs.codec import Codec, Given
 from engine.config import Config
 from engine.diffusion import masks
+from engine.diffusion.schedule import default_spacing, way_to_time
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, spaced_table
 from engine.errors import InputError, shown
 from engine.request import SHORTHANDS, Request, Result, Sample
@@ -25,6 +26,8 @@ class PreparedRequest:
     task: str
     guidance: float
     order: tuple[str, ...]
+    solver: str
+    spacing: str
     given: dict[str, Given]  # by modality
     generate: Tensor  # [N] bool
     table: StepTable
@@ -34,7 +37,7 @@ class PreparedRequest:
         return range(self.request.seed, self.request.seed + self.request.num)
 
     def result(self, samples: tuple[Sample, ...]) -> Result:
-        return Result(self.request, self.task, self.guidance, self.order, samples)
+        return Result(self.request, self.task, self.guidance, self.order, self.solver, self.spacing, samples)
 
 
 def prepare(request: Request, config: Config, codecs: Mapping[str, Codec], can_cache: bool) -> PreparedRequest:
@@ -74,9 +77,15 @@ def settle(request: Request, given: dict[str, Given], config: Config) -> Prepare
     guidance = request.guidance
     if guidance is None:  # all together with nothing known: a second pass would have nothing to drop
         guidance = 1.0 if task == "joint" and not stages else float(config.sampling.guidance.get(task, GUIDANCE))
-    table = _table(request, guidance, stages, generate, config)
+    renoised = config.diffusion.conditioning == "renoise"
+    if request.infill == "langevin" and not renoised:
+        remedy = "leave it out: known parts of this model need no fitting in"
+        raise InputError("infill", request.infill, remedy, "is for models with renoise conditioning")
+    solver = request.solver or ("ddpm" if renoised and task != "joint" else "dpm++")
+    spacing = request.spacing or default_spacing(config.diffusion.schedule)
+    table = _table(request, guidance, stages, generate, config, solver, spacing)
     order = tuple(model.modalities[i].name for stage in stages for i in stage)
-    return PreparedRequest(request, task, guidance, order, given, generate, table)
+    return PreparedRequest(request, task, guidance, order, solver, spacing, given, generate, table)
 
 
 def argument_of(request: Request, modality: str) -> str:
@@ -134,16 +143,26 @@ def _stages(request: Request, generate: Tensor, config: Config) -> Stages:
     return stages if len(stages) > 1 else ()
 
 
-def _table(request: Request, guidance: float, stages: Stages, generate: Tensor, config: Config) -> StepTable:
+def _table(
+    request: Request, guidance: float, stages: Stages, generate: Tensor, config: Config, solver: str, spacing: str
+) -> StepTable:
     N, model, anything_known = config.diffusion.timesteps, config.model, not generate.all()
-    jump = request.jump if request.resample > 1 else 1
-    solver = SolverOptions(request.solver, request.eta, request.resample, jump, request.step_cache, stages)
+    options = {"eta": request.eta, "step_cache": request.step_cache, "order": stages}
+    if request.infill == "langevin":
+        options |= {"inner_steps": request.inner_steps, "step_size": request.step_size}
+    elif request.resample > 1:
+        options |= {"resample": request.resample, "jump": request.jump}
     # With nothing known there is nothing to drop: modalities that move together guide each other in turn.
     kind = request.guidance_kind or ("masked" if anything_known or stages else "alternate")
     made = tuple(i for i, part in enumerate(model.state_slices.values()) if generate[part].any())
     guided = made if kind in ("alternate", "unidiffuser") else ()
-    # From fractions of the way to times, which run from N down.
-    start, end = (round(N * (1 - x)) for x in request.guidance_interval or (0, 1))
+    start, end = (way_to_time(N, x, spacing) for x in request.guidance_interval or (0, 1))
     first_stage = 1 if stages and not anything_known else 0
-    options = GuidanceOptions(kind, guidance, (end, start), guided, first_stage)
-    return spaced_table(config.diffusion, request.steps, len(model.modalities), solver, options)
+    return spaced_table(
+        config.diffusion,
+        request.steps,
+        len(model.modalities),
+        SolverOptions(solver, **options),
+        GuidanceOptions(kind, guidance, (end, start), guided, first_stage),
+        spacing,
+    )

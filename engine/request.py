@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
 TASKS = ("auto", "joint", "text-to-image", "image-to-text", "infill")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
-SOLVERS = ("dpm++", "ddim", "ddpm")
+SOLVERS = ("dpm++", "unipc", "sde-dpm++", "ddim", "ddpm")
+SPACINGS = ("even", "power")
+INFILLS = ("repaint", "langevin")
 GUIDANCE_KINDS = ("masked", "alternate", "unidiffuser", "empty")
 SHORTHANDS = {"prompt": "text", "image": "image", "mask": "image"}  # the modalities that these arguments stand for
 NO_WORD = "give words, or leave it out to have them generated"
 MAX_NUM = 1024
-MAX_STEPS = 20_000  # steps · resample
+MAX_STEPS = 20_000  # calls of the model, see `Request.calls`
 MAX_SEED = 2**64 - 1
 WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
-                 "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
+                 "inner_steps": (1, 100), "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
+NUMBERS = {"guidance": (-100, 100), "eta": (0, 1), "step_size": (0.001, 100)}
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,16 @@ class Request:
     task      "auto": follows from what is given; another value only checks that the request is that task
     num       samples, with seeds seed, seed + 1, …
     steps     steps of the solver; where modalities are generated in an order, each takes as many
-    solver    "dpm++" (DPM-Solver++(2M)), "ddim" or "ddpm"
+    solver    "dpm++" (DPM-Solver++(2M)), "unipc" (UniPC-2), "sde-dpm++" (SDE-DPM-Solver++(2M)), "ddim" or "ddpm"; None:
+              dpm++, or ddpm where known parts are renoised
     guidance  scale w of classifier-free guidance, 1 means none; None: the checkpoint's default for the task
     seed      0 … 2⁶⁴ − num
     resample  how often each stretch of `jump` steps is done (RePaint); 1: once, no resampling
     jump      steps of such a stretch
+    infill    how known parts that are renoised are fitted in: "repaint" by `resample` and `jump`; "langevin" by
+              `inner_steps` Langevin steps at every time but the first, each a call of the model
+    inner_steps, step_size  of "langevin"; the size is in units of the noise's variance
+    spacing   of the times: "even", or "power", shorter towards the end; None: the better one for the model's schedule
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
     guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
     step_cache  an approximation: run the inner shared blocks at every `step_cache`-th step only, 1: at every step; they
@@ -62,7 +70,7 @@ class Request:
     task: str = "auto"
     num: int = 1
     steps: int = 25
-    solver: str = "dpm++"
+    solver: str | None = None
     guidance: float | None = None
     seed: int = 0
     resample: int = 1
@@ -75,6 +83,10 @@ class Request:
     guidance_kind: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     masks: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    spacing: str | None = None
+    infill: str = "repaint"
+    inner_steps: int = 7
+    step_size: float = 2.0
 
     def __post_init__(self):
         self._check_choices()
@@ -100,6 +112,11 @@ class Request:
         self._check_task()
 
     @property
+    def calls(self) -> int:
+        """How often the model is called for each sample, at most."""
+        return self.steps * (self.resample if self.infill == "repaint" else 1 + self.inner_steps)
+
+    @property
     def given(self) -> dict[str, Any]:
         """What is given, by modality."""
         shorthand = {"text": self.prompt, "image": self.image}
@@ -111,9 +128,10 @@ class Request:
         return {name: value for name, value in [*self.masks.items(), ("image", self.mask)] if value is not None}
 
     def _check_choices(self) -> None:
-        choices = {"task": TASKS, "solver": SOLVERS, "unknown_words": ("error", "fill")}
-        if self.guidance_kind is not None:
-            choices["guidance_kind"] = GUIDANCE_KINDS
+        choices = {"task": TASKS, "infill": INFILLS, "unknown_words": ("error", "fill")}
+        for key, allowed in (("solver", SOLVERS), ("guidance_kind", GUIDANCE_KINDS), ("spacing", SPACINGS)):
+            if getattr(self, key) is not None:
+                choices[key] = allowed
         for key, allowed in choices.items():
             value = getattr(self, key)
             if not isinstance(value, str) or value not in allowed:  # an array is compared element by element
@@ -135,13 +153,15 @@ class Request:
             if not is_whole(value) or not lowest <= value <= highest:
                 raise InputError(key, value, f"use a whole number from {lowest} to {highest}")
             object.__setattr__(self, key, int(value))
-        if self.steps * self.resample > MAX_STEPS:
-            raise InputError(
-                "resample", self.resample, f"use at most {MAX_STEPS // self.steps}", "makes too many steps"
-            )
+        if self.infill == "langevin" and self.resample > 1:
+            raise InputError("resample", self.resample, "use 1, or infill repaint", "is another way than langevin")
+        if self.calls > MAX_STEPS:
+            most = MAX_STEPS // self.steps
+            key, most = ("resample", most) if self.infill == "repaint" else ("inner_steps", most - 1)
+            raise InputError(key, getattr(self, key), f"use at most {most}", "makes too many steps")
         if self.resample > 1 and self.jump >= self.steps:
             raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
-        for key, lowest, highest in (("guidance", -100, 100), ("eta", 0, 1)):
+        for key, (lowest, highest) in NUMBERS.items():
             value = _plain(getattr(self, key))
             if key == "guidance" and value is None:
                 continue
@@ -149,7 +169,7 @@ class Request:
                 raise InputError(key, value, f"use a number from {lowest} to {highest}")
             object.__setattr__(self, key, float(value))
         if self.eta != 0 and self.solver != "ddim":
-            raise InputError("eta", self.eta, f"use solver ddim; {self.solver} has no eta")
+            raise InputError("eta", self.eta, f"use solver ddim; {self.solver or 'the default'} has no eta")
         if self.guidance_interval is not None:
             pair = self.guidance_interval
             ends = [_plain(x) for x in pair] if isinstance(pair, tuple | list) else []
@@ -257,6 +277,8 @@ class Result:
     task: str  # what the request was: joint, text-to-image, image-to-text, …, or infill
     guidance: float  # the scale that was used
     order: tuple[str, ...]  # in which modalities were generated; (): together
+    solver: str  # that was used, and so on
+    spacing: str
     samples: tuple[Sample, ...]
 
     @property

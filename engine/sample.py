@@ -14,8 +14,10 @@ from engine.errors import InputError, shown
 from engine.request import (
     ATTENTIONS,
     GUIDANCE_KINDS,
+    INFILLS,
     MAX_NUM,
     SOLVERS,
+    SPACINGS,
     TASKS,
     NotFiniteSamplesError,
     Request,
@@ -53,7 +55,9 @@ def _add_request(add) -> None:
 
 def _add_solver(add) -> None:
     add("--steps", type=int, default=25, help="steps of the solver, for each modality in an --order (default: 25)")
-    add("--solver", choices=SOLVERS, default="dpm++")
+    add("--solver", choices=SOLVERS, help="(default: dpm++; ddpm where a model renoises known parts)")
+    text = "of the times: even, or power, shorter towards the end (default: even for the cosine schedule, else power)"
+    add("--spacing", choices=SPACINGS, help=text)
     add("--eta", type=float, default=0.0, help="of solver ddim: 0 deterministic, 1 as noisy as ddpm (default: 0)")
     text = "together, or modalities in the order in which they are generated, such as text,image (default: the model's)"
     add("--order", type=_order, help=text)
@@ -66,6 +70,12 @@ def _add_solver(add) -> None:
     add("--step-cache", type=int, default=1, metavar="K", help=text)
     add("--resample", type=int, default=1, metavar="R", help="RePaint: do each stretch of steps R times (default: 1)")
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
+    text = "langevin: fit known parts in by inner steps, for models that renoise them (default: repaint)"
+    add("--infill", choices=INFILLS, default=Request.infill, help=text)
+    text = f"Langevin: calls of the model more for each step (default: {Request.inner_steps})"
+    add("--inner-steps", type=int, default=Request.inner_steps, metavar="K", help=text)
+    text = f"Langevin: in units of the noise's variance (default: {Request.step_size:g})"
+    add("--step-size", type=float, default=Request.step_size, metavar="SIZE", help=text)
 
 
 def _add_engine(add) -> None:
@@ -123,7 +133,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     num = options.num if options.num is not None else JOINT_NUM if joint else 1
     same = {key: getattr(options, key) for key in (
         "image", "mask", "task", "steps", "solver", "guidance", "seed", "resample", "jump", "unknown_words",
-        "step_cache", "order", "eta", "guidance_kind",
+        "step_cache", "order", "eta", "guidance_kind", "spacing", "infill", "inner_steps", "step_size",
     )}  # fmt: skip
     interval = tuple(options.guidance_interval) if options.guidance_interval else None
     given = {"inputs": _once("input", options.input), "masks": _once("input_mask", options.input_mask)}
@@ -216,7 +226,8 @@ def _described(i: int, result: Result, sample: Sample) -> dict:
         "outputs": outputs,
         "seed": sample.seed,
         "steps": result.request.steps,
-        "solver": result.request.solver,
+        "solver": result.solver,
+        "spacing": result.spacing,
         "order": list(result.order) or "together",
         "guidance": result.guidance,
     }

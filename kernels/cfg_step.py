@@ -3,11 +3,11 @@
 Each sample of a batch has its own seed, step counter, masks and step table. Samples of different tasks, solvers and
 lengths share a batch, each at its own step, and a result does not depend on its neighbours. At a sample's step n, let
 f_0 be the prediction of the conditional pass and f_k that of extra pass k, u_k ∈ {0, 1} whether pass k guides the
-element, g the generate mask, and p, q, a, b, c, d, w the coefficients of the element's modality:
+element, g the generate mask, and p, q, a, b, c, d, e, w the coefficients of the element's modality:
 
     f    = f_0 + Σ_k (w − 1)·u_k·(f_0 − f_k)        classifier-free guidance; P = 2: f_u + w·(f_c − f_u)
     x̂0   = p·x + q·f                                p·x where q = 0, whatever the prediction holds
-    x    ← a·x + b·x̂0 + c·x̂0_prev + d·z             any of the solvers of engine/diffusion/solver_table.py
+    x    ← a·x + b·x̂0 + c·x̂0_prev + d·z + e·x̂0_prev2    any solver of engine/diffusion/solver_table.py
     in_0 = g·x + (1 − g)·(known_alpha·x0 + known_sigma·ξ)
     in_k = in_0 with the elements that pass k drops replaced by pure noise η_k, or the known ones by null values
 
@@ -42,6 +42,7 @@ def init_state(constants: BatchConstants, state: SamplerState) -> None:
     noise, _ = normals(constants.seeds, state.step, STATE_STREAM, constants.known.shape[1])  # [B, N]
     state.state.copy_(torch.where(constants.generate, noise, constants.known))
     state.x0_prev.zero_()
+    state.x0_prev2.zero_()
     write_inputs(constants, state)
 
 
@@ -57,8 +58,8 @@ def _torch_step(prediction: Tensor, constants: BatchConstants, state: SamplerSta
     coefficients, indices = at_step(constants, state)
     guides = (indices[..., StepColumn.PASS : StepColumn.PASS + len(f_extra)] & PassKind.GUIDES) != 0  # [B, M, P' − 1]
     guidance = torch.where(guides, coefficients[..., Coefficient.W, None] - 1, 0.0)  # u_k·(w − 1)
-    columns = torch.cat([coefficients[..., Coefficient.P : Coefficient.D + 1], guidance], dim=-1)
-    p, q, a, b, c, d, *guidance = _of_each(constants.modality, columns)  # [B, N] each
+    columns = torch.cat([coefficients[..., Coefficient.P : Coefficient.E + 1], guidance], dim=-1)
+    p, q, a, b, c, d, e, *guidance = _of_each(constants.modality, columns)  # [B, N] each
 
     f = f_0
     for guidance_k, f_k in zip(guidance, f_extra, strict=True):
@@ -69,8 +70,9 @@ def _torch_step(prediction: Tensor, constants: BatchConstants, state: SamplerSta
     noise_scale, before = coefficients[..., Coefficient.D], indices
     coefficients, indices = at_step(constants, state)
     z, xi = _step_noise(constants, state, noise_scale, coefficients[..., Coefficient.KNOWN_SIGMA])
-    x = a * state.state + b * x0 + c * state.x0_prev + d * z
-    state.state.copy_(torch.where(constants.generate, x, constants.known))
+    x = a * state.state + b * x0 + c * state.x0_prev + d * z + e * state.x0_prev2
+    torch.where(constants.generate, x, constants.known, out=state.state)
+    state.x0_prev2.copy_(state.x0_prev)
     state.x0_prev.copy_(x0)
     _write_inputs(constants, state, coefficients, indices, xi, before)
 
@@ -182,6 +184,8 @@ def cfg_step(prediction: Tensor, constants: BatchConstants, state: SamplerState,
 
 def cost(batch: int, size: int, tokens: int, passes: int) -> tuple[int, int]:
     """(FLOPs, bytes) of one `cfg_step` done in one launch, every tensor but the step tables read and written once.
+
+    Without x0_prev2, which the kernel neither reads nor writes except for samples of UniPC.
 
     FLOPs count float arithmetic, 8 for a Box–Muller pair; the integer work is one Philox call per pass and element
     (10 rounds of 2 wide multiplications and 6 additions or exclusive ors).

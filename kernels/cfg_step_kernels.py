@@ -64,6 +64,33 @@ def _clean_estimate(
 
 
 @jit
+def _updated(
+    X0_PREV,  # [B, N] float32
+    X0_PREV2,  # [B, N] float32
+    at,  # [BLOCK] int32, the elements
+    real,  # [BLOCK] bool, which of them exist
+    coefficients,  # pointer, [M, len(Coefficient)] float32 of the present step
+    modality,  # [BLOCK] int32
+    x,  # [BLOCK] float32
+    x0,  # [BLOCK] float32
+    z,  # [BLOCK] float32
+    M: tl.constexpr,  # modalities
+):
+    """The solver's update and x̂0_prev, float32 [BLOCK] each."""
+    COLUMNS: tl.constexpr = step_table.COEFFICIENTS
+    x0_prev = tl.load(X0_PREV + at, mask=real, other=0.0)
+    a = _column(coefficients, step_table.A, modality, M, COLUMNS)
+    b = _column(coefficients, step_table.B, modality, M, COLUMNS)
+    c = _column(coefficients, step_table.C, modality, M, COLUMNS)
+    d = _column(coefficients, step_table.D, modality, M, COLUMNS)
+    e = _column(coefficients, step_table.E, modality, M, COLUMNS)
+    x = a * x + b * x0
+    x += c * x0_prev
+    x += d * z
+    return x + e * tl.load(X0_PREV2 + at, mask=tl.where(e != 0, real, False), other=0.0), x0_prev
+
+
+@jit
 def _write_next_inputs(
     INPUTS,  # [PASSES·B, N] float32
     NULL,  # [B, N] float32
@@ -136,6 +163,7 @@ def cfg_step_kernel(
     STEP,  # [B] int64, read and written
     STATE,  # [B, N] float32, read and written
     X0_PREV,  # [B, N] float32, read and written
+    X0_PREV2,  # [B, N] float32, read where E is not 0, written where that of the next step is not 0
     INPUTS,  # [PASSES·B, N] float32, written
     TIMES,  # [PASSES·B, L] int32, written
     ARRIVED,  # [B] int32, counted up by a sample's programs, set to 0 by the last
@@ -163,9 +191,7 @@ def cfg_step_kernel(
     x = tl.load(STATE + at, mask=real, other=0.0)
     x0 = _clean_estimate(PREDICTION, at, real, batch * N, table, indices, modality, x, M, WIDTH, LIVE)
     z, xi = sample_normals(seed, element, (step + 1).to(tl.int32), FROM_STATE_STREAM)
-    x = _column(table, step_table.A, modality, M, COLUMNS) * x + _column(table, step_table.B, modality, M, COLUMNS) * x0
-    x += _column(table, step_table.C, modality, M, COLUMNS) * tl.load(X0_PREV + at, mask=real, other=0.0)
-    x += _column(table, step_table.D, modality, M, COLUMNS) * z
+    x, x0_prev = _updated(X0_PREV, X0_PREV2, at, real, table, modality, x, x0, z, M)
     generate = tl.load(GENERATE + at, mask=real, other=0) != 0
     known = tl.load(KNOWN + at, mask=real, other=0.0)
     x = tl.where(generate, x, known)
@@ -174,6 +200,8 @@ def cfg_step_kernel(
 
     line = (sample * lines + tl.minimum(step + 1, lines - 1)) * M
     table, indices = COEFFICIENTS + line * COLUMNS, INDICES + line * WIDTH
+    e = _column(table, step_table.E, modality, M, COLUMNS)
+    tl.store(X0_PREV2 + at, x0_prev, mask=tl.where(e != 0, real, False))
     _write_next_inputs(INPUTS, NULL, at, real, batch * N, table, indices, modality, generate, x, known, xi, seed,
                        element, M, WIDTH, PASSES)  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)

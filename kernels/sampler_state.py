@@ -32,6 +32,7 @@ class SamplerState(NamedTuple):
     step: Tensor  # [B] int64
     state: Tensor  # [B, N] float32; known elements always hold their known values
     x0_prev: Tensor  # [B, N] float32, the previous step's x̂0
+    x0_prev2: Tensor  # [B, N] float32, that of the step before, where the present line's E is not 0; else anything
     inputs: Tensor  # [P·B, N] float32, pass-major: rows [0:B] conditional, [B:2B] the first extra pass, …
     times: Tensor  # [P·B, L] int32
     arrived: Tensor  # [B] int32, programs of the sample that are done with the present step; 0 between launches
@@ -45,6 +46,7 @@ def new_state(constants: BatchConstants) -> SamplerState:
         step=torch.zeros_like(constants.seeds),
         state=torch.empty_like(constants.known),
         x0_prev=torch.empty_like(constants.known),
+        x0_prev2=torch.empty_like(constants.known),
         inputs=constants.known.new_empty(passes * batch, size),
         times=constants.indices.new_empty(passes * batch, tokens),
         arrived=constants.indices.new_zeros(batch),

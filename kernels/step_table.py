@@ -25,7 +25,8 @@ class Coefficient(IntEnum):
     B = 5
     C = 6
     D = 7
-    W = 8
+    E = 8  # 0, except in UniPC's lines: x̂0_prev2 is kept for the lines that use it only
+    W = 9
 
 
 class StepColumn(IntEnum):
@@ -66,6 +67,7 @@ A = tl.constexpr(Coefficient.A.value)
 B = tl.constexpr(Coefficient.B.value)
 C = tl.constexpr(Coefficient.C.value)
 D = tl.constexpr(Coefficient.D.value)
+E = tl.constexpr(Coefficient.E.value)
 W = tl.constexpr(Coefficient.W.value)
 TIME = tl.constexpr(StepColumn.TIME.value)
 KNOWN_TIME = tl.constexpr(StepColumn.KNOWN_TIME.value)

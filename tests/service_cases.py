@@ -136,7 +136,8 @@ def image_of(text: str) -> Image.Image:
 def result_of(answer: dict, request: Request) -> Result:
     """An answer of /v1/infill as the engine's result."""
     samples = [Sample({"image": image_of(s["image"]), "text": s["text"]}, s["seed"], 1.0) for s in answer["samples"]]
-    return Result(request, answer["task"], answer["guidance"], tuple(answer["order"]), tuple(samples))
+    settled = (answer[key] for key in ("task", "guidance", "order", "solver", "spacing"))
+    return Result(request, *(tuple(x) if isinstance(x, list) else x for x in settled), tuple(samples))
 
 
 def start(*options, **environment) -> tuple[subprocess.Popen, str]:

@@ -168,21 +168,21 @@ def test_one_pass_is_enough_where_the_others_are_off():
 
 
 def test_every_coefficient_does_its_part_in_its_own_modality():
-    """Two steps of all columns, against the formula in float64."""
+    """Three steps of all columns, against the formula in float64."""
     draw = torch.Generator().manual_seed(0)
     names = [column.name for column in Coefficient]
-    values = torch.rand(2, 2, len(names), generator=draw).tolist()  # [step][modality][column]
+    values = torch.rand(3, 2, len(names), generator=draw).tolist()  # [step][modality][column]
     steps = [[line([MASKED], **dict(zip(names, entry, strict=True))) for entry in entries] for entries in values]
     constants, state = one_sample(*steps)
-    x, x0_prev = state.state.double(), torch.zeros(1, 7, dtype=torch.float64)
-    for step in range(2):
+    x, x0_prev, x0_prev2 = state.state.double(), *torch.zeros(2, 1, 7, dtype=torch.float64)
+    for step in range(3):
         f = torch.randn(2, 7, generator=draw)
         cfg_step(f, constants, state)
-        _, _, p, q, a, b, c, d, w = (constants.coefficients[0, step, MODALITY.long()].double()).unbind(1)
+        _, _, p, q, a, b, c, d, e, w = (constants.coefficients[0, step, MODALITY.long()].double()).unbind(1)
         z, _ = normals(torch.tensor([5]), torch.tensor([step + 1]), STATE_STREAM, 7)
         x0 = p * x + q * (f[1].double() + w * (f[0].double() - f[1].double()))
-        x = torch.where(GENERATE, a * x + b * x0 + c * x0_prev + d * z, KNOWN.double())
-        x0_prev = x0
+        x = torch.where(GENERATE, a * x + b * x0 + c * x0_prev + d * z + e * x0_prev2, KNOWN.double())
+        x0_prev, x0_prev2 = x0, x0_prev
         torch.testing.assert_close(state.state.double(), x, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(state.x0_prev.double(), x0, rtol=1e-5, atol=1e-5)
 
@@ -270,15 +270,15 @@ def test_a_sample_past_its_table_stays_bit_for_bit_as_it_is():
 def test_inputs_can_be_written_again_for_a_state_that_was_changed_between_steps():
     prediction, constants, state = example_inputs(2, ((5, 3), (2, 7)), passes=3, steps=4)
     cfg_step(prediction, constants, state)
-    kept = [tensor.clone() for tensor in state]
+    before = type(state)(*(tensor.clone() for tensor in state))
     state.inputs.fill_(float("nan"))
     state.times.fill_(-1)
     write_inputs(constants, state)
-    assert all(torch.equal(ours, before) for ours, before in zip(state, kept, strict=True))
+    assert all(map(torch.equal, state, before))
     state.state[constants.generate] = 7.0
     write_inputs(constants, state)
     assert (state.inputs[:2][constants.generate] == 7).all()
-    assert torch.equal(state.inputs[:2][~constants.generate], kept[3][:2][~constants.generate])
+    assert torch.equal(state.inputs[:2][~constants.generate], before.inputs[:2][~constants.generate])
 
 
 def test_a_sample_becomes_the_same_whatever_shares_its_batch():

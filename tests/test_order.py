@@ -220,9 +220,11 @@ def test_an_order_of_modalities_that_the_model_has_not_is_refused(engine, order)
         engine.generate(Request(order=order))
 
 
+RENOISE = {"conditioning": "renoise", "time_sampling": "shared"}
+
+
 def test_a_model_of_renoise_conditioning_generates_together_only(tiny_checkpoint, tmp_path):
-    diffusion = {"conditioning": "renoise", "time_sampling": "shared"}
-    folder = with_config(tiny_checkpoint, tmp_path / "c", diffusion=diffusion, sampling={"order": []})
+    folder = with_config(tiny_checkpoint, tmp_path / "c", diffusion=RENOISE, sampling={"order": []})
     with Engine.from_pretrained(folder, dtype="float32") as engine:
         result = engine.generate(Request(steps=STEPS))
         assert (result.order, result.guidance) == ((), 1.0)
@@ -230,6 +232,46 @@ def test_a_model_of_renoise_conditioning_generates_together_only(tiny_checkpoint
         for given in ({}, {"prompt": "red _", "image": noise(), "mask": left_half()}):
             with pytest.raises(InputError, match="^order: .*; use together: .* renoise conditioning"):
                 engine.generate(Request(**given, order=("text", "image")))
+
+
+# ------------------------------------------------------------------------------------------------- solvers
+
+
+@pytest.mark.parametrize("schedule, spacing", [("cosine", "even"), ("scaled_linear", "power")])
+@pytest.mark.parametrize("changes, solver", [({}, "dpm++"), (RENOISE, "ddpm")], ids=["clean", "renoise"])
+def test_solver_and_spacing_are_the_better_ones_for_the_model(
+    tiny_checkpoint, tmp_path, schedule, spacing, changes, solver
+):
+    changes = {**changes, "schedule": schedule}
+    folder = with_config(tiny_checkpoint, tmp_path / "c", diffusion=changes, sampling={"order": []})
+    with Engine.from_pretrained(folder, dtype="float32") as engine:
+        joint, found = engine.generate([Request(steps=STEPS), Request("red _", steps=STEPS)])
+        assert (joint.solver, joint.spacing) == ("dpm++", spacing), "nothing is renoised"
+        assert (found.solver, found.spacing) == (solver, spacing)
+        assert_same(engine.generate(Request("red _", steps=STEPS, solver=solver, spacing=spacing)), found)
+
+
+@pytest.mark.parametrize("spacing", ["even", "power"])
+def test_the_guided_part_of_the_way_is_counted_in_steps_whatever_the_spacing(tiny_checkpoint, spacing):
+    checkpoint, rows = load(tiny_checkpoint), []
+    with Engine(checkpoint, CPU, torch.float32) as engine:
+        passes(checkpoint.network, rows)
+        engine.generate(Request("red cat", steps=8, guidance=3.0, guidance_interval=(0, 0.45), spacing=spacing))
+    assert rows == [2] * 4 + [1] * 4
+
+
+def test_langevin_steps_are_calls_of_the_model_for_renoised_parts_only(engine, tiny_checkpoint, tmp_path):
+    request = Request("red _", steps=3, infill="langevin", inner_steps=2, guidance=1.0)
+    with pytest.raises(InputError, match="^infill: 'langevin' is for models with renoise conditioning; leave it out"):
+        engine.generate(request)
+    folder = with_config(tiny_checkpoint, tmp_path / "c", diffusion=RENOISE, sampling={"order": []})
+    with Engine.from_pretrained(folder, dtype="float32") as renoising:
+        found = renoising.generate(request)
+        assert renoising.stats().forwards == 3 + 2 * 2 < request.calls
+        other = renoising.generate(
+            Request("red _", steps=3, infill="langevin", inner_steps=2, step_size=0.1, guidance=1.0)
+        )
+        assert difference(found.image, other.image) > 0
 
 
 # ------------------------------------------------------------------------------------------------- guidance

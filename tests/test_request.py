@@ -17,6 +17,7 @@ RANGES = {
     "steps": (1, 1000),
     "resample": (1, 100),
     "jump": (1, 1000),
+    "inner_steps": (1, 100),
     "step_cache": (1, 1000),
     "seed": (0, 2**64 - 1),
 }
@@ -84,10 +85,19 @@ def test_guidance_other_than_a_moderate_number_is_refused(guidance):
         Request(guidance=guidance)
 
 
-@pytest.mark.parametrize("argument", ["task", "solver", "unknown_words"])
-@pytest.mark.parametrize("value", ["", "Auto", "dpm", None, 3, [], np.array(["auto", "error"])], ids=str)
+KNOWN = {
+    "task": "auto, joint",
+    "solver": "dpm[+][+], unipc",
+    "spacing": "even, power",
+    "infill": "repaint, langevin",
+    "unknown_words": "error, fill",
+}
+
+
+@pytest.mark.parametrize("argument", KNOWN)
+@pytest.mark.parametrize("value", ["", "Auto", "dpm", 0, 3, [], np.array(["auto", "error"])], ids=str)
 def test_unknown_choices_are_refused_with_the_known_ones(argument, value):
-    known = {"task": "auto, joint", "solver": "dpm[+][+], ddim", "unknown_words": "error, fill"}[argument]
+    known = KNOWN[argument]
     with pytest.raises(InputError, match=f"^{argument}: .* is not known; use one of {known}"):
         Request(**{argument: value})
 
@@ -268,6 +278,20 @@ def test_resampling_does_not_make_more_steps_than_can_be_prepared():
     assert Request(steps=1000, resample=20, jump=10).resample == 20
     with pytest.raises(InputError, match="^resample: 21 makes too many steps; use at most 20"):
         Request(steps=1000, resample=21, jump=10)
+    assert Request(steps=1000, infill="langevin", inner_steps=19).calls == 20_000
+    with pytest.raises(InputError, match="^inner_steps: 20 makes too many steps; use at most 19"):
+        Request(steps=1000, infill="langevin", inner_steps=20)
+
+
+def test_langevin_steps_take_the_place_of_resampling():
+    with pytest.raises(InputError, match="^resample: 2 .*; use 1, or infill repaint"):
+        Request(infill="langevin", resample=2)
+
+
+@pytest.mark.parametrize("size", [0, -1, 101, float("nan"), True, "1", None])
+def test_step_sizes_are_positive_numbers(size):
+    with pytest.raises(InputError, match="^step_size: .*use a number from 0.001 to 100"):
+        Request(step_size=size)
 
 
 @pytest.mark.parametrize("text", ["!!!", "\ud800", 5, np.zeros(2)], ids=repr)

@@ -16,7 +16,7 @@ from engine import Engine, Request
 from engine.images import fit_image
 from engine.sample import main
 
-KEYS = ["task", "prompt", "image", "text", "outputs", "seed", "steps", "solver", "order", "guidance"]
+KEYS = ["task", "prompt", "image", "text", "outputs", "seed", "steps", "solver", "spacing", "order", "guidance"]
 
 run = pytest.fixture(sample_runner)
 inputs = pytest.fixture(scope="module")(input_files)
@@ -67,6 +67,9 @@ def test_the_report_says_what_was_used(run):
         (["--order", "together"], {"order": "together"}),
         (["--order", "image,text"], {"order": ("image", "text")}),
         (["--solver", "ddim", "--eta", "0.5"], {"solver": "ddim", "eta": 0.5}),
+        (["--solver", "unipc"], {"solver": "unipc"}),
+        (["--solver", "sde-dpm++"], {"solver": "sde-dpm++"}),
+        (["--spacing", "power"], {"spacing": "power"}),
         (["--guidance-kind", "alternate", "--guidance", "2"], {"guidance_kind": "alternate", "guidance": 2}),
         (["--guidance-kind", "unidiffuser", "--guidance", "2"], {"guidance_kind": "unidiffuser", "guidance": 2}),
         (["--guidance-kind", "empty", "--prompt", "red"], {"guidance_kind": "empty", "prompt": "red"}),

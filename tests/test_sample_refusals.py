@@ -36,12 +36,18 @@ NUMBERS = [
     *(bad("--resample", value) for value in ("0", "-1", "101", "x")),
     *(bad("--step-cache", value) for value in ("0", "-1", "1001", "0.5")),
     *(bad("--jump", value) for value in ("0", "-1", "1001", "0.5")),
+    *(bad("--inner-steps", value) for value in ("0", "101", "x")),
+    *(bad("--step-size", value) for value in ("0", "-1", "nan", "x")),
+    bad("--infill", "langevin", said="leave it out"),
+    bad("--resample", "2", "--infill", "langevin"),
     bad("--jump", "2", "--resample", "2"),
     bad("--jump", "1", "--resample", "2", "--steps", "1"),
 ]
 CHOICES = [
     *(bad("--task", value) for value in ("x", "")),
     bad("--solver", "euler"),
+    bad("--spacing", "karras"),
+    bad("--infill", "lanpaint"),
     bad("--unknown-words", "drop"),
     *(bad("--attention", value) for value in ("flash", "xformers")),
     *(bad("--device", value) for value in ("x", "", "cuda:99", "meta")),

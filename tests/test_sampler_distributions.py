@@ -101,6 +101,9 @@ def assert_distributed(draws, mean, covariance):
         {"solver": "ddim", "eta": 1.0, "prediction": "epsilon"},
         {"solver": "ddpm"},
         {"solver": "dpm++"},
+        {"solver": "unipc"},
+        {"solver": "sde-dpm++"},
+        {"solver": "ddpm", "inner_steps": 1, "step_size": 2.0},
         {"solver": "ddpm", "resample": 2, "jump": 5},
         {"solver": "dpm++", "resample": 2, "jump": 10},
     ],
@@ -116,6 +119,7 @@ def test_joint_samples_have_the_mean_and_covariance_of_the_data(options):
         {"solver": "ddim", "times": 50},
         {"solver": "ddpm", "times": 100},
         {"solver": "dpm++", "times": 30},
+        {"solver": "unipc", "times": 20},
         {"solver": "dpm++", "times": 40, "resample": 2, "jump": 10},
     ],
 )

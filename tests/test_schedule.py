@@ -1,10 +1,11 @@
-"""Noise schedules and evenly spaced times."""
+"""Noise schedules and the times of a run."""
 
 import numpy as np
 import pytest
 
-from engine.diffusion.schedule import NoiseSchedule, timesteps
+from engine.diffusion.schedule import NoiseSchedule, timesteps, way_to_time
 from engine.errors import InputError
+from engine.request import SPACINGS
 
 N = 1000
 BETAS = {
@@ -31,6 +32,22 @@ def test_times_start_at_the_noisiest_and_descend_evenly(steps):
     assert len(times) == steps and times[0] == N and times[-1] >= 1
     gaps = -np.diff([*times, 0])
     assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("most", [2, 7, N])
+def test_power_spacing_has_as_many_different_times_which_come_closer_towards_0(most):
+    for steps in range(1, most + 1):
+        times = timesteps(most, steps, "power")
+        gaps = -np.diff([*times, 0])
+        assert len(times) == steps and times[0] == most and gaps.min() >= 1
+        assert (np.diff(gaps) <= 1).all(), "but for rounding"
+    assert timesteps(N, 4, "power") == [1000, 650, 354, 125]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_fraction_of_the_way_is_the_time_after_that_fraction_of_the_steps(spacing):
+    times = [*timesteps(N, 8, spacing), 0]
+    assert [way_to_time(N, i / 8, spacing) for i in range(9)] == times
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])

@@ -40,7 +40,7 @@ from engine.serving.schemas import InfillBody
 def fields_of(request: Request) -> dict:
     """A request as a client's fields."""
     fields = {name: getattr(request, name) for name in ("prompt", "num", "steps", "solver", "guidance", "seed")}
-    fields |= {"resample": request.resample, "jump": request.jump}
+    fields |= {key: getattr(request, key) for key in ("resample", "jump", "spacing")}
     return fields | {name: base64_of(getattr(request, name)) for name in ("image", "mask") if getattr(request, name)}
 
 

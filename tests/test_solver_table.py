@@ -11,6 +11,7 @@ from engine.diffusion.solver_table import GuidanceOptions, constant_since
 from engine.errors import InputError
 from engine.kernels.philox import STATE_STREAM, normals
 from engine.kernels.step_table import NOOP_STEP, Coefficient, PassKind, StepColumn
+from engine.request import SOLVERS, SPACINGS
 from engine.sampling.batch import SampleSpec
 
 BETAS = {
@@ -41,7 +42,7 @@ def denoiser_of(schedule, prediction):
         alpha, sigma = torch.from_numpy(ours.alpha(t)), torch.from_numpy(ours.sigma(t))
         x0 = torch.tanh(x.double() + 0.5 * x.double().roll(1, dims=1))
         epsilon = (x - alpha * x0) / sigma
-        return (epsilon if prediction == "epsilon" else alpha * epsilon - sigma * x0).float()
+        return (epsilon if prediction == "epsilon" else alpha * epsilon - sigma * x0).to(x.dtype)
 
     return predict
 
@@ -58,14 +59,42 @@ def our_trajectory(predict, table, seed):
     return torch.cat(states)
 
 
-def their_trajectory(predict, scheduler, steps, first, seed, monkeypatch, options):
-    scheduler.set_timesteps(steps)
-    x = normals(torch.tensor([seed]), torch.tensor([0]), STATE_STREAM, MODEL.size)[0]
+def scheduler_of(solver, schedule, prediction, times):
+    """Diffusers' scheduler of these times, with ᾱ in float64."""
+    import diffusers
+
+    common = {"num_train_timesteps": N, "timestep_spacing": "trailing", **BETAS[schedule]}
+    name, options = {
+        "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+        "ddpm": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}),
+        "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+        "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        "unipc": ("UniPCMultistepScheduler", {"solver_type": "bh2"}),
+    }[solver]
+    scheduler = getattr(diffusers, name)(prediction_type=prediction, **common, **options)
+    scheduler.set_timesteps(len(times))
+    scheduler.timesteps = torch.tensor(times) - 1
+    scheduler.alphas_cumprod = torch.from_numpy(NoiseSchedule(schedule, N).alpha_bar[1:])
+    if solver == "ddim":
+        scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
+    elif solver == "ddpm":
+        scheduler.custom_timesteps, scheduler.one = True, scheduler.one.double()
+    else:
+        seen = scheduler.alphas_cumprod[scheduler.timesteps]
+        scheduler.sigmas = torch.cat([(1 / seen - 1).sqrt(), torch.zeros(1, dtype=torch.float64)])
+    return scheduler
+
+
+def their_trajectory(predict, scheduler, seed, monkeypatch, options):
+    def noise(draw):
+        return normals(torch.tensor([seed]), torch.tensor([draw]), STATE_STREAM, MODEL.size)[0].double()
+
+    x = noise(0)
     states = [x]
-    for step, k in enumerate(scheduler.timesteps[first:]):
-        z = normals(torch.tensor([seed]), torch.tensor([step + 1]), STATE_STREAM, MODEL.size)[0]
+    for step, k in enumerate(scheduler.timesteps):
+        z = noise(step + 1)
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, z=z, **__: z)
-        if options.get("eta"):
+        if "variance_noise" in options:
             options = {**options, "variance_noise": z}
         f = predict(x, torch.full((1, MODEL.tokens), int(k) + 1), ("image",))
         x = scheduler.step(f, k, x, **options).prev_sample
@@ -76,29 +105,32 @@ def their_trajectory(predict, scheduler, steps, first, seed, monkeypatch, option
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("schedule", BETAS)
 @pytest.mark.parametrize(
-    "solver, eta, steps",  # diffusers' DDIM is only right where the steps divide N
-    [("ddim", 0.0, 8), ("ddim", 0.0, 25), ("ddim", 0.7, 25), ("ddpm", 0.0, 33), ("dpm++", 0.0, 8), ("dpm++", 0.0, 33)],
+    "solver, steps, spacing, options",  # diffusers' DDIM is only right where the steps divide N
+    [
+        ("ddim", 8, "even", {"eta": 0.0}),
+        ("ddim", 25, "even", {"eta": 0.0}),
+        ("ddim", 25, "even", {"eta": 0.7, "variance_noise": None}),
+        *((solver, 33, spacing, {}) for solver in ("ddpm", "dpm++", "unipc") for spacing in SPACINGS),
+        *((solver, 8, spacing, {}) for solver in ("dpm++", "unipc") for spacing in SPACINGS),
+        *(("sde-dpm++", steps, spacing, {"variance_noise": None}) for steps in (8, 33) for spacing in SPACINGS),
+        ("unipc", 2, "even", {}),
+        ("unipc", 3, "power", {}),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers against NumPy 2
-def test_solvers_reproduce_the_trajectories_of_diffusers(solver, eta, schedule, prediction, steps, monkeypatch):
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-
-    common = {"num_train_timesteps": N, "timestep_spacing": "trailing", **BETAS[schedule]}
-    common["prediction_type"] = prediction
-    theirs = {
-        "ddim": lambda: DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **common),
-        "ddpm": lambda: DDPMScheduler(clip_sample=False, variance_type="fixed_small", **common),
-        "dpm++": lambda: DPMSolverMultistepScheduler(
-            algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero", **common
-        ),
-    }[solver]()
+def test_solvers_reproduce_the_trajectories_of_diffusers(
+    solver, steps, spacing, options, schedule, prediction, monkeypatch
+):
     predict = denoiser_of(schedule, prediction)
     # At the cosine schedule's time N, x̂0 = (x − σ·ε) / α is 20,000 times float32's rounding off in any implementation.
     first = 1 if (schedule, prediction) == ("cosine", "epsilon") else 0
-    ours = table(timesteps(N, steps)[first:], 1, "clean", schedule, prediction, solver=solver, eta=eta)
-    options = {"eta": eta} if solver == "ddim" else {}
-    expected = their_trajectory(predict, theirs, steps, first, 11, monkeypatch, options)
-    torch.testing.assert_close(our_trajectory(predict, ours, 11), expected, atol=1e-4, rtol=1e-4)
+    times = timesteps(N, steps, spacing)[first:]
+    ours = table(times, 1, "clean", schedule, prediction, solver=solver, eta=options.get("eta", 0.0))
+    theirs = scheduler_of(solver, schedule, prediction, times)
+    if solver == "ddim":
+        theirs.num_inference_steps = steps  # their step's length, also where the first is left out
+    expected = their_trajectory(predict, theirs, 11, monkeypatch, options)
+    torch.testing.assert_close(our_trajectory(predict, ours, 11).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- RePaint, guidance, conditioning -------------------------------------------------------------------------------
@@ -114,18 +146,36 @@ def test_resampling_repeats_every_stretch_but_the_noisiest():
     assert times.tolist() == [1000, 750, 500, 250, 500, 250]
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
-def test_a_jump_keeps_the_marginal_of_the_time_it_jumps_to(solver):
-    """Where x̂0 is right, x_s = α_s·x0 + σ_s·ε; after the jump mean and variance must be those of x_u."""
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("repeats", [{"resample": 2, "jump": 3}, {"inner_steps": 2, "step_size": 0.3}], ids=str)
+def test_every_step_keeps_the_marginal_of_the_time_it_leads_to(solver, repeats):
+    """Where x̂0 is right, x_s = α_s·x0 + σ_s·ε; also after a jump mean and variance must be those of x_u."""
     schedule = NoiseSchedule("cosine", N)
-    lines = table(10, solver=solver, resample=2, jump=3)
-    times = column(lines, "TIME")
-    for step in range(1, lines.steps):
-        if times[step] > times[step - 1]:
-            a, b, c, d = (column(lines, name)[step - 1].astype(float) for name in "ABCD")
-            t, u = times[step - 1], times[step]
-            np.testing.assert_allclose(a * schedule.alpha(t) + b + c, schedule.alpha(u), rtol=1e-5)
-            np.testing.assert_allclose((a * schedule.sigma(t)) ** 2 + d**2, schedule.sigma(u) ** 2, rtol=1e-5)
+    lines = table(10, solver=solver, **repeats)
+    times = [*column(lines, "TIME"), 0]
+    assert (np.diff(times) > 0).any() == ("resample" in repeats)
+    for step, (t, u) in enumerate(zip(times, times[1:], strict=False)):
+        a, b, c, d, e = (column(lines, name)[step].astype(float) for name in "ABCDE")
+        np.testing.assert_allclose(a * schedule.alpha(t) + b + c + e, schedule.alpha(u), rtol=1e-5)
+        np.testing.assert_allclose((a * schedule.sigma(t)) ** 2 + d**2, schedule.sigma(u) ** 2, rtol=1e-5, atol=1e-9)
+
+
+def test_langevin_steps_stay_at_every_time_but_the_noisiest():
+    lines = table([800, 500, 100], inner_steps=2, step_size=0.5, solver="unipc")
+    assert column(lines, "TIME").tolist() == [800, 500, 500, 500, 100, 100, 100]
+    np.testing.assert_allclose(column(lines, "A")[[1, 2, 4, 5]], np.exp(-0.5), rtol=1e-6)
+    assert not column(lines, "C").any() and not column(lines, "E").any(), "x̂0 of another state is of no use"
+    cached = table([800, 500, 100], inner_steps=2, step_cache=3)
+    assert cached.refresh.tolist() == [True, False, False, True, False, False, True]
+
+
+def test_ddpm_and_a_jump_back_of_one_step_are_a_langevin_step_of_twice_the_way():
+    schedule = NoiseSchedule("cosine", N)
+    repaint = table([800, 500, 100], solver="ddpm", resample=2, jump=1).coefficients[1, 0]
+    assert column(table([800, 500, 100], solver="ddpm", resample=2, jump=1), "TIME").tolist()[1:3] == [500, 500]
+    size = 2 * (schedule.half_log_snr(100) - schedule.half_log_snr(500))
+    inner = table([800, 500, 100], solver="ddpm", inner_steps=1, step_size=size).coefficients[1, 0]
+    np.testing.assert_allclose(repaint, inner, rtol=1e-5)
 
 
 def test_dpm_solver_is_first_order_at_the_start_at_the_end_and_after_a_jump():
@@ -189,6 +239,9 @@ def test_known_values_enter_at_their_scheduled_noise_or_clean(modalities):
         ({"resample": 0}, "resample: 0"),
         ({"jump": 0}, "jump: 0"),
         ({"step_cache": 0}, "step_cache: 0 is out of range; use 1 or more"),
+        ({"inner_steps": -1}, "inner_steps: -1 is out of range; use 0 or more"),
+        ({"step_size": 0.0}, "step_size: 0.0 is out of range; use more than 0"),
+        ({"inner_steps": 1, "resample": 2}, "resample: 2 .*use 1 with Langevin steps"),
         ({"resample": 2, "jump": 3}, "jump: 3 .*fewer than the 3 steps"),
         ({"guidance": GuidanceOptions("alternate", 2.0)}, "guided_modalities: "),
         ({"guidance": GuidanceOptions("alternate", 2.0, modalities=(0, 2))}, "guided_modalities: .*the 2 modalities"),
@@ -225,7 +278,7 @@ def test_inner_blocks_run_at_every_kth_step_after_a_jump_back_and_when_the_passe
 # --- Orders of modalities ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_each_entry_of_an_order_takes_all_times_while_the_others_wait_or_have_arrived(solver):
     times = [900, 600, 300, 50]
     together = table(times, 3, solver=solver)

@@ -3,7 +3,7 @@
 At a step from time t to s < t every modality that moves is updated as (columns: `engine.kernels.step_table`)
 
     x̂0 = p·x + q·f                          f: the model's prediction
-    x  ← a·x + b·x̂0 + c·x̂0_prev + d·z       DDIM(η), DDPM or DPM-Solver++(2M)
+    x  ← a·x + b·x̂0 + c·x̂0_prev + d·z + e·x̂0_prev2
 
 and those that do not move keep their state: they wait at time N, as pure noise, or have arrived at time 0. Tables
 are independent of models, states and devices.
@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.config import DiffusionConfig
 from engine.diffusion.schedule import NoiseSchedule, timesteps
+from engine.diffusion.solvers import clean_estimate, langevin, update
 from engine.errors import InputError
 from engine.kernels.step_table import NOOP_STEP, Coefficient, PassKind, StepColumn
 from engine.request import GUIDANCE_KINDS, SOLVERS
@@ -29,6 +30,8 @@ class SolverOptions:
     eta: float = 0.0  # of DDIM: 0 deterministic, 1 as noisy as DDPM
     resample: int = 1  # RePaint's r: how often each stretch of `jump` steps is done
     jump: int = 1  # RePaint's j
+    inner_steps: int = 0  # Langevin steps at each time but the first, before the step to the next one
+    step_size: float = 1.0  # of those, in units of σ_t²
     step_cache: int = 1  # run the model's inner blocks at every step_cache-th step only; 1: at every step
     # Modalities, by position, in the order in which they are generated: those of one entry move together while later
     # ones wait and earlier ones have arrived. (): all together. More than one entry needs conditioning "clean".
@@ -99,32 +102,40 @@ def solver_table(
     _check_solver(solver, diffusion, len(times), modalities)
     _check_guidance(guidance, solver, modalities)
     levels = _levels(times, schedule.timesteps)
-    walk = list(_repaint_walk(len(times), solver.resample, solver.jump))
+    walk = list(_walk(len(times), solver))
     stages = solver.order or (tuple(range(modalities)),)
 
     lines = _Lines(diffusion, solver, guidance, modalities)
     for stage, moving in enumerate(stages):
-        arrived = {m for earlier in stages[:stage] for m in earlier}
-        t_prev = None  # time of the previous step, as long as its x̂0 is of use
+        arrived = {m for before in stages[:stage] for m in before}
+        first, earlier = True, ()  # times of the steps before, latest first, as long as their x̂0 is of use
         for level, target, jump_to in walk:
             t, s = levels[level], levels[target]
-            a, b, c, d = _update(schedule, solver.solver, solver.eta, t_prev, t, s)
-            first, t_prev = t_prev is None, t
+            if s == t:
+                a, b, c, d, e = langevin(schedule, solver.step_size, t)
+            else:
+                a, b, c, d, e = update(schedule, solver.solver, solver.eta, earlier, t, s)
             if jump_to is not None:  # RePaint (arXiv 2201.09865): x_u = k·x_s + m·z′ is linear: it joins the update
                 ratio = schedule.alpha_bar[levels[jump_to]] / schedule.alpha_bar[s]
                 k, m = np.sqrt(ratio), np.sqrt(1 - ratio)
-                a, b, c, d = k * a, k * b, k * c, np.hypot(k * d, m)
-                t_prev = None
-            lines.add(schedule, stage, moving, arrived, t, first, (a, b, c, d))
+                a, b, c, d, e = k * a, k * b, k * c, np.hypot(k * d, m), k * e
+            lines.add(schedule, stage, moving, arrived, t, first, (a, b, c, d, e))
+            first = jump_to is not None
+            earlier = (t, *earlier[:1]) if s < t and not first else ()
     return StepTable(np.array(lines.coefficients, np.float32), np.array(lines.indices, np.int32))
 
 
 @lru_cache(maxsize=256)
 def spaced_table(
-    diffusion: DiffusionConfig, steps: int, modalities: int, solver: SolverOptions, guidance: GuidanceOptions
+    diffusion: DiffusionConfig,
+    steps: int,
+    modalities: int,
+    solver: SolverOptions,
+    guidance: GuidanceOptions,
+    spacing: str = "even",
 ) -> StepTable:
-    """`solver_table` of evenly spaced times; made once for the same settings."""
-    return solver_table(diffusion, timesteps(diffusion.timesteps, steps), modalities, solver, guidance)
+    """`solver_table` of as many times as steps; made once for the same settings."""
+    return solver_table(diffusion, timesteps(diffusion.timesteps, steps, spacing), modalities, solver, guidance)
 
 
 def constant_since(table: StepTable, modality: int, generated: bool, known: bool) -> tuple[int, ...]:
@@ -135,7 +146,7 @@ def constant_since(table: StepTable, modality: int, generated: bool, known: bool
     generated, known  whether the modality has elements of either kind
     """
     values, indices = table.coefficients[:, modality], table.indices[:, modality]
-    solver = values[:, Coefficient.A : Coefficient.D + 1]
+    solver = values[:, Coefficient.A : Coefficient.E + 1]
     noise = values[:, [Coefficient.KNOWN_ALPHA, Coefficient.KNOWN_SIGMA]]
     matters = (PassKind.DROPS_KNOWN | PassKind.NULLS_KNOWN) * known | PassKind.DROPS_STATE * generated
     kinds = indices[:, StepColumn.PASS :] & matters
@@ -147,7 +158,7 @@ def constant_since(table: StepTable, modality: int, generated: bool, known: bool
         changed |= (noise[1:] != noise[:-1]).any(axis=1) | (noise[1:, 1] != 0)  # renoised: other noise at every step
         changed |= indices[1:, StepColumn.KNOWN_TIME] != indices[:-1, StepColumn.KNOWN_TIME]
     if generated:
-        changed |= (solver[:-1] != [1, 0, 0, 0]).any(axis=1)
+        changed |= (solver[:-1] != [1, 0, 0, 0, 0]).any(axis=1)
         changed |= indices[1:, StepColumn.TIME] != indices[:-1, StepColumn.TIME]
     first = np.concatenate([[True], changed])
     alone = first & np.concatenate([changed, [True]])
@@ -176,7 +187,7 @@ class _Lines:
         arrived: set[int],
         t: int,
         first: bool,  # of its stage or after a jump back
-        update: tuple[float, float, float, float],
+        update: tuple[float, float, float, float, float],
     ) -> None:
         N, step, renoise = schedule.timesteps, len(self.indices), self.diffusion.conditioning == "renoise"
         lowest, highest = self.guidance.interval or (0, N)
@@ -188,7 +199,7 @@ class _Lines:
         # renoise: known values as noisy as the state, fresh each step; clean: at time 0, dropped at N, drawn once
         noise = (schedule.alpha(t), schedule.sigma(t)) if renoise else (1.0, 0.0)
         known_time, drop_time, draw = (t, t, step) if renoise else (0, N, 0)
-        line = (*noise, *_clean_estimate(schedule, self.diffusion.prediction, t), *update, w)
+        line = (*noise, *clean_estimate(schedule, self.diffusion.prediction, t), *update, w)
         times = {m: t if m in moving else 0 if m in arrived else N for m in range(self.modalities)}
         self.coefficients.append([line if m in moving else NOOP_STEP for m in times])
         self.indices.append([(times[m], known_time, drop_time, draw, refresh, *kinds[m]) for m in times])
@@ -212,51 +223,24 @@ def _pass_kinds(
     return tuple(tuple(PassKind.OFF if off else kind for kind in several) for several in kinds)
 
 
-def _repaint_walk(steps: int, resample: int, jump: int):
+def _walk(steps: int, solver: SolverOptions):
     """Yields (level, next level, level to jump back to or None) from level `steps` to 0.
 
-    RePaint's algorithm 1 (arXiv 2201.09865): at every multiple of `jump` reached, up to the one before the noisiest
-    stretch, jump back and repeat, `resample` − 1 times. (The released code jumps at levels 1, jump + 1, … instead.)
+    RePaint's algorithm 1 (arXiv 2201.09865): at the levels 0, jump, 2·jump, … up to the one before the noisiest
+    stretch, jump back and repeat, `resample` − 1 times. (The released code does so at levels 1, jump + 1, … instead,
+    and so does not repeat the last step.) Langevin steps stay at their level; at the noisiest one nothing is seen.
     """
-    left = {level: resample - 1 for level in range(0, steps - jump, jump)}
+    left = {level: solver.resample - 1 for level in range(0, steps - solver.jump, solver.jump)}
     level = steps
     while level > 0:
+        for _ in range(solver.inner_steps if level < steps else 0):
+            yield level, level, None
         target = level - 1
         back = left.get(target, 0) > 0
-        yield level, target, target + jump if back else None
+        yield level, target, target + solver.jump if back else None
         if back:
             left[target] -= 1
-        level = target + jump if back else target
-
-
-def _clean_estimate(schedule: NoiseSchedule, prediction: str, t: int) -> tuple[float, float]:
-    """(p, q) of x̂0 = p·x + q·f. v-prediction: v = α·ε − σ·x0 (Salimans & Ho 2022, arXiv 2202.00512)."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return (1 / alpha, -sigma / alpha) if prediction == "epsilon" else (alpha, -sigma)
-
-
-def _update(schedule: NoiseSchedule, solver: str, eta: float, t_prev: int | None, t: int, s: int) -> tuple:
-    """(a, b, c, d) of the step from t to s < t: x ← a·x + b·x̂0 + c·x̂0_prev + d·z; t_prev None: no x̂0_prev."""
-    alpha_t, sigma_t = schedule.alpha(t), schedule.sigma(t)
-    alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-    ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
-    posterior = sigma_s / sigma_t * np.sqrt(1 - ratio)  # standard deviation of q(x_s | x_t, x0); 0 for s = 0
-
-    if solver == "ddim":  # Song et al. 2021 (arXiv 2010.02502), eq. 12, with ε = (x − α_t·x̂0) / σ_t
-        d = eta * posterior
-        a = np.sqrt(sigma_s**2 - d**2) / sigma_t
-        return a, alpha_s - a * alpha_t, 0.0, d
-    if solver == "ddpm":  # Ho et al. 2020 (arXiv 2006.11239), eq. 7, fixed small variance
-        return np.sqrt(ratio) * sigma_s**2 / sigma_t**2, alpha_s * (1 - ratio) / sigma_t**2, 0.0, posterior
-
-    assert solver == "dpm++", solver
-    # DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2; λ is infinite at s = 0: first order there
-    h = schedule.half_log_snr(s) - schedule.half_log_snr(t)
-    a, b = sigma_s / sigma_t, -alpha_s * np.expm1(-h)
-    if t_prev is None or s == 0:
-        return a, b, 0.0, 0.0
-    r = (schedule.half_log_snr(t) - schedule.half_log_snr(t_prev)) / h
-    return a, b * (1 + 1 / (2 * r)), -b / (2 * r), 0.0
+        level = target + solver.jump if back else target
 
 
 def _levels(times: list[int], N: int) -> list[int]:
@@ -275,9 +259,13 @@ def _check_solver(solver: SolverOptions, diffusion: DiffusionConfig, steps: int,
         raise InputError("eta", solver.eta, "use 0 to 1", "is out of range")
     if solver.eta != 0 and solver.solver != "ddim":
         raise InputError("eta", solver.eta, f"use 0, or solver ddim; {solver.solver} has no η")
-    for key in ("resample", "jump", "step_cache"):
-        if getattr(solver, key) < 1:
-            raise InputError(key, getattr(solver, key), "use 1 or more", "is out of range")
+    for key, lowest in (("resample", 1), ("jump", 1), ("step_cache", 1), ("inner_steps", 0)):
+        if getattr(solver, key) < lowest:
+            raise InputError(key, getattr(solver, key), f"use {lowest} or more", "is out of range")
+    if not solver.step_size > 0:
+        raise InputError("step_size", solver.step_size, "use more than 0", "is out of range")
+    if solver.inner_steps and solver.resample > 1:
+        raise InputError("resample", solver.resample, "use 1 with Langevin steps, which take its place")
     if solver.resample > 1 and solver.jump >= steps:
         raise InputError("jump", solver.jump, f"use fewer than the {steps} steps", "is out of range")
     named = [m for entry in solver.order for m in entry]

@@ -38,7 +38,7 @@ class Limits:
     prompt_chars: int = 4000
     num: int = 64  # samples
     steps: int = 250
-    calls: int = 2500  # of the model, for each sample: steps · resample
+    calls: int = 2500  # of the model, for each sample: steps · resample, or steps · (1 + inner_steps)
     seconds: float = 300.0  # until the answer is there
 
 

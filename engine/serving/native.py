@@ -8,7 +8,7 @@ from engine.serving.schemas import InfillBody
 from engine.serving.service import Event, Job, Service, created, described, timings
 
 SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interval", "eta", "resample", "jump",
-        "step_cache", "order", "unknown_words", "task")  # fmt: skip
+        "step_cache", "order", "unknown_words", "task", "spacing", "infill", "inner_steps", "step_size")  # fmt: skip
 
 
 def infill(service: Service, body: InfillBody) -> Job:
@@ -18,8 +18,8 @@ def infill(service: Service, body: InfillBody) -> Job:
     def answer(handle: Handle, result) -> dict:
         samples = [described(sample, i, body.output_format) for i, sample in enumerate(result.samples)]
         head = {"id": handle.id, "created": created(), "model": service.model, "task": result.task}
-        middle = {"order": list(result.order), "guidance": result.guidance, "samples": samples}
-        return head | middle | {"timings": timings(handle)}
+        middle = {key: getattr(result, key) for key in ("order", "guidance", "solver", "spacing")}
+        return head | middle | {"samples": samples, "timings": timings(handle)}
 
     def preview(handle: Handle, shown: Preview) -> list[Event]:
         samples = [described(sample, i, body.output_format) for i, sample in sorted(shown.samples.items())]

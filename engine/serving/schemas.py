@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from engine.request import GUIDANCE_KINDS, MAX_SEED, SOLVERS, TASKS, WHOLE_NUMBERS, Request
+from engine.request import (
+    GUIDANCE_KINDS,
+    INFILLS,
+    MAX_SEED,
+    NUMBERS,
+    SOLVERS,
+    SPACINGS,
+    TASKS,
+    WHOLE_NUMBERS,
+    Request,
+)
 
 ImageData = Annotated[
     str | bytes,
@@ -25,6 +35,11 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="of the first sample,
 
 def _whole(key: str, description: str):
     lowest, highest = WHOLE_NUMBERS[key]
+    return Field(getattr(Request, key), ge=lowest, le=highest, description=description)
+
+
+def _number(key: str, description: str):
+    lowest, highest = NUMBERS[key]
     return Field(getattr(Request, key), ge=lowest, le=highest, description=description)
 
 
@@ -54,16 +69,20 @@ class InfillBody(Body):
     masks: dict[str, ImageData] = Field({}, description="masks of given images, by modality")
     num: int = _whole("num", "samples")
     steps: int = _whole("steps", "of the solver; for each modality in an order")
-    solver: Literal[SOLVERS] = Request.solver
-    guidance: float | None = Field(None, ge=-100, le=100, description="scale; 1: none; null: the model's, by task")
+    solver: Literal[SOLVERS] | None = Field(None, description="null: dpm++, or ddpm where known parts are renoised")
+    spacing: Literal[SPACINGS] | None = Field(None, description="of the times; null: the better one for the model")
+    guidance: float | None = _number("guidance", "scale; 1: none; null: the model's, by task")
     guidance_kind: Literal[GUIDANCE_KINDS] | None = None
     guidance_interval: list[float] | None = Field(
         None, min_length=2, max_length=2, description="[start, end] of the guided steps, 0 to 1"
     )
-    eta: float = Field(Request.eta, ge=0, le=1, description="of solver ddim")
+    eta: float = _number("eta", "of solver ddim")
     seed: Seed | None = None
     resample: int = _whole("resample", "RePaint: how often each stretch of `jump` steps is done")
     jump: int = _whole("jump", "steps of such a stretch")
+    infill: Literal[INFILLS] = Field(Request.infill, description="langevin: for models that renoise known parts")
+    inner_steps: int = _whole("inner_steps", "of langevin, for each step: calls of the model more")
+    step_size: float = _number("step_size", "of langevin, in units of the noise's variance")
     step_cache: int = _whole("step_cache", "an approximation: inner blocks at every so many steps only")
     order: list[str] | Literal["together"] | None = Field(None, description="modalities, first to last; or together")
     unknown_words: Literal["error", "fill"] = Request.unknown_words
@@ -104,6 +123,8 @@ class InfillAnswer(BaseModel):
     task: str
     order: list[str]
     guidance: float
+    solver: str
+    spacing: str
     samples: list[SampleAnswer]
     timings: Timings
 

@@ -100,15 +100,16 @@ class Service:
     def _check(self, request: Request, names: Mapping[str, str]) -> None:
         """Raises ServiceError where a request asks for more than the service's limits."""
         limits = self.limits
+        repeats = "resample" if request.infill == "repaint" else "inner_steps"
         checks = {
             "num": (request.num, limits.num),
             "steps": (request.steps, limits.steps),
-            "resample": (request.steps * request.resample, limits.calls),
+            repeats: (request.calls, limits.calls),
         }
         for key, (value, most) in checks.items():
             if value > most:
                 name = names.get(key, key)
-                unit = "steps in all" if key == "resample" else name
+                unit = "steps in all" if key == repeats else name
                 raise refused(name, f"{value} {unit} are too many here; use at most {most}")
 
     async def _events(self, handle: Handle, job: Job) -> AsyncIterator[str]:
