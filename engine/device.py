@@ -13,6 +13,7 @@ import torch
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.files import cache_folder
+from engine.request import QUANTIZATIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CANDIDATES = ("float32", "bfloat16")  # for "auto" on a CPU
@@ -64,6 +65,16 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, model: ModelCo
     if name == "float16" and device.type == "cpu":
         raise InputError("dtype", dtype, "use auto, float32 or bfloat16", "is not computed on a CPU")
     return DTYPES[name]
+
+
+def check_quantization(quantize: str, device: torch.device) -> None:
+    """Raises InputError unless a device can compute with weights quantised in this way."""
+    if quantize not in QUANTIZATIONS:
+        raise InputError("quantize", quantize, f"use one of {', '.join(QUANTIZATIONS)}", "is not known")
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if quantize == "fp8" and not (nvidia and torch.cuda.get_device_capability(device) >= (8, 9)):
+        needs = "needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell)"
+        raise InputError("quantize", quantize, "leave it out", needs)
 
 
 def ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...], tries: int = 8) -> dict[str, float]:

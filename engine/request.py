@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TASKS = ("auto", "joint", "text-to-image", "image-to-text", "infill")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
+QUANTIZATIONS = ("none", "fp8")  # of the large products of each block
 SOLVERS = ("dpm++", "unipc", "sde-dpm++", "ddim", "ddpm")
 SPACINGS = ("even", "power")
 INFILLS = ("repaint", "langevin")

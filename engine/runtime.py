@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.checkpoint import BUILT_IN, Checkpoint, load
 from engine.codecs.codec import Codec, Decoded, Given
 from engine.decoding import Decoder, on_arrival, results_of, sample_of
-from engine.device import resolve_device, resolve_dtype
+from engine.device import check_quantization, resolve_device, resolve_dtype
 from engine.errors import InputError
 from engine.kernels import backend
 from engine.model.cost import forward_bytes, forward_flops
@@ -23,7 +23,7 @@ from engine.model.denoiser import Denoiser
 from engine.preparation import PreparedRequest, prepare, settle
 from engine.request import ATTENTIONS, MAX_NUM, Request, Result, Sample, Watch, is_whole
 from engine.sampling.batch import SampleSpec
-from engine.sampling.graphs import StepGraphs, compile_blocks, use_packages
+from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
@@ -54,29 +54,19 @@ class Engine:
     """
 
     def __init__(
-        self,
-        loaded: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype,
-        max_rows: int = 64,
-        attention: str = "auto",
-        compile: bool = False,
-        graphs: bool = True,
-    ):
+        self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype, max_rows: int = 64, graphs: bool = True,
+        compile: bool = False, **computing: str,
+    ):  # fmt: skip
+        """computing  attention and quantize, as in `from_pretrained`"""
         self.config, self.device, self.dtype, self.max_rows = loaded.config, device, dtype, max_rows
         self.codecs: dict[str, Codec] = {name: loaded.codec(name, device) for name in loaded.config.codecs}
         self._lock, self._seconds, self._built = threading.Lock(), [0.0, 0.0, 0.0], False
         network = loaded.network.to(device, dtype)
-        for block in network.blocks():
-            block.attention = attention
+        set_up(network, device, compile, **computing)
         cuda = device.type == "cuda"
-        if not cuda:
-            use_packages(network, build=compile)
-            if compile:
-                for codec in self.codecs.values():
-                    codec.build(compile=True)
-        elif compile:
-            compile_blocks(network.blocks())
+        if compile and not cuda:
+            for codec in self.codecs.values():
+                codec.build(compile=True)
         captured = StepGraphs(device) if cuda and graphs else None
         branches = {} if captured is None else {"run_branches": captured.run_branches}
         self._denoiser = Denoiser(network, self.config.diffusion.timesteps, **branches)
@@ -99,6 +89,7 @@ class Engine:
         compile: bool = False,
         graphs: bool = True,
         max_rows: int = 64,
+        quantize: str = "none",
     ) -> "Engine":
         """Loads a checkpoint: a folder, or "owner/name" on the Hugging Face hub; default the built-in one.
 
@@ -111,6 +102,8 @@ class Engine:
                    builds packages of them, which later engines use with `compile` and without
         graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
         max_rows   samples computed together
+        quantize   "fp8" keeps the weights of each block's four large products in 8 bits; needs an NVIDIA GPU that has
+                   such products. "none" leaves them in dtype
         Raises InputError, naming the argument or the damaged file, and RuntimeError in a process that was forked from
         one in which an engine had been made.
         """
@@ -121,11 +114,12 @@ class Engine:
             raise InputError("max_rows", max_rows, "use a whole number from 1 to 65536")
         where = resolve_device(device)
         backend.check("attention", attention, where.type)
+        check_quantization(quantize, where)
 
         def make() -> Engine:
             loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
             what = resolve_dtype(dtype, where, loaded.config.model)
-            return cls(loaded, where, what, int(max_rows), attention, compile, graphs)
+            return cls(loaded, where, what, int(max_rows), graphs, compile, attention=attention, quantize=quantize)
 
         return in_own_thread(make)
 

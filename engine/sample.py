@@ -16,6 +16,7 @@ from engine.request import (
     GUIDANCE_KINDS,
     INFILLS,
     MAX_NUM,
+    QUANTIZATIONS,
     SOLVERS,
     SPACINGS,
     TASKS,
@@ -86,6 +87,8 @@ def _add_engine(add) -> None:
     add("--attention", choices=ATTENTIONS, default="auto")
     text = "compile the model: on a CPU once, for all later runs too, with --compile or without"
     add("--compile", action="store_true", help=text)
+    text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
+    add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
     text = "where the images go, in place of those of an earlier run (default: samples)"
     add("--out", type=path, default=Path("samples"), metavar="DIR", help=text)
@@ -180,7 +183,7 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
 
     with Engine.from_pretrained(
         options.checkpoint, device=options.device, dtype=options.dtype, attention=options.attention,
-        compile=options.compile, graphs=not options.no_graphs,
+        compile=options.compile, graphs=not options.no_graphs, quantize=options.quantize,
     ) as engine:  # fmt: skip
         loaded = time.perf_counter()
         images = [name for name, codec in engine.config.codecs.items() if codec.kind == "image"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from engine.command import Parser, name, path, refuse, run
 from engine.errors import InputError
+from engine.request import QUANTIZATIONS
 
 COMMAND = "python -m engine.serve"
 INSTALL = "pip install 'psunet-engine[{}]'"
@@ -34,6 +35,8 @@ def _parser() -> Parser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
     add("--compile", action="store_true", help="compile the model before the first request")
+    text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
+    add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
     add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0 for no warm-up (default: 1; with --compile: --max-rows)"
@@ -89,7 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _application(options: argparse.Namespace, model: str, limits, tokens: list[str]):
     common = {"model": model, "limits": limits, "tokens": tokens, "origins": options.cors, "drain": options.drain}
     warmup = options.warmup if options.warmup is not None else options.max_rows if options.compile else 1
-    engine = {key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows")}
+    engine = {
+        key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows", "quantize")
+    }
     if options.replicas is None:
         from engine.runtime import Engine
         from engine.serving.app import create_app

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import device
-from engine.device import ceilings, fastest, resolve, resolve_device, resolve_dtype
+from engine import Engine, device
+from engine.device import ceilings, check_quantization, fastest, resolve, resolve_device, resolve_dtype
 from engine.errors import InputError
 from engine.presets import PRESETS
 
@@ -189,6 +189,32 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
 def test_an_unknown_device_is_refused(name):
     with pytest.raises(InputError, match="^device: .* (is not known|is not there .*|is not supported); use auto"):
         resolve_device(name)
+
+
+@pytest.mark.parametrize(
+    ("where", "capability", "hip", "problem"),
+    [
+        ("cpu", None, None, "needs an NVIDIA GPU of compute capability 8.9"),
+        ("cuda", (8, 0), None, "needs an NVIDIA GPU of compute capability 8.9"),
+        ("cuda", (9, 4), "6.4", "needs an NVIDIA GPU of compute capability 8.9"),
+        ("cuda", (8, 9), None, None),
+        ("cuda", (10, 0), None, None),
+    ],
+)
+def test_8_bit_products_need_a_device_that_has_them(monkeypatch, where, capability, hip, problem):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    check_quantization("none", torch.device(where))
+    if problem is None:
+        check_quantization("fp8", torch.device(where))
+        return
+    with pytest.raises(InputError, match=f"^quantize: 'fp8' {problem}"):
+        check_quantization("fp8", torch.device(where))
+
+
+def test_an_unknown_quantization_is_refused():
+    with pytest.raises(InputError, match="^quantize: 'int4' is not known; use one of none, fp8"):
+        Engine.from_pretrained(device="cpu", quantize="int4")
 
 
 def test_the_real_measurement_takes_milliseconds_and_finds_a_time_for_both_dtypes(monkeypatch, tmp_path):

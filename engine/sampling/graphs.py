@@ -16,11 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import InputError, cut
-from engine.model.blocks import Block
+from engine.model.blocks import Block, quantize_blocks
 from engine.packages import Source, package
 
 PART = 1 << 19  # elements of a block's input that one call of its package takes: some 20 to 100 milliseconds
 EXAMPLE_TIMES = 7  # rows of the table that packages are compiled with; they take any number
+
+
+def set_up(
+    network: nn.Module, device: torch.device, compile: bool = False, attention: str = "auto", quantize: str = "none"
+) -> None:
+    """Sets how a network, on its device, in its dtype and in evaluation mode, computes; as `Engine.from_pretrained`."""
+    for block in network.blocks():
+        block.attention = attention
+    if quantize != "none":
+        quantize_blocks(list(network.blocks()))
+    if device.type == "cpu":
+        use_packages(network, build=compile)
+    elif compile:
+        compile_blocks(network.blocks())
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
