@@ -18,6 +18,7 @@ from benchmarks import experiments, report
 from benchmarks.descriptions import DESCRIPTIONS
 from benchmarks.metrics import bleu4, diversity, features_of, frechet_distance
 from benchmarks.race import Contender, Replay, time_in_turns
+from benchmarks.stored import read, rows_by_group
 from benchmarks.sweeps import reconditioned
 from benchmarks.test_handover import StepsInThisThread
 from benchmarks.test_loop import PASSES, STEPS, products_of
@@ -225,7 +226,7 @@ def test_an_experiment_stores_a_table_that_is_reported_with_plots(emoji, options
     for name in plots:
         with Image.open(emoji / "results" / name) as plot:
             plot.verify()
-    text = (emoji / "RESULTS.md").read_text()
+    text = (emoji / "TABLES.md").read_text()
     assert all(part in text for part in (DESCRIPTIONS[options[0]].title, *plots))
 
 
@@ -283,8 +284,8 @@ def test_a_benchmark_runs_and_its_stored_run_is_reported(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    stored = report.read(results / "run.json")
+    stored = read(results / "run.json")
     assert stored["machine_info"]["engine"]["ceilings"]["float32"] > 1e9
-    rows = [row for several in report.rows_by_group(stored).values() for row in several]
+    rows = [row for several in rows_by_group(stored).values() for row in several]
     assert rows and all(row["percent_of_copy"] > 0 for row in rows)
-    assert [str(p.name) for p in report.write(results, tmp_path / "RESULTS.md")][0] == "RESULTS.md"
+    assert [p.name for p in report.write(results, tmp_path / "RESULTS.md")][:2] == ["RESULTS.md", "TABLES.md"]
