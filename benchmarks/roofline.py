@@ -153,7 +153,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 def _flops(name: str, args: Sequence, result) -> float:
     """Of a matrix product or an attention; 0 for all others."""
     if name.startswith(("linear", "addmm", "_addmm_activation", "mm", "bmm")):
-        matrix = args[1] if "addmm" in name else args[0]
+        matrix = args[0] if name.startswith(("mm", "bmm")) else args[1]  # whose rows have the inner dimension
         return 2 * matrix.shape[-1] * prod(result.shape)
     if name.startswith(("attention", "scaled_dot_product_attention")):
         packed = name.startswith("attention")  # [R, L, 3, H, d], else queries [R, H, L, d]

@@ -33,12 +33,13 @@ STARTS = {"eager": 3, "compiled": 1}
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_start(benchmark, tmp_path, device, dtype, mode):
+def test_start(benchmark, progress, tmp_path, device, dtype, mode):
     name = str(dtype).removeprefix("torch.")
     command = [sys.executable, "-c", PROGRAM, str(device), name, mode]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # so that nothing is compiled already
     runs = []
-    for _ in range(STARTS[mode]):
+    for i in range(STARTS[mode]):
+        progress(f"start, {mode} ({i + 1} of {STARTS[mode]})")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout.splitlines()[-1]))
