@@ -8,7 +8,6 @@ Where a measured step takes much longer than predicted, something else costs.
 `python -m benchmarks.roofline` prints a step of text-to-image with the paper's preset on an H100 and an H200.
 """
 
-import argparse
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import constant_modalities
+from engine.command import Parser
+from engine.command import run as run_command
 from engine.config import Config, ModelConfig
 from engine.device import fastest
 from engine.kernels import attention, backend, cfg_step
 from engine.model.denoiser import build
 from engine.presets import PRESETS
 
+COMMAND = "python -m benchmarks.roofline"
 TIMES = 1001  # rows of a denoiser's table, of which a step reads few
 ALLOCATIONS = ("empty", "new_empty", "empty_like")
 PASSES = 2
@@ -168,8 +170,8 @@ def launch_seconds(device: torch.device) -> float:
     return fastest(lambda: one.add_(1), device, repeats=100)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.roofline", description=(__doc__ or "").partition("\n")[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(COMMAND, description=__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="coco256")
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args(arguments)
@@ -185,7 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
             flops, moved = (sum(getattr(o, key) for o in operations) for key in ("flops", "moved"))
             seconds = f"{1e3 * graph:.3f} ms | {1e3 * launched:.3f} ms | {1e3 * options.steps * graph:.1f} ms"
             print(f"| {device} | {batch} | {len(operations)} | {flops / 1e9:.0f} | {moved / 1e6:.0f} | {seconds} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(COMMAND, main)

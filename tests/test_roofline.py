@@ -72,6 +72,6 @@ def test_an_operation_takes_the_longest_of_its_limits():
 
 
 def test_the_command_prints_a_line_for_each_device_and_batch(capsys):
-    roofline.main(["--preset", "tiny", "--steps", "2"])
+    assert roofline.main(["--preset", "tiny", "--steps", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(("| H100", "| H200")) for line in lines) == 6
