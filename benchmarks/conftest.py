@@ -1,14 +1,16 @@
 """Fixtures of the benchmarks, and what every stored run records of its machine."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.race import CLOCK, Contender, Timing, record, time_in_turns
+from benchmarks.progress import Progress
+from benchmarks.race import CLOCK, Contender, Refusal, Timing, record, time_in_turns
+from benchmarks.roofline import IN_GRAPH, Ceilings, Operation, launch_seconds, predicted
 from benchmarks.workloads import presets
 from engine.device import ceilings, resolve_device, resolve_dtype
 from engine.presets import PRESETS
@@ -31,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
     model = PRESETS[presets(config.engine_full)].model
     config.engine_device, config.engine_dtype = device, resolve_dtype(config.getoption("dtype"), device, model)
     config.engine_facts, config.ceilings = machine.facts(device), ceilings(device, CEILING_DTYPES)
+    config.progress = Progress(config)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.config.progress.number += 1
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.progress.total = len(session.items)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,32 +75,47 @@ def full(request) -> bool:
 
 
 @pytest.fixture(scope="session")
+def progress(request) -> Progress:
+    return request.config.progress
+
+
+@pytest.fixture(scope="session")
+def predict(request, device, dtype) -> Callable[..., dict]:
+    """`predict(operations, captured)`: facts of a contender, what a static model says about its time on this machine.
+
+    captured  whether they are replayed in a CUDA graph, which launches them faster than the host does
+    """
+    measured, one_by_one = request.config.ceilings, launch_seconds(device)
+
+    def facts(operations: Sequence[Operation], captured: bool = False) -> dict:
+        matmul = measured[str(dtype).removeprefix("torch.")]
+        at = Ceilings(measured["copy"], matmul, IN_GRAPH if captured else one_by_one)
+        return {"launches": len(operations), "predicted": predicted(operations, at)}
+
+    return facts
+
+
+@pytest.fixture(scope="session")
 def timed_groups() -> dict[str, tuple[dict[str, Contender | str], dict[str, Timing]]]:
     """Groups that were timed already: the contenders and their times, by group."""
     return {}
 
 
 @pytest.fixture
-def compete(request, benchmark, device, dtype, timed_groups) -> Callable:
+def compete(request, benchmark, device, dtype, progress, timed_groups) -> Callable:
     """`compete(group, name, build)` reports contender `name` of the contenders of `build()`, timed at most once.
 
     `build` returns {name: Contender, or the reason why it cannot take part}. One whose result is not the expected one
-    is not timed, and its test fails.
+    is not timed, and its test fails; so does that of a contender whose reason is a Refusal.
     """
 
     def report(group: str, name: str, build: Callable[[], dict[str, Contender | str]]) -> None:
         if group not in timed_groups:
             with torch.set_grad_enabled(group.startswith("training")):
-                contenders = build()
-                running = {n: c for n, c in contenders.items() if isinstance(c, Contender)}
-                errors = {n: error for n, c in running.items() if (error := c.mismatch())}
-                timings = time_in_turns({n: c for n, c in running.items() if n not in errors}, device, seconds)
-            # Models and inputs are dropped: the next group does not need them.
-            kept = {n: replace(c, run=lambda: None, expected=None) for n, c in running.items()}
-            timed_groups[group] = contenders | kept | errors, timings
+                timed_groups[group] = measured(group, build)
         contenders, timings = timed_groups[group]
         contender = contenders[name]
-        if isinstance(contender, str) and contender.startswith("computes"):
+        if isinstance(contender, Refusal):
             pytest.fail(f"{name} {contender}")
         if isinstance(contender, str):
             pytest.skip(contender)
@@ -97,6 +123,23 @@ def compete(request, benchmark, device, dtype, timed_groups) -> Callable:
         name_of_dtype = str(dtype).removeprefix("torch.")
         benchmark.extra_info |= {"contender": name, **record(contender, timings[name], name_of_dtype)}
         benchmark.pedantic(CLOCK.play(timings[name].seconds), rounds=len(timings[name].seconds))
+
+    def measured(group: str, build: Callable) -> tuple[dict[str, Contender | str], dict[str, Timing]]:
+        progress(f"{group}: building the contenders")
+        contenders = build()
+        running = {n: c for n, c in contenders.items() if isinstance(c, Contender)}
+        errors = {}
+        for i, (name, contender) in enumerate(running.items(), 1):
+            progress(f"{group}: checking {name} ({i} of {len(running)})")
+            if error := contender.mismatch():
+                errors[name] = error
+        right = {n: c for n, c in running.items() if n not in errors}
+        progress(f"{group}: timing {len(right)} contenders in turns, about {seconds:g} s or five rounds")
+        timings = time_in_turns(right, device, seconds)
+        progress.measured(group, timings, {n: c.facts.get("predicted") for n, c in right.items()})
+        # Models and inputs are dropped: the next group does not need them.
+        kept = {n: replace(c, run=lambda: None, expected=None) for n, c in running.items()}
+        return contenders | kept | errors, timings
 
     seconds = request.config.getoption("seconds")
     return report

@@ -1,4 +1,4 @@
-"""The text of RESULTS.md: its introduction, and what each experiment compares and measures, for stored runs too."""
+"""The text of RESULTS.md and TABLES.md, and what each experiment compares and measures, for stored runs too."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,21 @@ class Description:
 
 
 INTRODUCTION = (
-    "Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit it by hand. A section begins "
-    "with the command of its run, or, if that was not recorded, with the files that `python -m pytest FILES "
-    "--benchmark-json RUN.json` ran. Times are medians over rounds in which all contenders are timed in turns (but "
-    "starts, energy and the seconds of experiments are measured one after the other). IQR is the interquartile range; "
-    "p95 is the time of the round nearest to the 95th percentile, which with few rounds is the slowest one; calls are "
-    "those of the denoiser. For the service, percentiles are over requests, capacity is the most requests per second "
-    "that the engine answers, and an answer is good within four times what its request takes alone. In the "
-    "experiments, ± is the standard deviation over the seeds: of training where models were trained, else of sampling."
+    "What was asked of the engine, and what was measured, as ratios. [TABLES.md](TABLES.md) has every time, its "
+    "machine, its command and the plots; [NOTES.md](NOTES.md) has what else was tried. `python -m benchmarks.report` "
+    "writes this page and TABLES.md from the stored runs in `results/`; do not edit them by hand."
+)
+TABLES_INTRODUCTION = (
+    "Written by `python -m benchmarks.report` from `benchmarks/results/`; do not edit it by hand. "
+    "[RESULTS.md](RESULTS.md) is its summary. A section begins with the command of its run, or, if that was not "
+    "recorded, with the files that `python -m pytest FILES --benchmark-json RUN.json` ran. Times are medians over "
+    "rounds in which all contenders are timed in turns (but starts, energy and the seconds of experiments are measured "
+    "one after the other). IQR is the interquartile range; p95 is the time of the round nearest to the 95th "
+    "percentile, which with few rounds is the slowest one; calls are those of the denoiser; predicted is the time that "
+    "a static model gives for the same operations at the machine's ceilings (`benchmarks/roofline.py`). For the "
+    "service, percentiles are over requests, capacity is the most requests per second that the engine answers, and an "
+    "answer is good within four times what its request takes alone. In the experiments, ± is the standard deviation "
+    "over the seeds: of training where models were trained, else of sampling."
 )
 ERRORS = (
     "Image error and text error are mean squared errors of the model's prediction of one modality on held-out images, "

@@ -8,7 +8,7 @@ import torch
 
 from engine.device import processor
 
-PACKAGES = ("torch", "triton", "xformers", "diffusers", "numpy")
+PACKAGES = ("torch", "triton", "xformers", "diffusers", "numpy", "openvino", "onnxruntime")
 
 
 def facts(device: torch.device) -> dict:

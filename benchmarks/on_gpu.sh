@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests, measurements and benchmarks on a machine with an NVIDIA GPU; results go to OUT. Run it in the repository root.
 #
-#     bash benchmarks/on_gpu.sh OUT [tests|kernels|engine|photos]...    default: all four, in this order
+#     bash benchmarks/on_gpu.sh OUT [tests|kernels|engine|peers|photos]...    default: all five, in this order
 #
 # Each part ends within ten minutes. photos trains on PHOTOS (MS-COCO captions layout) with AUTOENCODER and FEATURES
 # (see `python -m benchmarks.experiments --help`), STEPS steps of each model.
@@ -40,8 +40,13 @@ kernels() { # the measurement comes first: the later parts choose kernels by it
 }
 
 engine() {
-    run engine "$python" -m pytest benchmarks --ignore benchmarks/test_kernels.py \
+    run roofline "$python" -m benchmarks.roofline
+    run engine "$python" -m pytest benchmarks --ignore benchmarks/test_kernels.py --ignore benchmarks/test_peers.py \
         --benchmark-json "$out/results/engine.json"
+}
+
+peers() {
+    run peers "$python" -m pytest benchmarks/test_peers.py --benchmark-json "$out/results/peers.json"
 }
 
 photos() {
@@ -56,11 +61,11 @@ photos() {
 }
 
 shift
-[ $# -gt 0 ] || set -- tests kernels engine photos
+[ $# -gt 0 ] || set -- tests kernels engine peers photos
 for part in "$@"; do
     case "$part" in
-        tests | kernels | engine | photos) ;;
-        *) echo "on_gpu.sh: '$part' is not a part; use tests, kernels, engine or photos" >&2; exit 2 ;;
+        tests | kernels | engine | peers | photos) ;;
+        *) echo "on_gpu.sh: '$part' is not a part; use tests, kernels, engine, peers or photos" >&2; exit 2 ;;
     esac
 done
 mkdir -p "$out/results"

@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Of groups; any others are kernels.
-KINDS = ("forward", "loop", "sampling", "joint order", "hand-over", "training", "service")
+KINDS = ("forward", "loop", "peers", "sampling", "joint order", "hand-over", "training", "service")
 
 
 def plot_run(run: dict, groups: dict[str, list[dict]], stem: Path) -> list[Path]:

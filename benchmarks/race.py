@@ -19,6 +19,10 @@ from engine.device import synchronize
 ROUND_SECONDS = 0.005  # short calls are repeated until a round takes this long, far above the clock's resolution
 
 
+class Refusal(str):
+    """Why a contender does not take part, where that is an error; any other reason is a plain string."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to compute something."""
@@ -32,14 +36,16 @@ class Contender:
     facts: dict = field(default_factory=dict)  # more to record
     within: Callable[[], AbstractContextManager] = nullcontext  # entered before the clock starts
 
-    def mismatch(self) -> str | None:
+    def mismatch(self) -> Refusal | None:
         """How its result differs from the expected one, if by more than the tolerance."""
         if self.expected is None:
             return None
         with self.within():
             result, expected = self.run().double(), self.expected().double()
         error = ((result - expected).norm() / expected.norm()).item()
-        return None if error <= self.tolerance else f"computes something else: relative error {error:.2g}"
+        if error <= self.tolerance:
+            return None
+        return Refusal(f"computes something else: relative error {error:.2g}, above {self.tolerance:g}")
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,24 @@ class Timing:
     seconds: list[float]  # of one call, by round
     peak_bytes: int | None  # of device memory beyond what the call found, without a graph's own pool; None on a CPU
 
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
 
 def time_in_turns(
-    contenders: dict[str, Contender], device: torch.device, seconds: float, least: int = 5
+    contenders: dict[str, Contender],
+    device: torch.device,
+    seconds: float,
+    least: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times all contenders in turns for about `seconds` in all, at least `least` rounds each, after a warm-up."""
     repeats, peaks, round_seconds = {}, {}, 0.0
     for name, contender in contenders.items():
         with contender.within():
             contender.run()
-        once = min(_timed(contender, 1, device) for _ in range(2))
+        once = min(_timed(contender, 1, device, clock) for _ in range(2))
         repeats[name] = max(1, round(ROUND_SECONDS / once))
         round_seconds += once * repeats[name]
         peaks[name] = _peak_bytes(contender, device)
@@ -66,18 +80,18 @@ def time_in_turns(
     for number in range(max(least, min(200, round(seconds / round_seconds)))):
         for i in range(len(names)):
             name = names[(number + i) % len(names)]
-            times[name].append(_timed(contenders[name], repeats[name], device))
+            times[name].append(_timed(contenders[name], repeats[name], device, clock))
     return {name: Timing(times[name], peaks[name]) for name in names}
 
 
-def _timed(contender: Contender, repeats: int, device: torch.device) -> float:
+def _timed(contender: Contender, repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
     with contender.within():
         synchronize(device)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(repeats):
             contender.run()
         synchronize(device)
-        return (time.perf_counter() - started) / repeats
+        return (clock() - started) / repeats
 
 
 def _peak_bytes(contender: Contender, device: torch.device) -> int | None:
@@ -94,7 +108,7 @@ def _peak_bytes(contender: Contender, device: torch.device) -> int | None:
 
 def record(contender: Contender, timing: Timing, dtype: str) -> dict:
     """What is stored beside the times: the cost, and the rates at the median."""
-    median = statistics.median(timing.seconds)
+    median = timing.median
     stored = {"dtype": dtype, "peak_bytes": timing.peak_bytes, **contender.facts}
     stored["p50"], stored["p95"] = median, sorted(timing.seconds)[int(0.95 * (len(timing.seconds) - 1) + 0.5)]
     if contender.flops:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.race import Contender, captured
+from benchmarks.roofline import forward_operations
 from benchmarks.workloads import (
     equal_depth,
     equal_parameters,
@@ -31,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 @pytest.mark.parametrize("rows", [2, 8, 32, 128])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model", MODELS)
-def test_forward(compete, device, dtype, full, model, mode, rows):
+def test_forward(compete, predict, device, dtype, full, model, mode, rows):
     if rows > 32 and not full:
         pytest.skip("more rows only on a GPU or with --full")
 
@@ -40,14 +41,16 @@ def test_forward(compete, device, dtype, full, model, mode, rows):
         for name, variant in MODELS.items():
             config = variant(PRESETS[presets(full)])
             inputs = forward_inputs(config.model, rows, device)
-            facts = {"flops": forward_flops(config.model, rows)}
-            facts["facts"] = {"rows": rows, "parameters": parameters(config.model)}
+            operations = forward_operations(config.model, rows, dtype, device.type)
+            counts = {"rows": rows, "parameters": parameters(config.model)}
+            facts = {"flops": forward_flops(config.model, rows), "facts": counts | predict(operations)}
             eager = partial(random_denoiser(config, device, dtype), *inputs)
             compiled = partial(random_denoiser(config, device, dtype, compiled=True), *inputs)
             checked = {"expected": eager, "tolerance": TOLERANCE[dtype], **facts}
             contenders[f"{name}, eager"] = Contender(eager, **facts)
             contenders[f"{name}, compiled"] = Contender(compiled, **checked)
             if device.type == "cuda":
+                checked["facts"] = counts | predict(operations, captured=True)
                 contenders[f"{name}, captured"] = Contender(captured(compiled), **checked)
             else:
                 contenders[f"{name}, captured"] = "CUDA graphs need a CUDA device"

@@ -1,41 +1,40 @@
 """The loop: text-to-image steps of one batch by `Sampler`, against a plain loop and against their matrix products.
 
-"matrix products and attention alone" does the product of every linear layer and every attention of one step, on the
-inputs that they get there, and nothing else: with PyTorch's products a step cannot take less.
+"matrix products and attention alone" calls every linear layer and every attention of one step on the inputs that they
+get there, and nothing else: with these libraries a step cannot take less.
 """
 
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from benchmarks.questions import PRODUCTS
 from benchmarks.race import Contender
+from benchmarks.roofline import step_operations
 from benchmarks.workloads import (
     constant_modalities,
     plain_loop,
     presets,
+    product_calls,
     random_denoiser,
     sampling_flops,
     specs_of,
     table_of,
 )
 from engine.diffusion.solver_table import GuidanceOptions
-from engine.kernels.attention import attention
 from engine.presets import PRESETS
 from engine.sampling.graphs import StepGraphs
 from engine.sampling.sampler import Sampler
 
 STEPS = 10
 PASSES = 2
-PRODUCTS = "matrix products and attention alone"
 LOOPS = ("plain, float32", "plain", "eager", "compiled", "captured", PRODUCTS)
 
 
 @pytest.mark.parametrize("batch", [1, 16, 64])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_loop(compete, device, dtype, full, loop, batch):
+def test_loop(compete, predict, device, dtype, full, loop, batch):
     """A plain loop runs the two passes one after the other, every block at every step and eagerly."""
     if batch > 16 and not full:
         pytest.skip("more rows only on a GPU or with --full")
@@ -52,6 +51,8 @@ def test_loop(compete, device, dtype, full, loop, batch):
 
         facts = {"flops": sampling_flops(config, PASSES * batch, STEPS, ("image",)), "images": batch}
         facts["facts"] = {"batch": batch, "steps": STEPS}
+        operations = STEPS * step_operations(config, batch, dtype, device.type, ("image",))
+        one_by_one, in_a_graph = predict(operations), predict(operations, captured=True)
         in_float32 = facts | {"facts": facts["facts"] | {"dtype": "float32"}}
         eager = random_denoiser(config, device, dtype)
         compiled = random_denoiser(config, device, dtype, compiled=True)
@@ -61,39 +62,30 @@ def test_loop(compete, device, dtype, full, loop, batch):
         contenders = {
             LOOPS[0]: Contender(plain(random_denoiser(config, device, torch.float32)), **in_float32),
             LOOPS[1]: Contender(plain(eager), **checked),
-            LOOPS[2]: Contender(reference, **facts),
-            LOOPS[3]: Contender(ours(compiled), **checked),
+            LOOPS[2]: Contender(reference, **with_facts(facts, one_by_one)),
+            LOOPS[3]: Contender(ours(compiled), **with_facts(checked, one_by_one)),
             LOOPS[4]: "CUDA graphs need a CUDA device",
             PRODUCTS: Contender(products_of(eager, config, batch), **facts),
         }
         if device.type == "cuda":
-            contenders[LOOPS[4]] = Contender(ours(compiled, StepGraphs(device)), **checked)
+            contenders[LOOPS[4]] = Contender(ours(compiled, StepGraphs(device)), **with_facts(checked, in_a_graph))
         return contenders
 
     compete(f"loop, text-to-image, batch {batch}, {STEPS} steps", loop, build)
 
 
+def with_facts(options, facts):
+    return options | {"facts": options["facts"] | facts}
+
+
 def products_of(denoiser, config, batch):
     """A function that does `STEPS` times the linear layers and attentions of one step of two passes."""
-    model, device, calls = config.model, denoiser.table.device, []
+    model, device = config.model, denoiser.table.device
     inputs = torch.randn(PASSES * batch, model.size, generator=torch.Generator().manual_seed(0)).to(device)
     times = torch.full((PASSES * batch, model.tokens), 500, dtype=torch.int32, device=device)
     constant = constant_modalities(config, ("image",))
     features = {name: denoiser.branch_features(name, inputs, times) for name in constant}
-
-    def linear(layer, inputs, output):
-        calls.append(partial(F.linear, *inputs, layer.weight, layer.bias))  # without the GELU that follows some
-
-    def attention_of(block, qkv, inputs, output):
-        packed = output.unflatten(-1, (3, block.heads, -1))  # [R, L, 3, H, d], as the block gives it to attention
-        calls.append(partial(attention, packed, block.attention))
-
-    layers = [layer for layer in denoiser.network.modules() if isinstance(layer, nn.Linear)]
-    hooks = [layer.register_forward_hook(linear) for layer in layers]
-    hooks += [b.qkv.register_forward_hook(partial(attention_of, b)) for b in denoiser.network.blocks()]
-    denoiser(inputs, times, ("image",), features)
-    for hook in hooks:
-        hook.remove()
+    calls = product_calls(denoiser, inputs, times, ("image",), features)
 
     def run():
         for _ in range(STEPS):

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from benchmarks.machine import PowerMeter
 from benchmarks.race import CLOCK, Contender
 from benchmarks.workloads import (
     equal_parameters,
-    forward_inputs,
     plain_loop,
     presets,
     random_checkpoint,
@@ -192,59 +190,12 @@ def test_joint_guidance(compete, device, dtype, full, steps, contender, batch):
     compete(f"sampling, guided joint of the U-ViT-multi, batch {batch}, {steps} steps", contender, build)
 
 
-def unidiffuser_class():
-    for folder in ("deprecated.unidiffuser", "unidiffuser"):  # it is in one or the other, by diffusers' version
-        try:
-            return import_module(f"diffusers.pipelines.{folder}.modeling_uvit").UniDiffuserModel
-        except ImportError as error:
-            reason = error
-    raise reason
-
-
-@pytest.mark.parametrize("contender", ["U-ViT-multi", "diffusers UniDiffuserModel"])
-def test_diffusers_unidiffuser(compete, device, dtype, full, contender):
-    """One denoiser call of diffusers' UniDiffuser at the same width, blocks, tokens and latents, all weights random."""
-    config = config_of(MODELS[1], full)
-    image, text = config.model.modality("image"), config.model.modality("text")
-    rows, patch, blocks = 8, config.codecs["image"].settings["patch"], config.model.shared_depth
-    side = round(image.tokens**0.5) * patch
-
-    def build():
-        facts = {"facts": {"rows": rows}, "flops": forward_flops(config.model, rows)}
-        run = partial(random_denoiser(config, device, dtype), *forward_inputs(config.model, rows, device))
-        contenders = {"U-ViT-multi": Contender(run, **facts)}
-        channels = image.channels // patch**2
-        try:  # not through the package: that needs transformers, for pipelines that are not used here
-            peer = unidiffuser_class()(
-                text_dim=text.channels, clip_img_dim=text.channels, num_text_tokens=text.tokens, patch_size=patch,
-                num_attention_heads=config.model.dim // config.model.head_dim, num_layers=blocks - 1, sample_size=side,
-                attention_head_dim=config.model.head_dim, in_channels=channels, out_channels=channels,
-                activation_fn="gelu", norm_num_groups=1, pre_layer_norm=True, use_data_type_embedding=True,
-                num_embeds_ada_norm=1000,
-            )  # fmt: skip
-        except (ImportError, TypeError, ValueError) as error:
-            return contenders | {"diffusers UniDiffuserModel": f"this diffusers has no such model: {error}"}
-        peer = peer.to(device, dtype).eval()
-        latents = torch.randn(rows, channels, side, side).to(device, dtype)
-        words, clip = (torch.randn(rows, n, text.channels).to(device, dtype) for n in (text.tokens, 1))
-        run = partial(peer, latents, clip, words, timestep_img=500, timestep_text=500)
-        assert [out.shape for out in run()] == [latents.shape, clip.shape, words.shape]
-        count = sum(p.numel() for p in peer.parameters())
-        contenders["diffusers UniDiffuserModel"] = Contender(run, facts={"rows": rows, "parameters": count})
-        return contenders
-
-    compete(
-        f"sampling, one call against diffusers, which has 2 more tokens and embeds the times, {rows} rows",
-        contender,
-        build,
-    )
-
-
 @pytest.mark.parametrize("model", MODELS)
-def test_energy(benchmark, device, dtype, engines, steps, model):
+def test_energy(benchmark, progress, device, dtype, engines, steps, model):
     """Joules per image and mean power of joint sampling; "n/a" where NVML has no energy counter."""
     engine, meter, batch = engines[model], PowerMeter.open(device), 64 if device.type == "cuda" else 1
     request = Request(steps=steps, num=batch, order="together")
+    progress(f"energy: {model}")
     engine.generate(request)
     images, seconds = 0, 0.0
     before = meter.joules() if meter else 0.0

@@ -138,9 +138,10 @@ def engine(tmp_path_factory, device, dtype, full) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def plays(engine, request) -> Callable[[float], dict[str, dict]]:
+def plays(engine, progress, request) -> Callable[[float], dict[str, dict]]:
     """A function of a share of the capacity: each contender's latencies and what is recorded beside them."""
     seconds = 3 * request.config.getoption("seconds")
+    progress("service: measuring the capacity")
     capacity = _capacity(engine)
     alone = {steps: _seconds_alone(engine, steps) for steps in STEPS}
     step = _step_cost(engine)
@@ -154,6 +155,7 @@ def plays(engine, request) -> Callable[[float], dict[str, dict]]:
             arrived_of.append((arrived, [request.steps for request in requests]))
             for i in range(len(CONTENDERS)):
                 name = CONTENDERS[(number + i) % len(CONTENDERS)]
+                progress(f"service, {share:.0%} of capacity: {name} (round {number + 1} of {ROUNDS})")
                 server = StepLevel(engine) if name == STEP_LEVEL else Batches(engine, _rows(engine, name))
                 visits[name] += play(server, requests, arrived, GIVE_UP * seconds)
         predicted = p95_ratio(arrived_of, *step, engine.max_rows)

@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", STARTS)
-def test_start(benchmark, cache, tmp_path, device, dtype, mode):
+def test_start(benchmark, progress, cache, tmp_path, device, dtype, mode):
     """On a CPU the compiled start leaves packages, which the last one loads."""
     if mode == "with packages" and (device.type == "cuda" or not (cache / "psunet-engine" / "packages").exists()):
         pytest.skip("no packages: a compiled start on a CPU makes them")
@@ -48,7 +48,8 @@ def test_start(benchmark, cache, tmp_path, device, dtype, mode):
     packages = tmp_path if mode == "eager" else cache
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(packages)}
     runs = []
-    for _ in range(STARTS[mode]):
+    for i in range(STARTS[mode]):
+        progress(f"start, {mode} ({i + 1} of {STARTS[mode]})")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout.splitlines()[-1]))

@@ -1,7 +1,8 @@
 """The models that are compared, in which sense they are equal, and the loops and inputs that benchmarks share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from engine.codecs.words import END
 from engine.config import Config, ModelConfig, UViTConfig
 from engine.diffusion.schedule import timesteps
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, solver_table
+from engine.kernels.attention import attention
 from engine.kernels.cfg_step import cfg_step, init_state
 from engine.model.cost import forward_flops
 from engine.model.denoiser import Denoiser, build
@@ -155,6 +157,32 @@ def plain_loop(
         prediction = torch.cat([denoiser(inputs, times, outputs) for inputs, times in parts])  # [P·B, N]
         cfg_step(prediction, constants, state)
     return state.state
+
+
+def product_calls(
+    denoiser: Denoiser,
+    inputs: Tensor,
+    times: Tensor,
+    outputs: Collection[str] | None = None,
+    features: Mapping[str, Tensor] | None = None,
+) -> list[Callable[[], Tensor]]:
+    """Every linear layer and every attention of one call of the denoiser, on the inputs that they get there."""
+    calls = []
+
+    def linear(layer, inputs, output):
+        calls.append(partial(layer.forward, *inputs))
+
+    def attention_of(block, qkv, inputs, output):
+        packed = output.unflatten(-1, (3, block.heads, -1))  # [R, L, 3, H, d], as the block gives it to attention
+        calls.append(partial(attention, packed, block.attention))
+
+    layers = [layer for layer in denoiser.network.modules() if isinstance(layer, nn.Linear)]
+    hooks = [layer.register_forward_hook(linear) for layer in layers]
+    hooks += [b.qkv.register_forward_hook(partial(attention_of, b)) for b in denoiser.network.blocks()]
+    denoiser(inputs, times, outputs, features)
+    for hook in hooks:
+        hook.remove()
+    return calls
 
 
 # -------------------------------------------------------------------------------------------------------- costs

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import experiments, report
 from benchmarks.descriptions import DESCRIPTIONS
 from benchmarks.metrics import bleu4, diversity, features_of, frechet_distance
-from benchmarks.race import Contender, Replay, time_in_turns
+from benchmarks.race import Contender, Refusal, Replay, time_in_turns
+from benchmarks.stored import read, rows_by_group
 from benchmarks.sweeps import reconditioned
 from benchmarks.test_handover import StepsInThisThread
 from benchmarks.test_loop import PASSES, STEPS, products_of
@@ -69,7 +70,9 @@ def test_short_calls_are_repeated_until_the_clock_can_tell_them_apart():
 def test_a_contender_that_computes_something_else_is_reported():
     right = torch.ones(3)
     assert Contender(lambda: right + 1e-7, lambda: right).mismatch() is None
-    assert "computes something else" in Contender(lambda: right + 1e-3, lambda: right).mismatch()
+    refusal = Contender(lambda: right + 1e-3, lambda: right).mismatch()
+    assert "computes something else: relative error 0.001" in refusal and isinstance(refusal, Refusal)
+    assert Contender(lambda: right * torch.nan, lambda: right).mismatch()
 
 
 def test_a_replayed_clock_shows_the_times_that_were_measured():
@@ -80,6 +83,12 @@ def test_a_replayed_clock_shows_the_times_that_were_measured():
         call()
         seen.append(clock() - started)
     assert seen == [0.25, 4.0]
+
+
+def test_contenders_can_be_timed_by_another_clock():
+    ticks = iter(range(1000))
+    timings = time_in_turns({"a": Contender(lambda: None)}, CPU, seconds=0, least=2, clock=lambda: float(next(ticks)))
+    assert timings["a"].seconds == [1.0, 1.0] and timings["a"].median == 1.0
 
 
 def test_what_a_contender_runs_within_is_entered_before_the_clock_starts():
@@ -225,7 +234,7 @@ def test_an_experiment_stores_a_table_that_is_reported_with_plots(emoji, options
     for name in plots:
         with Image.open(emoji / "results" / name) as plot:
             plot.verify()
-    text = (emoji / "RESULTS.md").read_text()
+    text = (emoji / "TABLES.md").read_text()
     assert all(part in text for part in (DESCRIPTIONS[options[0]].title, *plots))
 
 
@@ -283,8 +292,9 @@ def test_a_benchmark_runs_and_its_stored_run_is_reported(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    stored = report.read(results / "run.json")
+    assert "cfg_step, 1 rows of 1024: checking engine (1 of 1)" in done.stdout
+    stored = read(results / "run.json")
     assert stored["machine_info"]["engine"]["ceilings"]["float32"] > 1e9
-    rows = [row for several in report.rows_by_group(stored).values() for row in several]
+    rows = [row for several in rows_by_group(stored).values() for row in several]
     assert rows and all(row["percent_of_copy"] > 0 for row in rows)
-    assert [str(p.name) for p in report.write(results, tmp_path / "RESULTS.md")][0] == "RESULTS.md"
+    assert [p.name for p in report.write(results, tmp_path / "RESULTS.md")][:2] == ["RESULTS.md", "TABLES.md"]
