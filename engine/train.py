@@ -2,6 +2,8 @@
 
 Trains the autoencoder (unless one is given), the word vectors and the denoiser, see `engine.training.stages`. The same
 command again resumes an interrupted run. RUN/checkpoint is what `engine.sample --checkpoint` reads.
+
+`torchrun --nproc-per-node N -m engine.train` and `accelerate launch -m engine.train` train in several processes.
 """
 
 import argparse
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return refuse(COMMAND, failure, values)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that was removed
-        resumes = f"{error}; fix this, then the same command resumes the run"
+        resumes = OSError(f"{error}; fix this, then the same command resumes the run")
         return refuse(COMMAND, error if broken_package(error) else resumes)
     return 0
 

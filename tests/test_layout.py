@@ -19,6 +19,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.images": 2,
     "engine.interrupts": 2,
     "engine.presets": 2,
+    "engine.processes": 2,
     "engine.request": 2,
     "engine.codecs": 3,
     "engine.diffusion": 4,
@@ -41,7 +42,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
 }
 LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
-IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray"}
+IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray", "accelerate"}
 
 
 def module_name(path: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from train_cases import captioned_images
 from uvit_cases import published_weights
 
 from engine import checkpoint, train
@@ -39,18 +40,7 @@ def small_sample_sheets():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    (folder / "images").mkdir()
-    generator, captions = torch.Generator().manual_seed(0), ["red car", "blue car", "red dog at night"]
-    for i in range(12):
-        pixels = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).resize((40, 36)).save(folder / "images" / f"{i}.png")
-    content = {
-        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(12)],
-        "annotations": [{"image_id": i, "caption": captions[(i + k) % 3]} for i in range(12) for k in range(2)],
-    }
-    (folder / "captions.json").write_text(json.dumps(content))
-    return folder
+    return captioned_images(tmp_path_factory.mktemp("images"))
 
 
 SHORT = ["--preset", "tiny", "--steps", "4", "--autoencoder-steps", "3", "--save-every", "2", "--dtype", "float32"]

@@ -154,13 +154,15 @@ def autoencoder_class(name: str):
 
     diffusers imports many optional packages. An autoencoder needs none of UNUSED, so if the import fails, as with a
     broken package, diffusers is imported again without them, unless the program had imported it before.
-    xformers is hidden without a CUDA device; with one, its warnings are suppressed.
+    xformers is hidden without a CUDA device, unless the program had imported diffusers, which then knows of it; with a
+    device, its warnings are suppressed.
     """
     again = "diffusers" not in sys.modules
     level = XFORMERS_LOG.level
     XFORMERS_LOG.setLevel(logging.ERROR)
     try:
-        with _hidden(() if torch.cuda.is_available() or "xformers" in sys.modules else ("xformers",)):
+        hide = again and not torch.cuda.is_available() and "xformers" not in sys.modules
+        with _hidden(("xformers",) if hide else ()):
             return getattr(importlib.import_module("diffusers"), name)
     except Exception as error:  # a broken package raises anything
         if not again:

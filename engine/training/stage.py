@@ -1,8 +1,9 @@
 """`Stage`: trains one module, keeps an average of its weights, saves its state and resumes exactly.
 
-Independent of images and diffusion: a stage is a module, a function from (random generator, sample indices) to
-named losses, and a `StageConfig`. The random numbers of step s come from a generator seeded by (seed, s), so a run that
-was killed at any moment resumes with the losses it would have had.
+Independent of images and diffusion: a stage is a module, a `StageConfig`, and two functions: one draws all that is
+random in a batch, the other computes named losses of a part of the batch. Every process draws the whole batch of step s
+from a generator seeded by (seed, s) and computes its own part. So the losses depend neither on the number of processes
+and micro-batches, but for rounding, nor on when the run was killed.
 """
 
 import fcntl
@@ -12,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,13 +25,16 @@ from tqdm import tqdm
 
 from engine.errors import InputError
 from engine.files import load_tensors, save_tensors, unreadable, write_atomically
+from engine.processes import Processes
 from engine.training.recipes import StageConfig
 
 STATE, CURVE, SETTINGS = "state.safetensors", "curve.jsonl", "settings.jsonl"
 MAY_CHANGE = {"steps", "learning_rate"}  # of a `StageConfig` when a stage is resumed
 SMOOTHING = 50  # steps over which plotted losses are averaged
 
-Losses = Callable[[torch.Generator, list[int]], dict[str, Tensor]]
+Batch = TypeVar("Batch")
+Draw = Callable[[torch.Generator, list[int]], Batch]  # (generator on the CPU, indices of samples) -> a batch
+Losses = Callable[[Batch, slice], dict[str, Tensor]]  # (a batch, a part of it) -> scalars that add up over its parts
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,44 @@ class StageOptions:
     dtype: torch.dtype = torch.float32  # or bfloat16, under autocast
     save_every: int = 250  # steps
     compile: bool = False  # torch.compile the denoiser's blocks
+    processes: Processes = field(default_factory=Processes)
+
+
+class _Call(nn.Module):
+    """A call that trains `module`, in the form that wrappers of modules take: the losses need more than its forward."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return call()
 
 
 class Stage:
     """A module in training: its weights, their average, the optimiser and the loss curve, saved in one folder.
 
-    folder    holds `state.safetensors`, `curve.jsonl` (the losses of every step) and `settings.jsonl` (from which step
-              on the stage was trained with which settings); if it does already, the stage resumes from them
-    module    the module to train, float32; its averaged copy is `stage.average`
-    config    the `StageConfig`
-    samples   size of the training set
-    dtype     torch.bfloat16 computes the losses under autocast; the weights stay float32
+    folder     holds `state.safetensors`, `curve.jsonl` (the losses of every step) and `settings.jsonl` (from which step
+               on the stage was trained with which settings); if it does already, the stage resumes from them
+    module     the module to train, float32, equal in all processes; its averaged copy is `stage.average`
+    config     the `StageConfig`
+    samples    size of the training set
+    dtype      torch.bfloat16 computes the losses under autocast; the weights stay float32
+    processes  that train it together; the first one writes
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
     number of steps and another learning rate are allowed: they hold from the saved step on.
     """
 
-    def __init__(self, folder: Path, module: nn.Module, config: StageConfig, samples: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        folder: Path,
+        module: nn.Module,
+        config: StageConfig,
+        samples: int,
+        dtype: torch.dtype,
+        processes: Processes | None = None,
+    ):
+        self.processes = processes or Processes()
         self.folder, self.module, self.config, self.samples = folder, module, config, samples
         self.average = deepcopy(module).eval().requires_grad_(False)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
@@ -70,46 +98,51 @@ class Stage:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._restore()
+        self._call = self.processes.parallel(_Call(module))
 
     @property
     def done(self) -> bool:
         return self.step >= self.config.steps
 
-    def run(self, losses: Losses, save_every: int, preview: Callable[[int], None] | None = None) -> None:
+    def run(self, draw: Draw, losses: Losses, save_every: int, preview: Callable[[int], None] | None = None) -> None:
         """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview(step)`.
 
-        losses  (generator on the CPU, sample indices) -> {name: scalar}; their sum is minimised
+        The sum of the losses is minimised. The first process calls `preview` while the others wait.
         Raises FloatingPointError if a loss or a gradient is not finite.
         """
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0)
+        steps, quiet = self.config.steps, not self.processes.is_main
+        bar = tqdm(total=steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0, disable=quiet)
         with bar:
             while not self.done:
                 started = time.perf_counter()
-                parts = self.train_step(losses)
+                parts = self.train_step(draw, losses)
                 seconds = time.perf_counter() - started
                 self.curve.append({"step": self.step, **parts})
                 bar.set_postfix_str(f"{self.config.batch / seconds:.0f} samples/s, loss {sum(parts.values()):.4f}")
                 bar.update()
                 if self.step % save_every == 0 or self.done:
-                    self.save()
+                    self.processes.on_main(self.save)
                     if preview is not None:
-                        preview(self.step)
+                        self.processes.on_main(partial(preview, self.step))
 
-    def train_step(self, losses: Losses) -> dict[str, float]:
-        """One optimiser step; returns the named losses. Makes no assumption about devices or processes."""
-        config, total = self.config, {}
+    def train_step(self, draw: Draw, losses: Losses) -> dict[str, float]:
+        """One optimiser step; returns the named losses of the whole batch."""
+        config, processes = self.config, self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        indices = self._batch_indices()
-        size = math.ceil(len(indices) / config.accumulate)
         self.module.train()
+        batch = draw(torch.Generator().manual_seed(_seed(config.seed, self.step, 0)), self._batch_indices())
+        sums = []
         for micro in range(config.accumulate):
-            generator = torch.Generator().manual_seed(_seed(config.seed, self.step, micro))
-            with self.autocast:
-                parts = losses(generator, indices[micro * size : (micro + 1) * size])
-            (sum(parts.values()) / config.accumulate).backward()
-            for name, part in parts.items():
-                total[name] = total.get(name, 0.0) + part.item() / config.accumulate
+            part = processes.part(config.batch, micro, config.accumulate)
+            last = micro == config.accumulate - 1
+            with nullcontext() if last else processes.without_averaging(self._call):
+                with self.autocast:
+                    parts = self._call(partial(losses, batch, part))
+                # The losses of all processes add up, while their gradients are averaged.
+                (sum(parts.values()) * processes.count).backward()
+            sums.append(torch.stack(list(parts.values())).detach().double())
+        total = dict(zip(parts, processes.sum(sum(sums)).tolist(), strict=True))
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
         if not math.isfinite(sum(total.values()) + norm.item()):
             raise FloatingPointError(
