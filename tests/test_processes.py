@@ -14,7 +14,7 @@ from train_cases import captioned_images, started, trained
 
 from engine import train
 from engine.training import stages
-from engine.training.stage import CURVE, STATE
+from engine.training.files import CURVE, STATE
 
 pytest.importorskip("accelerate")
 SHORT = ["--preset", "tiny", "--steps", "6", "--autoencoder-steps", "2", "--save-every", "2", "--dtype", "float32"]

@@ -20,9 +20,10 @@ from engine.config import Modality, UViTConfig
 from engine.data.latents import LatentCache
 from engine.presets import PRESETS
 from engine.training import autoencoder, stages
+from engine.training.files import CURVE, SETTINGS, STATE
 from engine.training.options import TrainOptions
 from engine.training.recipes import RECIPES, TINY
-from engine.training.stage import CURVE, SETTINGS, STATE, run_lock
+from engine.training.stage import run_lock
 
 
 class Killed(BaseException):

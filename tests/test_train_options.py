@@ -69,6 +69,7 @@ def test_every_preset_has_a_recipe():
         ("autoencoder_steps", 0, "whole number"),
         ("save_every", 0, "whole number"),
         ("save_every", None, "whole number"),
+        ("keep", 0, "from 1 to 1000000000"),
         ("learning_rate", 0.0, "above 0"),
         ("learning_rate", math.nan, "above 0"),
         ("learning_rate", math.inf, "above 0"),

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.errors import InputError
+from engine.files import save_tensors
+from engine.training import files
+from engine.training.files import CURVE, SETTINGS, STATE
 from engine.training.recipes import StageConfig
-from engine.training.stage import CURVE, SETTINGS, STATE, Stage, plot_curve, run_lock, smoothed
+from engine.training.stage import Stage, plot_curve, run_lock, smoothed
 
 CONFIG = StageConfig(steps=8, batch=4, learning_rate=0.05, warmup=3, seed=5)
 LONG = replace(CONFIG, steps=150)
@@ -58,8 +62,8 @@ def losses_of(model):
     return losses
 
 
-def stage_in(folder, config=CONFIG):
-    return Stage(folder, module(), config, SAMPLES, torch.float32)
+def stage_in(folder, config=CONFIG, keep=1):
+    return Stage(folder, module(), config, SAMPLES, torch.float32, keep=keep)
 
 
 def train_in(folder, config=CONFIG, save_every=2, preview=None):
@@ -108,7 +112,7 @@ def test_a_stage_stopped_after_any_step_resumes_exactly(tmp_path, uninterrupted,
 
 
 @pytest.mark.parametrize("moment", ["half written", "written", "renamed"])
-@pytest.mark.parametrize("write", range(12))  # curve, settings and state of four saves
+@pytest.mark.parametrize("write", range(9))  # the curve once, settings and state of four saves
 def test_a_stage_killed_at_any_write_resumes_exactly(tmp_path, uninterrupted, monkeypatch, write, moment):
     replace_file, count = os.replace, 0
 
@@ -157,10 +161,69 @@ def test_a_finished_stage_does_not_train_again(tmp_path, uninterrupted):
     assert stage.done and outcome(stage) == uninterrupted and (tmp_path / STATE).stat().st_mtime_ns == written
 
 
-def test_the_state_is_saved_before_its_preview(tmp_path):
-    seen = []
-    train_in(tmp_path, save_every=3, preview=lambda step: seen.append((step, stage_in(tmp_path).step)))
-    assert seen == [(3, 3), (6, 6), (8, 8)]
+def test_a_stage_killed_while_it_appends_to_the_curve_resumes_exactly(tmp_path, uninterrupted):
+    train_in(tmp_path, replace(CONFIG, steps=4))
+    with open(tmp_path / CURVE, "a") as file:
+        file.write('{"step": 5, "squared": 1.0}\n{"step": 6, "squ')
+    assert outcome(train_in(tmp_path)) == uninterrupted
+    assert len((tmp_path / CURVE).read_text().splitlines()) == 8
+
+
+def test_training_goes_on_while_the_state_is_written(tmp_path, uninterrupted, monkeypatch):
+    later, stage = threading.Event(), stage_in(tmp_path)
+
+    def waiting(*arguments):
+        assert later.wait(60)
+        save_tensors(*arguments)
+
+    def drawing(generator, indices):
+        if stage.step == 6:
+            assert not (tmp_path / STATE).exists()
+            later.set()
+        return draw(generator, indices)
+
+    monkeypatch.setattr(files, "save_tensors", waiting)
+    stage.run(drawing, losses_of(stage.module), 5)
+    assert outcome(stage_in(tmp_path)) == uninterrupted
+
+
+@pytest.mark.parametrize("failure", [Killed, FloatingPointError])
+def test_what_fails_after_a_save_does_not_lose_it(tmp_path, failure):
+    def failing(step):
+        if step == 6:
+            raise failure
+
+    with pytest.raises(failure):
+        train_in(tmp_path, save_every=3, preview=failing)
+    assert stage_in(tmp_path).step == 6
+
+
+def test_a_full_disk_stops_the_stage_and_leaves_the_last_state_intact(tmp_path, uninterrupted, monkeypatch):
+    train_in(tmp_path, replace(CONFIG, steps=4))
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("safetensors.torch.save_file", lambda tensors, path, metadata: full(path))
+        train_in(tmp_path, save_every=1)
+    assert stage_in(tmp_path).step == 4
+    assert outcome(train_in(tmp_path)) == uninterrupted
+
+
+def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path, uninterrupted):
+    stage = stage_in(tmp_path, keep=3)
+    stage.run(draw, losses_of(stage.module), 1)
+    assert sorted(path.name for path in tmp_path.glob("state*")) == [
+        "state-0000000006.safetensors", "state-0000000007.safetensors", STATE,
+    ]  # fmt: skip
+    (tmp_path / STATE).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is damaged .*; delete it to resume from state-0000000007.safetensors"):
+        stage_in(tmp_path)
+    (tmp_path / STATE).unlink()
+    assert stage_in(tmp_path).step == 7
+    assert outcome(train_in(tmp_path)) == uninterrupted
 
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])

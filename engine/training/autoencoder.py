@@ -45,7 +45,7 @@ def train_autoencoder(
         folder = data.items[0].path.parent
         raise InputError("data", folder, "give a folder of intact images", f"has none ({data.summary()})")
     with errors_named("out"):
-        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(plain), options.dtype)
+        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(plain), options.dtype, keep=options.keep)
 
     def pixels_of(indices: list[int] | range, random: np.random.Generator | None = None) -> Tensor:
         """Images [B, 3, S, S] in −1..1, some of them changed at random."""

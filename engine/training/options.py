@@ -38,6 +38,7 @@ class TrainOptions:
     autoencoder_steps: int | None = None  # optimiser steps of the autoencoder; None: the recipe's, like the next one
     autoencoder_learning_rate: float | None = None
     save_every: int = 250  # steps between saves of the state, with sample images
+    keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
     seed: int = 0
     device: str = "auto"
@@ -57,7 +58,8 @@ class TrainOptions:
             self._require_whole(key, 1, MAX_STEPS, optional=True)
         for key in ("batch", "accumulate"):
             self._require_whole(key, 1, MAX_BATCH, optional=True)
-        self._require_whole("save_every", 1, MAX_STEPS)
+        for key in ("save_every", "keep"):
+            self._require_whole(key, 1, MAX_STEPS)
         self._require_whole("seed", 0, MAX_SEED)
         for key in ("learning_rate", "autoencoder_learning_rate"):
             rate = getattr(self, key)

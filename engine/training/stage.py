@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.errors import InputError
-from engine.files import load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import write_atomically
 from engine.processes import Processes
+from engine.training.files import StageFiles
 from engine.training.recipes import StageConfig
 
-STATE, CURVE, SETTINGS = "state.safetensors", "curve.jsonl", "settings.jsonl"
 MAY_CHANGE = {"steps", "learning_rate"}  # of a `StageConfig` when a stage is resumed
 SMOOTHING = 50  # steps over which plotted losses are averaged
 
@@ -44,6 +43,7 @@ class StageOptions:
     device: torch.device
     dtype: torch.dtype = torch.float32  # or bfloat16, under autocast
     save_every: int = 250  # steps
+    keep: int = 1  # saved states
     compile: bool = False  # torch.compile the denoiser's blocks
     processes: Processes = field(default_factory=Processes)
 
@@ -62,13 +62,13 @@ class _Call(nn.Module):
 class Stage:
     """A module in training: its weights, their average, the optimiser and the loss curve, saved in one folder.
 
-    folder     holds `state.safetensors`, `curve.jsonl` (the losses of every step) and `settings.jsonl` (from which step
-               on the stage was trained with which settings); if it does already, the stage resumes from them
+    folder     of its `StageFiles`; if they are there already, the stage resumes from them
     module     the module to train, float32, equal in all processes; its averaged copy is `stage.average`
     config     the `StageConfig`
     samples    size of the training set
     dtype      torch.bfloat16 computes the losses under autocast; the weights stay float32
     processes  that train it together; the first one writes
+    keep       how many saved states there are at most
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
     number of steps and another learning rate are allowed: they hold from the saved step on.
     """
@@ -81,8 +81,9 @@ class Stage:
         samples: int,
         dtype: torch.dtype,
         processes: Processes | None = None,
+        keep: int = 1,
     ):
-        self.processes = processes or Processes()
+        self.processes, self.files = processes or Processes(), StageFiles(folder, keep)
         self.folder, self.module, self.config, self.samples = folder, module, config, samples
         self.average = deepcopy(module).eval().requires_grad_(False)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
@@ -95,9 +96,10 @@ class Stage:
         self.curve: list[dict] = []
         self.settings: list[dict] = [{"step": 0} | asdict(config)]
         self._epoch, self._epoch_order = -1, []
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / STATE).exists():
-            self._restore()
+        self._restore()
+        if self.processes.from_main(self.step) != self.step:
+            problem = "is not the same folder in all processes"
+            raise InputError("folder", folder, "give one that all machines share", problem)
         self._call = self.processes.parallel(_Call(module))
 
     @property
@@ -107,12 +109,13 @@ class Stage:
     def run(self, draw: Draw, losses: Losses, save_every: int, preview: Callable[[int], None] | None = None) -> None:
         """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview(step)`.
 
-        The sum of the losses is minimised. The first process calls `preview` while the others wait.
+        The sum of the losses is minimised. States are written in the background. The first process calls `preview`
+        while the others wait.
         Raises FloatingPointError if a loss or a gradient is not finite.
         """
         steps, quiet = self.config.steps, not self.processes.is_main
         bar = tqdm(total=steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0, disable=quiet)
-        with bar:
+        try:
             while not self.done:
                 started = time.perf_counter()
                 parts = self.train_step(draw, losses)
@@ -121,9 +124,12 @@ class Stage:
                 bar.set_postfix_str(f"{self.config.batch / seconds:.0f} samples/s, loss {sum(parts.values()):.4f}")
                 bar.update()
                 if self.step % save_every == 0 or self.done:
-                    self.processes.on_main(self.save)
+                    self.save()
                     if preview is not None:
                         self.processes.on_main(partial(preview, self.step))
+        finally:
+            bar.close()
+            self.files.finish()
 
     def train_step(self, draw: Draw, losses: Losses) -> dict[str, float]:
         """One optimiser step; returns the named losses of the whole batch."""
@@ -156,61 +162,49 @@ class Stage:
         return total
 
     def save(self) -> None:
-        """Writes the curve and the state, each whole or not at all."""
+        """Gathers the state in the first process, which begins to write it."""
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        # The rows are written first: the state tells how many of them are valid.
-        for name, rows in ((CURVE, self.curve), (SETTINGS, self.settings)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(self.folder / name, lambda p, text=text: p.write_text(text))
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
-        save_tensors(self.folder / STATE, tensors, metadata)
+        self.processes.on_main(lambda: self.files.save(tensors, metadata, self.curve, self.settings))
 
     def _restore(self) -> None:
-        path, remedy = self.folder / STATE, "delete it to restart this stage"
-        try:
-            tensors, metadata = load_tensors(path)
-            step, config = int(metadata["step"]), json.loads(metadata["config"])
-        except OSError as error:
-            raise unreadable("folder", path, error, remedy) from None
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
-            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
+        loaded = self.files.load()
+        if loaded is None:
+            return
+        tensors, metadata, self.curve, settings = loaded
+        path, step, config = self.files.state, int(metadata["step"]), self._same_config(metadata)
         try:
             self.module.load_state_dict(_with_prefix(tensors, "module."))
             self.average.load_state_dict(_with_prefix(tensors, "average."))
         except RuntimeError:
             raise InputError("folder", path, "use another folder", "was written by a model of another shape") from None
-        now = json.loads(json.dumps(asdict(self.config)))
-        changed = {key for key in now if now[key] != config.get(key)}
-        if refused := sorted(changed - MAY_CHANGE):
-            before, after = (", ".join(f"{key} {c.get(key)}" for key in refused) for c in (config, now))
-            raise InputError(
-                "folder", path, "use the same settings or another folder", f"was trained with {before}, not {after}"
-            )
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _with_prefix(tensors, "optimizer.").items():
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step, self.curve = step, [row for row in self._read_rows(CURVE) if row["step"] <= step]
-        settings = self._read_rows(SETTINGS) if (self.folder / SETTINGS).exists() else []  # not in runs of version 0.1
+        self.step = step
         self.settings = [row for row in settings if row["step"] < step] or [{"step": 0} | config]
-        if changed:
+        if config != (now := _as_json(self.config)):
             self.settings.append({"step": step} | now)
 
-    def _read_rows(self, name: str) -> list[dict]:
-        path, remedy = self.folder / name, f"delete {self.folder / STATE} to restart this stage"
+    def _same_config(self, metadata: dict[str, str]) -> dict:
+        """The config that the saved state was trained with, which may differ in what may change."""
+        path = self.files.state
         try:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            if not rows or not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
-                raise ValueError("not every line is an object with a step")
-            return rows
-        except OSError as error:
-            raise unreadable("folder", path, error, remedy) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
+            config = dict(json.loads(metadata["config"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise InputError("folder", path, "delete it to restart this stage", f"is damaged ({error})") from None
+        now = _as_json(self.config)
+        if refused := sorted(key for key in now if now[key] != config.get(key) and key not in MAY_CHANGE):
+            before, after = (", ".join(f"{key} {c.get(key)}" for key in refused) for c in (config, now))
+            raise InputError(
+                "folder", path, "use the same settings or another folder", f"was trained with {before}, not {after}"
+            )
+        return config
 
     def _batch_indices(self) -> list[int]:
         """The samples of this step: the training set in epochs, each shuffled by its own seed."""
@@ -268,6 +262,11 @@ def plot_curve(curve: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda p: figure.savefig(p, format="png"))
+
+
+def _as_json(config: StageConfig) -> dict:
+    """Its settings as JSON keeps them."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

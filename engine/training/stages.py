@@ -90,7 +90,7 @@ def train(options: TrainOptions) -> None:
             return _require_same_data(data, options), image
 
         record, image = processes.on_main(begin) or (None, None)
-        how = StageOptions(device, dtype, options.save_every, options.compile, processes)
+        how = StageOptions(device, dtype, options.save_every, options.keep, options.compile, processes)
         _run_stages(data, record, options, how, image, init)
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
@@ -167,7 +167,9 @@ def train_denoiser(
     network = build(config.model).to(options.device)
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
-        stage = Stage(run / "denoiser", network, recipe.denoiser, len(examples), options.dtype, options.processes)
+        stage = Stage(
+            run / "denoiser", network, recipe.denoiser, len(examples), options.dtype, options.processes, options.keep
+        )
     if init is not None and stage.step == 0:
         for line in start_from(init, stage.module):
             options.processes.on_main(partial(print, f"init: not copied: {line}"))
