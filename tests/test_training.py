@@ -180,11 +180,14 @@ def test_training_goes_on_while_the_state_is_written(tmp_path, uninterrupted, mo
         if stage.step == 6:
             assert not (tmp_path / STATE).exists()
             later.set()
+            raise Killed
         return draw(generator, indices)
 
-    monkeypatch.setattr(files, "save_tensors", waiting)
-    stage.run(drawing, losses_of(stage.module), 5)
-    assert outcome(stage_in(tmp_path)) == uninterrupted
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files, "save_tensors", waiting)
+        stage.run(drawing, losses_of(stage.module), 5)
+    assert stage_in(tmp_path).step == 5
+    assert outcome(train_in(tmp_path)) == uninterrupted
 
 
 @pytest.mark.parametrize("failure", [Killed, FloatingPointError])
