@@ -37,6 +37,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="save the state and sample images every N steps (default: %(default)s)")  # fmt: skip
     add("--keep", type=int, default=1, metavar="K", help="saved states that are kept (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
+    add("--grad-checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")
     add("--seed", type=int, default=0, help="32 bits, as gensim's generator (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=DTYPES, default="auto", help="of the arithmetic; weights stay float32 (default: auto)")

@@ -18,6 +18,7 @@ from uvit_cases import published_weights
 from engine import checkpoint, train
 from engine.config import Modality, UViTConfig
 from engine.data.latents import LatentCache
+from engine.model.blocks import Block
 from engine.presets import PRESETS
 from engine.training import autoencoder, stages
 from engine.training.files import CURVE, SETTINGS, STATE
@@ -187,6 +188,18 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_model(images, run, tmp_pat
         assert (tmp_path / "run" / stage / CURVE).read_text() == (run / stage / CURVE).read_text()
 
 
+def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_weight(images, run, tmp_path, monkeypatch):
+    forward, counts, calls = Block._forward, [], []
+    monkeypatch.setattr(Block, "_forward", lambda block, *x: calls.append(block.training) or forward(block, *x))
+    for options in ([], ["--grad-checkpointing"]):
+        calls.clear()
+        given = ["--autoencoder", str(run / "checkpoint" / "image"), *options]
+        assert train_main(images, tmp_path / str(len(options)), *given) == 0
+        assert weights_of(tmp_path / str(len(options))) == weights_of(run)
+        counts.append(sum(calls))
+    assert counts[1] == 2 * counts[0] > 0
+
+
 def test_a_failure_to_compile_is_told_in_one_line(images, tmp_path, monkeypatch, capsys):
     kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
     for error in (kind("no compiler\nand more"), RuntimeError("of another kind")):
@@ -340,6 +353,7 @@ def test_a_run_of_another_recipe_is_not_resumed(images, run, monkeypatch, capsys
         (["--device", "tpu"], ["--device", "'tpu'"]),
         (["--device", "cuda:99"], ["--device", "'cuda:99'"]),
         (["--dtype", "int8"], ["--dtype", "'int8'"]),
+        (["--device", "cpu", "--dtype", "float16"], ["--dtype", "'float16' is not computed on a CPU"]),
         (["--data", "nowhere"], ["--data", "nowhere"]),
         (["--data", ""], ["--data", "''"]),
         (["--data", "x" * 5000], ["--data", "x" * 5000]),

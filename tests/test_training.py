@@ -456,6 +456,25 @@ def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(tmp_path):
     assert {p.dtype for m in (stage.module, stage.average) for p in m.parameters()} == {torch.float32}
 
 
+def test_float16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path):
+    def train_to(step, folder):
+        stage = Stage(folder, module(), replace(CONFIG, steps=6), SAMPLES, torch.float16)
+        losses = losses_of(stage.module)
+        while stage.step < step:
+            factor = 1e30 if stage.step == 2 else 1e-3
+            before = outcome(stage)[2]
+            row = stage.train_step(draw, lambda *batch, f=factor: {name: f * x for name, x in losses(*batch).items()})
+            stage.curve.append({"step": stage.step, **row})
+            assert (outcome(stage)[2] == before) == (stage.step == 3)
+            assert stage.scaler.get_scale() == (65536 if stage.step < 3 else 32768)
+        stage.save()
+        stage.files.finish()
+        return stage
+
+    train_to(3, tmp_path / "resumed")
+    assert outcome(train_to(6, tmp_path / "resumed"))[2] == outcome(train_to(6, tmp_path / "whole"))[2]
+
+
 def test_one_process_trains_in_a_folder_until_it_ends(tmp_path):
     program = (
         "import pathlib, sys, engine.training.stage as t\n"

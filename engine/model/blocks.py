@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.config import ModelConfig
 from engine.kernels.adaln import gated_residual, gated_residual_modulate, layer_norm_modulate
@@ -34,6 +35,7 @@ class Block(nn.Module):
     """
 
     attention = "auto"  # backend, see `engine.kernels.backend`; may be set on each block
+    checkpointing = False  # computes the forward again in the backward pass, which saves memory; may be set as well
 
     def __init__(self, dim: int, head_dim: int, mlp_ratio: int, skip: bool, norm: str, exact_gelu: bool = False):
         super().__init__()
@@ -58,6 +60,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
         """x [R, L, D], skip [R, L, D] or None, table [T, 6·D] or [T, D], index [R, L] int32 → [R, L, D]."""
+        if self.checkpointing and torch.is_grad_enabled():
+            arguments = x, skip, table, index
+            return checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, skip, table, index)
+
+    def _forward(self, x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
         if self.skip is not None:
             x = self.skip(torch.cat([x, skip], dim=-1))  # [R, L, D]
         if self.norm == "adaln":

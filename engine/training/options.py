@@ -13,7 +13,7 @@ from engine.training.recipes import RECIPES, Recipe
 
 MAX_STEPS, MAX_BATCH = 1_000_000_000, 65_536  # of a stage, of a step: far above anything useful
 MAX_SEED = (1 << 32) - 1  # gensim takes no more than 32 bits
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # how names of files of weights end
 
 
@@ -40,6 +40,7 @@ class TrainOptions:
     save_every: int = 250  # steps between saves of the state, with sample images
     keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
+    grad_checkpointing: bool = False  # of the denoiser's blocks: less memory, about a third more time
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the arithmetic, one of DTYPES; the weights stay float32

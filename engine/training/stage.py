@@ -41,10 +41,11 @@ class StageOptions:
     """How a stage computes. Its hyperparameters are in the `Recipe`."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32  # or bfloat16, under autocast
+    dtype: torch.dtype = torch.float32  # or bfloat16 or float16, under autocast
     save_every: int = 250  # steps
     keep: int = 1  # saved states
     compile: bool = False  # torch.compile the denoiser's blocks
+    grad_checkpointing: bool = False  # of the denoiser's blocks
     processes: Processes = field(default_factory=Processes)
 
 
@@ -66,7 +67,8 @@ class Stage:
     module     the module to train, float32, equal in all processes; its averaged copy is `stage.average`
     config     the `StageConfig`
     samples    size of the training set
-    dtype      torch.bfloat16 computes the losses under autocast; the weights stay float32
+    dtype      torch.bfloat16 or float16 computes the losses under autocast; the weights stay float32. With float16
+               losses are scaled, and a step whose gradient overflows leaves the weights as they are
     processes  that train it together; the first one writes
     keep       how many saved states there are at most
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
@@ -92,6 +94,7 @@ class Stage:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         device = next(module.parameters()).device.type
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self.step = 0
         self.curve: list[dict] = []
         self.settings: list[dict] = [{"step": 0} | asdict(config)]
@@ -146,18 +149,22 @@ class Stage:
                 with self.autocast:
                     parts = self._call(partial(losses, batch, part))
                 # The losses of all processes add up, while their gradients are averaged.
-                (sum(parts.values()) * processes.count).backward()
+                self.scaler.scale(sum(parts.values()) * processes.count).backward()
             sums.append(torch.stack(list(parts.values())).detach().double())
         total = dict(zip(parts, processes.sum(sum(sums)).tolist(), strict=True))
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
-        if not math.isfinite(sum(total.values()) + norm.item()):
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip).item()
+        overflow = not math.isfinite(norm)
+        if not math.isfinite(sum(total.values())) or (overflow and self.scaler.get_scale() <= 1):
             raise FloatingPointError(
                 f"{self.folder.name}: the loss or its gradient is not finite at step {self.step} ({total}); "
                 "use a lower learning rate and resume from the last saved state, which is intact"
             )
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # not after an overflow
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._update_average()
+        if not overflow:
+            self._update_average()
         self.step += 1
         return total
 
@@ -168,6 +175,8 @@ class Stage:
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
+        if self.scaler.is_enabled():
+            metadata["scaler"] = json.dumps(self.scaler.state_dict())
         self.processes.on_main(lambda: self.files.save(tensors, metadata, self.curve, self.settings))
 
     def _restore(self) -> None:
@@ -186,6 +195,8 @@ class Stage:
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if self.scaler.is_enabled() and "scaler" in metadata:
+            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
         self.step = step
         self.settings = [row for row in settings if row["step"] < step] or [{"step": 0} | config]
         if config != (now := _as_json(self.config)):

@@ -90,7 +90,8 @@ def train(options: TrainOptions) -> None:
             return _require_same_data(data, options), image
 
         record, image = processes.on_main(begin) or (None, None)
-        how = StageOptions(device, dtype, options.save_every, options.keep, options.compile, processes)
+        same = {key: getattr(options, key) for key in ("save_every", "keep", "compile", "grad_checkpointing")}
+        how = StageOptions(device, dtype, processes=processes, **same)
         _run_stages(data, record, options, how, image, init)
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
@@ -174,6 +175,8 @@ def train_denoiser(
         for line in start_from(init, stage.module):
             options.processes.on_main(partial(print, f"init: not copied: {line}"))
         stage.average.load_state_dict(stage.module.state_dict())
+    for block in network.blocks():
+        block.checkpointing = options.grad_checkpointing
     if options.compile:
         compile_blocks(network.blocks())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
