@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from engine.command import Parser, broken_package, name, path, refuse, run
 from engine.errors import InputError
 from engine.presets import PRESETS
-from engine.training.options import DTYPES, TrainOptions
+from engine.training.options import DTYPES, TRACKERS, TrainOptions
 
 COMMAND = "python -m engine.train"
 
@@ -38,6 +38,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--keep", type=int, default=1, metavar="K", help="saved states that are kept (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
     add("--grad-checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")
+    add("--log", choices=TRACKERS, help="report the denoiser's training there; tensorboard writes to RUN/log")
     add("--seed", type=int, default=0, help="32 bits, as gensim's generator (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=DTYPES, default="auto", help="of the arithmetic; weights stay float32 (default: auto)")

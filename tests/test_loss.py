@@ -148,6 +148,20 @@ def test_the_losses_of_parts_add_up_to_those_of_the_batch(diffusion, weighted):
         torch.testing.assert_close(sum(part[name] for part in parts), value)
 
 
+def test_losses_are_added_up_by_quartile_of_time():
+    loss, x0, random = DenoisingLoss(Config(MODEL, MASKED)), data(), generator(3)
+    draws, noise = loss.draw(BATCH, random), torch.randn(x0.shape, generator=random)
+    quartile = (draws.times - 1).clamp_min(0) * 4 // N  # [B, L]
+    oracle = Oracle(x0, MASKED, error=per_element(1.0 + quartile))
+    loss.record_times()
+    whole = loss(oracle, x0, noise, draws)
+    by_time = loss.taken_by_time()
+    assert by_time.shape == (2, 2, 4) and not loss.taken_by_time().any()
+    torch.testing.assert_close(by_time[:, 0] / by_time[:, 1], torch.tensor([[1.0, 4, 9, 16]] * 2), rtol=1e-3, atol=0)
+    sums = by_time.sum(2)  # [M, 2]
+    torch.testing.assert_close(sums[:, 0] / sums[:, 1], torch.stack(list(whole.values())))
+
+
 def test_predictions_of_known_tokens_do_not_affect_the_loss():
     times, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(BATCH, generator())
     exact, _ = loss_and_oracle(MASKED)

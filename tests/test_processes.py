@@ -13,7 +13,7 @@ import pytest
 from train_cases import captioned_images, started, trained
 
 from engine import train
-from engine.training import stages
+from engine.training import denoiser
 from engine.training.files import CURVE, STATE
 
 pytest.importorskip("accelerate")
@@ -30,8 +30,8 @@ def alone(images, tmp_path_factory):
     """A run in one process, without a launcher."""
     run = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "PROMPTS", 1)
-        patch.setattr(stages, "JOINT_SAMPLES", 1)
+        patch.setattr(denoiser, "PROMPTS", 1)
+        patch.setattr(denoiser, "JOINT_SAMPLES", 1)
         assert train.main(command(images, run)) == 0
     return run
 
@@ -58,6 +58,28 @@ def test_any_number_of_processes_has_the_same_losses(images, alone, tmp_path, co
     assert_same_curve(tmp_path / "run", curve_of(alone))
     printed = (tmp_path / "log").read_text()
     assert printed.count("usable images") == printed.count("checkpoint: ") == 1 and f"in {count} processes" in printed
+
+
+def test_a_run_is_reported_to_tensorboard(images, alone, tmp_path):
+    """The sums of several processes, once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert trained(2, command(images, run, "--log", "tensorboard"), tmp_path / "log") == [0, 0]
+    (file,) = (run / "log").iterdir()
+    events = EventAccumulator(str(file)).Reload()
+    values = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    for name in ("image", "text"):
+        means = {end: sum(row[name] for row in curve_of(alone)[end - 3 : end]) / 3 for end in (3, 6)}
+        assert values[f"loss/{name}"] == pytest.approx(means, rel=1e-4)
+        quartiles = [by_step for tag, by_step in values.items() if tag.startswith(f"loss/{name} in quartile")]
+        assert len(quartiles) == 4 and min(q[6] for q in quartiles) < means[6] < max(q[6] for q in quartiles)
+    assert values["gradient norm"].keys() == values["learning rate"].keys() == {3, 6}
+    assert values["learning rate"][3] == pytest.approx(1e-3 * (1 + 2 + 3) / 5 / 3)
+    assert 0 < values["speed/share of the measured ceiling"][6] < 1 and values["speed/samples per second"][6] > 0
+    assert [image.step for image in events.Images("samples")] == [2, 4, 6]
+    assert [text.step for text in events.Tensors("captions/text_summary")] == [2, 4, 6]
 
 
 def test_a_killed_run_resumes_with_another_number_of_processes(images, alone, tmp_path):

@@ -56,8 +56,9 @@ def _train(rank: int, count: int, port: int, arguments: list[str], log) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     from engine import train
-    from engine.training import stages
+    from engine.training import denoiser, tracking
 
     torch.set_num_threads(1)
-    stages.PROMPTS, stages.JOINT_SAMPLES = 1, 1  # most of a tiny run's time would be that of its sample sheets
+    tracking.EVERY = 3
+    denoiser.PROMPTS, denoiser.JOINT_SAMPLES = 1, 1  # most of a tiny run's time would be that of its sample sheets
     sys.exit(train.main(arguments))

@@ -63,6 +63,7 @@ class DenoisingLoss:
         if gamma is not None:
             v = config.diffusion.prediction == "v_prediction"
             weight = (snr + 1).clamp_max(gamma + 1) / (snr + 1) if v else snr.clamp_max(gamma) / snr
+        self._by_time: Tensor | None = None
         self.weight = torch.cat([torch.zeros(1, dtype=torch.float64), weight]).float().to(device)  # [N + 1], by time
 
     def __call__(
@@ -99,10 +100,33 @@ class DenoisingLoss:
         target = alpha * noise - sigma * x0 if v else noise
 
         error = (prediction.float() - target).square() * self.weight[times] * counted  # [b, N]
+        if self._by_time is not None:
+            self._by_time += self._quartiles(error.detach(), counted, times)
         return {
             name: self.weights.get(name, 1.0) * error[:, columns].sum() / totals[name]
             for name, columns in model.state_slices.items()
         }
+
+    def record_times(self) -> None:
+        """From now on the losses are also added up by quartile of time."""
+        self._by_time = torch.zeros(len(self.config.model.modalities), 2, 4, device=self.weight.device)
+
+    def taken_by_time(self) -> Tensor:
+        """[M, 2, 4] float32: by modality and quartile, sums of squared errors and of what they are divided by.
+
+        Over the calls since `record_times` or this was called; the first quartile has the least noise.
+        """
+        taken, self._by_time = self._by_time, torch.zeros_like(self._by_time)
+        return taken
+
+    def _quartiles(self, error: Tensor, counted: Tensor, times: Tensor) -> Tensor:
+        """[M, 2, 4] of errors, their weights and times [b, N]."""
+        quartile = (times - 1).clamp_min(0) * 4 // self.config.diffusion.timesteps  # of known tokens, which weigh 0
+        sums = []
+        for columns in self.config.model.state_slices.values():
+            chosen = [quartile[:, columns] == k for k in range(4)]
+            sums += [(x[:, columns] * c).sum() for x in (error, counted) for c in chosen]
+        return torch.stack(sums).view(-1, 2, 4)
 
     def draw(self, batch: int, generator: torch.Generator) -> Draws:
         """Times and masks of a batch from a generator on the CPU."""

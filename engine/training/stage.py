@@ -27,6 +27,7 @@ from engine.files import write_atomically
 from engine.processes import Processes
 from engine.training.files import StageFiles
 from engine.training.recipes import StageConfig
+from engine.training.tracking import Tracker
 
 MAY_CHANGE = {"steps", "learning_rate"}  # of a `StageConfig` when a stage is resumed
 SMOOTHING = 50  # steps over which plotted losses are averaged
@@ -46,6 +47,7 @@ class StageOptions:
     keep: int = 1  # saved states
     compile: bool = False  # torch.compile the denoiser's blocks
     grad_checkpointing: bool = False  # of the denoiser's blocks
+    tracker: Tracker | None = None  # that the denoiser's training is reported to
     processes: Processes = field(default_factory=Processes)
 
 
@@ -95,7 +97,7 @@ class Stage:
         device = next(module.parameters()).device.type
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        self.step = 0
+        self.step, self.norm = 0, 0.0  # the gradient's norm in the last step, before it is clipped
         self.curve: list[dict] = []
         self.settings: list[dict] = [{"step": 0} | asdict(config)]
         self._epoch, self._epoch_order = -1, []
@@ -109,11 +111,18 @@ class Stage:
     def done(self) -> bool:
         return self.step >= self.config.steps
 
-    def run(self, draw: Draw, losses: Losses, save_every: int, preview: Callable[[int], None] | None = None) -> None:
+    def run(
+        self,
+        draw: Draw,
+        losses: Losses,
+        save_every: int,
+        preview: Callable[[int], None] | None = None,
+        report: Callable[[int, dict[str, float], float], None] | None = None,
+    ) -> None:
         """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview(step)`.
 
         The sum of the losses is minimised. States are written in the background. The first process calls `preview`
-        while the others wait.
+        while the others wait. After every step, all call `report` with its number, its values and its seconds.
         Raises FloatingPointError if a loss or a gradient is not finite.
         """
         steps, quiet = self.config.steps, not self.processes.is_main
@@ -126,6 +135,10 @@ class Stage:
                 self.curve.append({"step": self.step, **parts})
                 bar.set_postfix_str(f"{self.config.batch / seconds:.0f} samples/s, loss {sum(parts.values()):.4f}")
                 bar.update()
+                if report is not None:
+                    values = {f"loss/{name}": value for name, value in parts.items()}
+                    values |= {"gradient norm": self.norm, "learning rate": self.optimizer.param_groups[0]["lr"]}
+                    report(self.step, values, seconds)
                 if self.step % save_every == 0 or self.done:
                     self.save()
                     if preview is not None:
@@ -154,7 +167,7 @@ class Stage:
         total = dict(zip(parts, processes.sum(sum(sums)).tolist(), strict=True))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip).item()
-        overflow = not math.isfinite(norm)
+        self.norm, overflow = norm, not math.isfinite(norm)
         if not math.isfinite(sum(total.values())) or (overflow and self.scaler.get_scale() <= 1):
             raise FloatingPointError(
                 f"{self.folder.name}: the loss or its gradient is not finite at step {self.step} ({total}); "

@@ -11,48 +11,39 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from engine import checkpoint
 from engine.codecs.codec import Codec, codec_folder, load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.command import check_writable
 from engine.config import Config
 from engine.data.coco import CocoCaptions
-from engine.data.latents import LatentCache, cache_latents
+from engine.data.latents import cache_latents
 from engine.data.record import differences, record_of
 from engine.device import DTYPES, resolve_device, resolve_dtype
-from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
-from engine.images import grid
-from engine.model.denoiser import build
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.presets import PRESETS
 from engine.processes import Processes
-from engine.request import Request
-from engine.runtime import Engine
-from engine.sampling.graphs import compile_blocks
 from engine.training.autoencoder import train_autoencoder
-from engine.training.examples import Examples, shortened
-from engine.training.initial import initial_network, start_from
+from engine.training.denoiser import train_denoiser
+from engine.training.initial import initial_network
 from engine.training.options import TrainOptions, image_and_text
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, StageOptions, plot_curve, run_lock
+from engine.training.stage import StageOptions, run_lock
+from engine.training.tracking import Tracker, record_start
 
-PROMPTS, JOINT_SAMPLES = 24, 16  # in the denoiser's sample sheets
 # What else makes a run the same one, beside the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
 RUN_RECIPE = ("gamma", "skew", "first_caption", "captions_alike", "repeats", "augmentation")
+STAGE_OPTIONS = ("save_every", "keep", "compile", "grad_checkpointing")  # that `StageOptions` has too
 
 
 def train(options: TrainOptions) -> None:
@@ -68,6 +59,7 @@ def train(options: TrainOptions) -> None:
         import_module(module)
     config, run = options.config, options.out
     check_writable(run, ["run.json"])
+    tracker = Tracker(options.log, run) if options.log else None
     processes = Processes.started(options.device)
     device = processes.device or resolve_device(options.device)
     dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
@@ -87,11 +79,16 @@ def train(options: TrainOptions) -> None:
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_lock(run))
             _require_same_run(options)
-            return _require_same_data(data, options), image
+            record = _require_same_data(data, options)
+            record_start(options, device, dtype, processes.count)
+            return record, image
 
         record, image = processes.on_main(begin) or (None, None)
-        same = {key: getattr(options, key) for key in ("save_every", "keep", "compile", "grad_checkpointing")}
-        how = StageOptions(device, dtype, processes=processes, **same)
+        if tracker is not None:
+            processes.on_main(tracker.start)
+            stack.callback(tracker.end)
+        same = {key: getattr(options, key) for key in STAGE_OPTIONS}
+        how = StageOptions(device, dtype, processes=processes, tracker=tracker, **same)
         _run_stages(data, record, options, how, image, init)
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
@@ -145,87 +142,6 @@ def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> Non
         captions = [caption for item in data.items for caption in item.captions]
         with errors_named("data"):
             _save_codec(TextCodec.train(captions, modality.channels, seed), folder)
-
-
-def train_denoiser(
-    run: Path,
-    cache: LatentCache,
-    text: TextCodec,
-    config: Config,
-    recipe: Recipe,
-    options: StageOptions,
-    init: PSUNet | UViT | None = None,
-) -> None:
-    """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
-
-    cache  latents and captions of the images
-    text   the codec of the captions
-    init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
-    Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
-    """
-    image_name, text_name = image_and_text(config)
-    torch.manual_seed(recipe.denoiser.seed)
-    network = build(config.model).to(options.device)
-    examples = Examples(cache, text, config, recipe)
-    with errors_named("out"):
-        stage = Stage(
-            run / "denoiser", network, recipe.denoiser, len(examples), options.dtype, options.processes, options.keep
-        )
-    if init is not None and stage.step == 0:
-        for line in start_from(init, stage.module):
-            options.processes.on_main(partial(print, f"init: not copied: {line}"))
-        stage.average.load_state_dict(stage.module.state_dict())
-    for block in network.blocks():
-        block.checkpointing = options.grad_checkpointing
-    if options.compile:
-        compile_blocks(network.blocks())
-    loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
-
-    def denoise(inputs: Tensor, times: Tensor) -> Tensor:
-        # A sample has at most one time for each modality, or one beside the times 0 and N of its known tokens.
-        distinct, index = distinct_times(times, len(times) * len(config.model.modalities) + 2)
-        return network(inputs, network.time_table(distinct), index)
-
-    def draw(generator: torch.Generator, indices: list[int]) -> tuple:
-        draws = loss.draw(len(indices), generator)
-        choice = examples.choose(indices, generator, loss.known(draws, image_name))
-        noise = torch.randn(len(indices), config.model.size, generator=generator)  # [B, N]
-        return choice, noise, draws, examples.token_weights(choice)
-
-    def losses(batch: tuple, part: slice) -> dict[str, Tensor]:
-        choice, *drawn = batch
-        return loss(denoise, examples.read(choice, part).to(options.device), *drawn, part)
-
-    words = config.model.modality(text_name).tokens
-    spread = range(0, len(cache), max(1, len(cache) // PROMPTS))[:PROMPTS]
-    prompts = [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
-
-    def export(step: int) -> None:
-        checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), DTYPES[recipe.weights_dtype])
-        plot_curve(stage.curve, stage.folder / "curve.png")
-        sheet = _sample_sheet(run / "checkpoint", prompts, config, recipe.denoiser.seed, options)
-        if sheet is not None:
-            write_atomically(stage.folder / f"samples-{step:07d}.png", lambda p: sheet.save(p, "PNG"))
-
-    if stage.done:
-        options.processes.on_main(lambda: export(stage.step))
-    stage.run(draw, losses, options.save_every, export)
-
-
-def _sample_sheet(
-    folder: Path, prompts: list[str], config: Config, seed: int, options: StageOptions
-) -> Image.Image | None:
-    """A grid of what a checkpoint generates from prompts, and of joint samples, as far as it can do both."""
-    (image, text), predicted = image_and_text(config), config.model.predicted
-    requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
-    if image in predicted and text in predicted:
-        requests.append(Request(num=JOINT_SAMPLES))
-    if not requests:
-        return None
-    dtype = str(options.dtype).removeprefix("torch.")
-    with Engine.from_pretrained(folder, device=str(options.device), dtype=dtype) as engine:
-        outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
-    return grid([values[image] for values in outputs], [values[text] for values in outputs], columns=8)
 
 
 def _require_enough_samples(recipe: Recipe, processes: Processes) -> None:
