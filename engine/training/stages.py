@@ -86,7 +86,8 @@ def train(options: TrainOptions) -> None:
         record, image = processes.on_main(begin) or (None, None)
         if tracker is not None:
             processes.on_main(tracker.start)
-            stack.callback(tracker.end)
+            if processes.is_main:
+                stack.callback(tracker.end)
         same = {key: getattr(options, key) for key in STAGE_OPTIONS}
         how = StageOptions(device, dtype, processes=processes, tracker=tracker, **same)
         _run_stages(data, record, options, how, image, init)

@@ -29,7 +29,7 @@ PACKAGES = ("accelerate", "diffusers", "gensim", "numpy", "pillow", "psunet-engi
 
 
 class Tracker:
-    """TensorBoard, Weights & Biases or Trackio, through accelerate; only the first process reports.
+    """TensorBoard, Weights & Biases or Trackio, through accelerate. Only the first process calls its methods.
 
     name  "tensorboard", which writes to RUN/log, "wandb" or "trackio", whose project is named after the run's folder
     Raises InputError about `log` if a package is missing.
@@ -48,6 +48,9 @@ class Tracker:
 
     def start(self) -> None:
         """Raises InputError about `log` for whatever keeps the tracker from starting, such as a missing login."""
+        from accelerate import PartialState
+
+        PartialState()  # the trackers need it
         try:
             self._tracker.start()
         except Exception as error:  # of three packages and their services
