@@ -35,7 +35,14 @@ def test_training_step(compete, tmp_path, device, dtype, full, model, mode):
             distinct, index = distinct_times(times, 2 * batch + 2)
             return network(inputs, network.time_table(distinct), index)
 
-        return lambda: torch.tensor(list(stage.train_step(lambda g, _: loss(denoise, x0, g)).values()))
+        def draw(generator, indices):
+            return loss.draw(batch, generator), torch.randn(x0.shape, generator=generator)
+
+        def losses(drawn, part):
+            draws, noise = drawn
+            return loss(denoise, x0[part], noise, draws, part=part)
+
+        return lambda: torch.tensor(list(stage.train_step(draw, losses).values()))
 
     def build():
         config, contenders = PRESETS[preset], {}

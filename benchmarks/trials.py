@@ -30,9 +30,11 @@ from engine.files import write_atomically
 from engine.images import to_image
 from engine.model.cost import forward_flops
 from engine.presets import PRESETS
+from engine.training.denoiser import train_denoiser
 from engine.training.examples import shortened
 from engine.training.recipes import RECIPES
-from engine.training.stages import StageOptions, copy_codecs, train_denoiser
+from engine.training.stage import StageOptions
+from engine.training.stages import copy_codecs
 
 
 @dataclass(frozen=True)

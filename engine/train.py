@@ -2,6 +2,8 @@
 
 Trains the autoencoder (unless one is given), the word vectors and the denoiser, see `engine.training.stages`. The same
 command again resumes an interrupted run. RUN/checkpoint is what `engine.sample --checkpoint` reads.
+
+`torchrun --nproc-per-node N -m engine.train` and `accelerate launch -m engine.train` train in several processes.
 """
 
 import argparse
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from engine.command import Parser, broken_package, name, path, refuse, run
 from engine.errors import InputError
 from engine.presets import PRESETS
-from engine.training.options import DTYPES, TrainOptions
+from engine.training.options import DTYPES, TRACKERS, TrainOptions
 
 COMMAND = "python -m engine.train"
 
@@ -34,7 +36,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--autoencoder-learning-rate", type=float, help="of the autoencoder")
     add("--save-every", type=int, default=250, metavar="STEPS",
         help="save the state and sample images every N steps (default: %(default)s)")  # fmt: skip
+    add("--keep", type=int, default=1, metavar="K", help="saved states that are kept (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
+    add("--grad-checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")
+    add("--log", choices=TRACKERS, help="report the denoiser's training there; tensorboard writes to RUN/log")
     add("--seed", type=int, default=0, help="32 bits, as gensim's generator (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=DTYPES, default="auto", help="of the arithmetic; weights stay float32 (default: auto)")
@@ -59,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return refuse(COMMAND, failure, values)
     except (OSError, SafetensorError) as error:  # a full disk, a folder that was removed
-        resumes = f"{error}; fix this, then the same command resumes the run"
+        resumes = OSError(f"{error}; fix this, then the same command resumes the run")
         return refuse(COMMAND, error if broken_package(error) else resumes)
     return 0
 

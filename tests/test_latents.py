@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from engine.config import Augmentation
 from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
 from engine.errors import InputError
+from engine.processes import Processes
 
 
 class Encoder:
@@ -83,6 +86,34 @@ def test_a_killed_run_resumes_at_its_last_shard(dataset, tmp_path):
     resumed = cache(dataset, tmp_path / "cache", encode)
     assert encode.images == 3  # shards of 2, 1 (one damaged), 2 and 1 images
     assert torch.equal(everything(resumed), everything(cache(dataset, tmp_path / "other", Encoder())))
+
+
+class Thread(Processes):
+    """One of two processes, as a thread."""
+
+    def __init__(self, rank, barrier):
+        self.rank, self.count, self.wait = rank, 2, barrier.wait
+
+    def on_main(self, call):
+        result = call() if self.is_main else None
+        self.wait()
+        return result
+
+
+def test_processes_share_the_images_and_all_have_the_same_latents(dataset, tmp_path):
+    encoders, barrier = [Encoder(), Encoder()], threading.Barrier(2, timeout=60)
+    calls = [
+        lambda rank=rank: cache(
+            CocoCaptions.open(tmp_path), tmp_path / "cache", encoders[rank], processes=Thread(rank, barrier)
+        )  # fmt: skip
+        for rank in range(2)
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        caches = [future.result() for future in [threads.submit(call) for call in calls]]
+    assert [encode.images for encode in encoders] == [4, 2]  # shards of 2, 1 (one damaged), 2 and 1 images
+    expected = cache(dataset, tmp_path / "other", Encoder())
+    for one in caches:
+        assert torch.equal(everything(one), everything(expected)) and one.captions == expected.captions
 
 
 def test_a_truncated_shard_is_replaced(dataset, tmp_path):

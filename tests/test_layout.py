@@ -21,6 +21,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.interrupts": 2,
     "engine.packages": 2,
     "engine.presets": 2,
+    "engine.processes": 2,
     "engine.request": 2,
     "engine.codecs": 3,
     "engine.diffusion": 4,
@@ -48,7 +49,9 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
 LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
 OF_DIFFUSERS = {"engine.pipeline", "engine.pipeline_components"}  # classes derived from those of diffusers
-IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray", "huggingface_hub"}
+IMPORTED_WHERE_USED = {
+    "accelerate", "diffusers", "gensim", "huggingface_hub", "matplotlib", "pynvml", "ray", "scipy", "xformers",
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

@@ -55,7 +55,13 @@ class Oracle:
 def loss_and_oracle(diffusion, error=0.0, seed=0, model=MODEL, x0=None, token_weights=None, **options):
     x0 = data() if x0 is None else x0
     oracle = Oracle(x0, diffusion, error)
-    return DenoisingLoss(Config(model, diffusion), **options)(oracle, x0, generator(seed), token_weights), oracle
+    return loss_of(DenoisingLoss(Config(model, diffusion), **options), oracle, x0, seed, token_weights), oracle
+
+
+def loss_of(loss, denoise, x0, seed=0, token_weights=None):
+    random = generator(seed)
+    draws = loss.draw(len(x0), random)
+    return loss(denoise, x0, torch.randn(x0.shape, generator=random), draws, token_weights)
 
 
 @pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.time_sampling}")
@@ -123,12 +129,37 @@ def test_whole_known_modalities_are_those_without_a_generated_token():
     assert 0.2 * BATCH < image.sum() < 0.6 * BATCH and not (image & text).any()
 
 
-def test_a_batch_may_be_drawn_before_its_data_are():
-    loss, x0 = DenoisingLoss(Config(MODEL, MASKED)), data()
-    oracle = Oracle(x0, MASKED, error=0.5)
-    draws = loss.draw(BATCH, generator(3))
-    loss(oracle, x0, generator(4), draws=draws)
-    assert torch.equal(oracle.times, draws[0])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("diffusion", EVERY_KIND, ids=lambda d: f"{d.prediction}-{d.time_sampling}")
+def test_the_losses_of_parts_add_up_to_those_of_the_batch(diffusion, weighted):
+    loss, x0, random = DenoisingLoss(Config(MODEL, diffusion)), data(40), generator(3)
+    draws, noise = loss.draw(40, random), torch.randn(x0.shape, generator=random)
+    weights = torch.rand(40, MODEL.tokens, generator=random) if weighted else None
+    inputs = []
+
+    def denoise(x, times):
+        inputs.append(x)
+        return x * times[:, :1] / N
+
+    parts = [loss(denoise, x0[p], noise, draws, weights, p) for p in (slice(0, 1), slice(1, 23), slice(23, 40))]
+    whole = loss(denoise, x0, noise, draws, weights)
+    assert torch.equal(torch.cat(inputs[:3]), inputs[3])
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value)
+
+
+def test_losses_are_added_up_by_quartile_of_time():
+    loss, x0, random = DenoisingLoss(Config(MODEL, MASKED)), data(), generator(3)
+    draws, noise = loss.draw(BATCH, random), torch.randn(x0.shape, generator=random)
+    quartile = (draws.times - 1).clamp_min(0) * 4 // N  # [B, L]
+    oracle = Oracle(x0, MASKED, error=per_element(1.0 + quartile))
+    loss.record_times()
+    whole = loss(oracle, x0, noise, draws)
+    by_time = loss.taken_by_time()
+    assert by_time.shape == (2, 2, 4) and not loss.taken_by_time().any()
+    torch.testing.assert_close(by_time[:, 0] / by_time[:, 1], torch.tensor([[1.0, 4, 9, 16]] * 2), rtol=1e-3, atol=0)
+    sums = by_time.sum(2)  # [M, 2]
+    torch.testing.assert_close(sums[:, 0] / sums[:, 1], torch.stack(list(whole.values())))
 
 
 def test_predictions_of_known_tokens_do_not_affect_the_loss():
@@ -223,14 +254,14 @@ def test_gradients_reach_the_prediction_of_generated_tokens_only():
         predictions.append(torch.zeros_like(inputs, requires_grad=True))
         return predictions[0]
 
-    sum(DenoisingLoss(Config(MODEL, MASKED))(denoise, x0, generator()).values()).backward()
+    sum(loss_of(DenoisingLoss(Config(MODEL, MASKED)), denoise, x0).values()).backward()
     _, generate, _ = DenoisingLoss(Config(MODEL, MASKED)).draw(BATCH, generator())
     assert torch.equal(predictions[0].grad != 0, per_element(generate))
 
 
 def test_low_precision_predictions_are_compared_in_float32():
     diffusion = replace(MASKED, prediction="epsilon")
-    loss = DenoisingLoss(Config(MODEL, diffusion))(lambda x, t: torch.zeros_like(x).bfloat16(), data(), generator())
+    loss = loss_of(DenoisingLoss(Config(MODEL, diffusion)), lambda x, t: torch.zeros_like(x).bfloat16(), data())
     assert all(value.dtype == torch.float32 and value.isfinite() for value in loss.values())
 
 

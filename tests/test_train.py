@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,16 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from train_cases import captioned_images
 from uvit_cases import published_weights
 
 from engine import checkpoint, train
-from engine.config import Modality, UViTConfig
+from engine.config import Config, Modality, UViTConfig
 from engine.data.latents import LatentCache
+from engine.model.blocks import Block
 from engine.presets import PRESETS
-from engine.training import autoencoder, stages
+from engine.training import autoencoder, denoiser, stages, tracking
+from engine.training.files import CURVE, SETTINGS, STATE
 from engine.training.options import TrainOptions
 from engine.training.recipes import RECIPES, TINY
-from engine.training.stage import CURVE, SETTINGS, STATE, run_lock
+from engine.training.stage import StageOptions, run_lock
 
 
 class Killed(BaseException):
@@ -32,25 +36,14 @@ class Killed(BaseException):
 def small_sample_sheets():
     """Most of a tiny run's time would be that of its sample sheets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "PROMPTS", 2)
-        patch.setattr(stages, "JOINT_SAMPLES", 2)
+        patch.setattr(denoiser, "PROMPTS", 2)
+        patch.setattr(denoiser, "JOINT_SAMPLES", 2)
         yield
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    (folder / "images").mkdir()
-    generator, captions = torch.Generator().manual_seed(0), ["red car", "blue car", "red dog at night"]
-    for i in range(12):
-        pixels = torch.randint(256, (4, 4, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).resize((40, 36)).save(folder / "images" / f"{i}.png")
-    content = {
-        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(12)],
-        "annotations": [{"image_id": i, "caption": captions[(i + k) % 3]} for i in range(12) for k in range(2)],
-    }
-    (folder / "captions.json").write_text(json.dumps(content))
-    return folder
+    return captioned_images(tmp_path_factory.mktemp("images"))
 
 
 SHORT = ["--preset", "tiny", "--steps", "4", "--autoencoder-steps", "3", "--save-every", "2", "--dtype", "float32"]
@@ -81,6 +74,17 @@ def test_a_run_writes_a_checkpoint_curves_and_sample_images(run):
             image.verify()
     assert {p.name for p in (run / "denoiser").glob("samples-*.png")} == {"samples-0000002.png", "samples-0000004.png"}
     assert (run / "autoencoder" / "samples.png").exists()
+
+
+def test_a_run_records_what_repeats_it(images, run):
+    rows = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert Config.from_dict(row["config"]) == PRESETS["tiny"] and row["recipe"]["denoiser"]["steps"] == 4
+        assert row["versions"]["torch"] == torch.__version__ and row["dtype"] == "float32" and row["processes"] == 1
+        assert row["command"] and row["folder"] == os.getcwd()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    if commit.returncode == 0:
+        assert rows[0]["commit"].removesuffix("-dirty") == commit.stdout.strip()
 
 
 def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(run):
@@ -171,7 +175,7 @@ KILLED_AT = {  # by stage, a function and the number of the call during which th
     "autoencoder": (autoencoder, "autoencoder_losses", 2),
     "words": (stages.TextCodec, "save", 1),
     "latents": (stages, "cache_latents", 1),
-    "denoiser": (stages.DenoisingLoss, "__call__", 4),
+    "denoiser": (denoiser.DenoisingLoss, "__call__", 4),
     "export": (checkpoint, "save", 1),
 }
 
@@ -194,6 +198,18 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_model(images, run, tmp_pat
     assert weights_of(tmp_path / "run") == weights_of(run)
     for stage in ("autoencoder", "denoiser"):
         assert (tmp_path / "run" / stage / CURVE).read_text() == (run / stage / CURVE).read_text()
+
+
+def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_weight(images, run, tmp_path, monkeypatch):
+    forward, counts, calls = Block._forward, [], []
+    monkeypatch.setattr(Block, "_forward", lambda block, *x: calls.append(block.training) or forward(block, *x))
+    for options in ([], ["--grad-checkpointing"]):
+        calls.clear()
+        given = ["--autoencoder", str(run / "checkpoint" / "image"), *options]
+        assert train_main(images, tmp_path / str(len(options)), *given) == 0
+        assert weights_of(tmp_path / str(len(options))) == weights_of(run)
+        counts.append(sum(calls))
+    assert counts[1] == 2 * counts[0] > 0
 
 
 def test_a_failure_to_compile_is_told_in_one_line(images, tmp_path, monkeypatch, capsys):
@@ -349,6 +365,7 @@ def test_a_run_of_another_recipe_is_not_resumed(images, run, monkeypatch, capsys
         (["--device", "tpu"], ["--device", "'tpu'"]),
         (["--device", "cuda:99"], ["--device", "'cuda:99'"]),
         (["--dtype", "int8"], ["--dtype", "'int8'"]),
+        (["--device", "cpu", "--dtype", "float16"], ["--dtype", "'float16' is not computed on a CPU"]),
         (["--data", "nowhere"], ["--data", "nowhere"]),
         (["--data", ""], ["--data", "''"]),
         (["--data", "x" * 5000], ["--data", "x" * 5000]),
@@ -476,10 +493,18 @@ def test_the_denoiser_is_trained_alone_with_the_codecs_of_another_run(run, tmp_p
     stages.copy_codecs(run / "checkpoint", tmp_path, config)
     cache = LatentCache([torch.randn(5, 1, 16, 4)], [["red car", "night"]] * 5)
     recipe = replace(TINY, denoiser=replace(TINY.denoiser, steps=3))
-    how = stages.StageOptions(torch.device("cpu"), save_every=3)
-    stages.train_denoiser(tmp_path, cache, source.codec("text"), config, recipe, how)
+    how = StageOptions(torch.device("cpu"), save_every=3)
+    denoiser.train_denoiser(tmp_path, cache, source.codec("text"), config, recipe, how)
     assert checkpoint.load(tmp_path / "checkpoint").config == config
     assert len((tmp_path / "denoiser" / CURVE).read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("package", ["accelerate", "wandb"])
+def test_a_tracker_without_its_package_is_refused_in_one_line(images, tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: name != package or None)
+    line = refusal(capsys, *SHORT, "--data", str(images), "--out", str(tmp_path / "run"), "--log", "wandb")
+    assert f"--log: 'wandb' needs the package {package}, which is not installed; use pip install" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_plotting_without_matplotlib_is_refused_in_one_line(images, tmp_path, capsys, monkeypatch):

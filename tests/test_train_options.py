@@ -69,6 +69,7 @@ def test_every_preset_has_a_recipe():
         ("autoencoder_steps", 0, "whole number"),
         ("save_every", 0, "whole number"),
         ("save_every", None, "whole number"),
+        ("keep", 0, "from 1 to 1000000000"),
         ("learning_rate", 0.0, "above 0"),
         ("learning_rate", math.nan, "above 0"),
         ("learning_rate", math.inf, "above 0"),
@@ -190,10 +191,16 @@ def examples(**recipe) -> Examples:
     return Examples(cache, codec(), TINY_CONFIG, replace(TINY, **recipe))
 
 
+def batch_of(made: Examples, indices: list[int], seed: int = 0, known: torch.Tensor | None = None):
+    """Clean data and token weights."""
+    choice = made.choose(indices, torch.Generator().manual_seed(seed), known)
+    return made.read(choice), made.token_weights(choice)
+
+
 def drawn(made: Examples, seed: int = 0, times: int = 50) -> tuple[list[int], list[str], torch.Tensor | None]:
     """Images, captions and token weights of an epoch, drawn several times."""
     indices = list(range(len(made))) * times
-    x0, weights = made.batch(indices, torch.Generator().manual_seed(seed))
+    x0, weights = batch_of(made, indices, seed)
     image, text = (x0[:, part] for part in TINY_CONFIG.model.state_slices.values())
     assert x0.dtype == torch.float32 and (image == image[:, :1]).all()
     words = [[(END, *WORDS)[int(v)] for v in row[::8]] for row in text]
@@ -222,14 +229,14 @@ def test_most_known_images_are_taken_in_a_changed_version():
     versions = torch.cat([own, own + 10, own + 20], dim=1)  # and its two changed versions, 20 + i and 30 + i
     made = Examples(LatentCache([versions[:3], versions[3:]], CAPTIONS), codec(), TINY_CONFIG, TINY)
     indices, known = [0, 1, 2, 3] * 100, torch.arange(400) % 8 < 4
-    x0, _ = made.batch(indices, torch.Generator().manual_seed(0), known)
+    x0, _ = batch_of(made, indices, known=known)
     tens, image = (x0[:, 0] / 10).long(), (x0[:, 0] % 10).long()
     assert image.tolist() == indices
     assert (tens[~known] == 1).all()  # what is generated is never changed
     assert 100 < (tens[known] > 1).sum() < 190 and {2, 3} <= set(tens.tolist())
-    again, _ = made.batch(indices, torch.Generator().manual_seed(0), known)
-    assert torch.equal(again, x0)
-    assert (made.batch(indices, torch.Generator())[0][:, 0] < 20).all()
+    choice = made.choose(indices, torch.Generator().manual_seed(0), known)
+    assert torch.equal(torch.cat([made.read(choice, part) for part in (slice(0, 7), slice(7, 400))]), x0)
+    assert (batch_of(made, indices)[0][:, 0] < 20).all()
 
 
 def test_captions_have_equal_weights_if_the_recipe_says_so():

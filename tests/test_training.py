@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.errors import InputError
+from engine.files import save_tensors
+from engine.training import files
+from engine.training.files import CURVE, SETTINGS, STATE
 from engine.training.recipes import StageConfig
-from engine.training.stage import CURVE, SETTINGS, STATE, Stage, plot_curve, run_lock, smoothed
+from engine.training.stage import Stage, plot_curve, run_lock, smoothed
 
 CONFIG = StageConfig(steps=8, batch=4, learning_rate=0.05, warmup=3, seed=5)
 LONG = replace(CONFIG, steps=150)
@@ -39,28 +43,33 @@ def module():
     return layers
 
 
-def losses_of(model, seen=None):
-    """Regression on ten fixed samples with noise from the step's generator; the sample indices go to `seen`."""
-    x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(4))
+X = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(4))
 
-    def losses(generator, indices):
-        if seen is not None:
-            seen.append(list(indices))
-        inputs = x[indices] + 0.1 * torch.randn(len(indices), 3, generator=generator)
-        error = model(inputs)[:, 0] - x[indices].sum(1)
-        return {"squared": error.square().mean(), "absolute": 0.1 * error.abs().mean()}
+
+def draw(generator, indices):
+    """Fixed samples with noise from the step's generator, and what their sums are."""
+    return X[indices] + 0.1 * torch.randn(len(indices), 3, generator=generator), X[indices].sum(1)
+
+
+def losses_of(model):
+    """Of a regression."""
+
+    def losses(batch, part):
+        inputs, sums = batch
+        error = model(inputs[part])[:, 0] - sums[part]
+        return {"squared": error.square().sum() / len(sums), "absolute": 0.1 * error.abs().sum() / len(sums)}
 
     return losses
 
 
-def stage_in(folder, config=CONFIG):
-    return Stage(folder, module(), config, SAMPLES, torch.float32)
+def stage_in(folder, config=CONFIG, keep=1):
+    return Stage(folder, module(), config, SAMPLES, torch.float32, keep=keep)
 
 
 def train_in(folder, config=CONFIG, save_every=2, preview=None):
     """Starts or resumes a stage, and finishes it."""
     stage = stage_in(folder, config)
-    stage.run(losses_of(stage.module), save_every, preview)
+    stage.run(draw, losses_of(stage.module), save_every, preview)
     return stage
 
 
@@ -88,22 +97,22 @@ def test_a_stage_stopped_after_any_step_resumes_exactly(tmp_path, uninterrupted,
     stage, count = stage_in(tmp_path), 0
     losses = losses_of(stage.module)
 
-    def dying(generator, indices):
+    def dying(batch, part):
         nonlocal count
         if count == killed_after:
             raise Killed
         count += 1
-        return losses(generator, indices)
+        return losses(batch, part)
 
     with pytest.raises(Killed):
-        stage.run(dying, save_every=3)
+        stage.run(draw, dying, save_every=3)
     resumed = stage_in(tmp_path)
     assert resumed.step == killed_after // 3 * 3 and len(resumed.curve) == resumed.step
     assert outcome(train_in(tmp_path, save_every=3)) == uninterrupted
 
 
 @pytest.mark.parametrize("moment", ["half written", "written", "renamed"])
-@pytest.mark.parametrize("write", range(12))  # curve, settings and state of four saves
+@pytest.mark.parametrize("write", range(9))  # the curve once, settings and state of four saves
 def test_a_stage_killed_at_any_write_resumes_exactly(tmp_path, uninterrupted, monkeypatch, write, moment):
     replace_file, count = os.replace, 0
 
@@ -145,17 +154,79 @@ def test_a_finished_stage_does_not_train_again(tmp_path, uninterrupted):
     written = (tmp_path / STATE).stat().st_mtime_ns
     stage = stage_in(tmp_path)
 
-    def never(generator, indices):
+    def never(*_):
         raise AssertionError("trained again")
 
-    stage.run(never, 1)
+    stage.run(never, never, 1)
     assert stage.done and outcome(stage) == uninterrupted and (tmp_path / STATE).stat().st_mtime_ns == written
 
 
-def test_the_state_is_saved_before_its_preview(tmp_path):
-    seen = []
-    train_in(tmp_path, save_every=3, preview=lambda step: seen.append((step, stage_in(tmp_path).step)))
-    assert seen == [(3, 3), (6, 6), (8, 8)]
+def test_a_stage_killed_while_it_appends_to_the_curve_resumes_exactly(tmp_path, uninterrupted):
+    train_in(tmp_path, replace(CONFIG, steps=4))
+    with open(tmp_path / CURVE, "a") as file:
+        file.write('{"step": 5, "squared": 1.0}\n{"step": 6, "squ')
+    assert outcome(train_in(tmp_path)) == uninterrupted
+    assert len((tmp_path / CURVE).read_text().splitlines()) == 8
+
+
+def test_training_goes_on_while_the_state_is_written(tmp_path, uninterrupted, monkeypatch):
+    later, stage = threading.Event(), stage_in(tmp_path)
+
+    def waiting(*arguments):
+        assert later.wait(60)
+        save_tensors(*arguments)
+
+    def drawing(generator, indices):
+        if stage.step == 6:
+            assert not (tmp_path / STATE).exists()
+            later.set()
+            raise Killed
+        return draw(generator, indices)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(files, "save_tensors", waiting)
+        stage.run(drawing, losses_of(stage.module), 5)
+    assert stage_in(tmp_path).step == 5
+    assert outcome(train_in(tmp_path)) == uninterrupted
+
+
+@pytest.mark.parametrize("failure", [Killed, FloatingPointError])
+def test_what_fails_after_a_save_does_not_lose_it(tmp_path, failure):
+    def failing(step):
+        if step == 6:
+            raise failure
+
+    with pytest.raises(failure):
+        train_in(tmp_path, save_every=3, preview=failing)
+    assert stage_in(tmp_path).step == 6
+
+
+def test_a_full_disk_stops_the_stage_and_leaves_the_last_state_intact(tmp_path, uninterrupted, monkeypatch):
+    train_in(tmp_path, replace(CONFIG, steps=4))
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("safetensors.torch.save_file", lambda tensors, path, metadata: full(path))
+        train_in(tmp_path, save_every=1)
+    assert stage_in(tmp_path).step == 4
+    assert outcome(train_in(tmp_path)) == uninterrupted
+
+
+def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path, uninterrupted):
+    stage = stage_in(tmp_path, keep=3)
+    stage.run(draw, losses_of(stage.module), 1)
+    assert sorted(path.name for path in tmp_path.glob("state*")) == [
+        "state-0000000006.safetensors", "state-0000000007.safetensors", STATE,
+    ]  # fmt: skip
+    (tmp_path / STATE).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is damaged .*; delete it to resume from state-0000000007.safetensors"):
+        stage_in(tmp_path)
+    (tmp_path / STATE).unlink()
+    assert stage_in(tmp_path).step == 7
+    assert outcome(train_in(tmp_path)) == uninterrupted
 
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
@@ -213,14 +284,14 @@ def test_after_a_divergence_a_stage_resumes_with_a_lower_learning_rate(tmp_path,
     stage = stage_in(tmp_path)
     losses = losses_of(stage.module)
 
-    def diverging(generator, indices):
-        return {name: part * (math.inf if stage.step == 5 else 1) for name, part in losses(generator, indices).items()}
+    def diverging(batch, part):
+        return {name: loss * (math.inf if stage.step == 5 else 1) for name, loss in losses(batch, part).items()}
 
     def dying(step):
         raise Killed
 
     with pytest.raises(FloatingPointError, match="use a lower learning rate and resume"):
-        stage.run(diverging, 1)
+        stage.run(draw, diverging, 1)
     assert settings_in(tmp_path) == [(0, 0.05, 8)]
     lower = replace(CONFIG, learning_rate=0.01, steps=10)
     shutil.copytree(tmp_path, tmp_path / "killed")
@@ -263,9 +334,13 @@ def test_a_state_without_settings_beside_it_resumes(tmp_path, uninterrupted):
 
 def test_every_sample_is_seen_once_per_epoch_in_changing_order(tmp_path):
     seen, stage = [], stage_in(tmp_path, replace(CONFIG, steps=10, batch=3))
-    stage.run(losses_of(stage.module, seen), 100)
-    order = [i for batch in seen for i in batch]
-    epochs = [order[start : start + SAMPLES] for start in range(0, 30, SAMPLES)]
+
+    def noting(generator, indices):
+        seen.extend(indices)
+        return draw(generator, indices)
+
+    stage.run(noting, losses_of(stage.module), 100)
+    epochs = [seen[start : start + SAMPLES] for start in range(0, 30, SAMPLES)]
     assert all(sorted(epoch) == list(range(SAMPLES)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
@@ -282,29 +357,27 @@ def gradients_of(stage):
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path):
-    """For a loss that is a mean over samples and draws no random numbers."""
-    x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(4))
     curves, gradients = [], []
     for accumulate in (1, 2, 4):
         # Adam and clipping ignore a constant factor of the gradient, so the gradients themselves are compared.
         stage = stage_in(tmp_path / str(accumulate), replace(CONFIG, accumulate=accumulate, clip=math.inf))
         gradients.append(gradients_of(stage))
-        stage.run(lambda _, i, m=stage.module: {"loss": (m(x[i])[:, 0] - x[i].sum(1)).square().mean()}, 100)
-        curves.append([row["loss"] for row in stage.curve])
+        stage.run(draw, losses_of(stage.module), 100)
+        curves.append([row["squared"] for row in stage.curve])
     for k in (1, 2):
         torch.testing.assert_close(gradients[k], gradients[0], rtol=1e-3, atol=1e-5)
         assert curves[k] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_micro_batches_draw_different_random_numbers(tmp_path):
-    stage, draws = stage_in(tmp_path, replace(CONFIG, accumulate=2, steps=3)), []
+def test_every_step_draws_other_random_numbers(tmp_path):
+    stage, drawn = stage_in(tmp_path, replace(CONFIG, accumulate=2, steps=3)), []
 
-    def losses(generator, indices):
-        draws.append(torch.rand(1, generator=generator).item())
-        return {"loss": stage.module[0].weight.sum()}
+    def noting(generator, indices):
+        drawn.append(torch.rand(1, generator=generator).item())
+        return draw(generator, indices)
 
-    stage.run(losses, 100)
-    assert len(set(draws)) == 6
+    stage.run(noting, losses_of(stage.module), 100)
+    assert len(set(drawn)) == len(drawn) == 3
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():
@@ -320,7 +393,7 @@ def test_the_learning_rate_warms_up_stays_and_decays():
 def test_the_optimizer_follows_the_learning_rate(tmp_path):
     stage = stage_in(tmp_path)
     for step in range(3):
-        stage.train_step(losses_of(stage.module))
+        stage.train_step(draw, losses_of(stage.module))
         assert {g["lr"] for g in stage.optimizer.param_groups} == {CONFIG.learning_rate_at(step)}
 
 
@@ -338,7 +411,7 @@ def test_training_lowers_the_loss(tmp_path):
 def test_gradients_are_clipped(tmp_path):
     stage = stage_in(tmp_path, replace(CONFIG, clip=0.1))
     gradients = gradients_of(stage)
-    stage.train_step(losses_of(stage.module))
+    stage.train_step(draw, losses_of(stage.module))
     assert gradients[0].norm().item() == pytest.approx(0.1, rel=1e-4)
 
 
@@ -346,7 +419,7 @@ def test_the_average_follows_the_weights_and_is_not_trained(tmp_path):
     stage = stage_in(tmp_path, replace(CONFIG, ema=0.3, steps=6))
     expected = [p.detach().clone() for p in stage.module.parameters()]
     for step in range(6):
-        stage.train_step(losses_of(stage.module))
+        stage.train_step(draw, losses_of(stage.module))
         decay = min(0.3, (1 + step) / (10 + step))
         expected = [
             decay * e + (1 - decay) * p.detach() for e, p in zip(expected, stage.module.parameters(), strict=True)
@@ -360,8 +433,8 @@ def test_values_that_are_not_finite_stop_the_stage_and_leave_the_last_state_inta
     stage = stage_in(tmp_path)
     losses = losses_of(stage.module)
 
-    def exploding(generator, indices):
-        parts = losses(generator, indices)
+    def exploding(batch, part):
+        parts = losses(batch, part)
         if stage.step == 5:
             zero = (stage.module[0].weight * 0).sum()
             # √0 is finite, its gradient is not
@@ -369,7 +442,7 @@ def test_values_that_are_not_finite_stop_the_stage_and_leave_the_last_state_inta
         return parts
 
     with pytest.raises(FloatingPointError, match="step 5.*learning rate"):
-        stage.run(exploding, 1)
+        stage.run(draw, exploding, 1)
     assert all(p.isfinite().all() for p in stage.module.parameters())
     resumed = stage_in(tmp_path)
     assert resumed.step == 5 and all(p.isfinite().all() for p in resumed.module.parameters())
@@ -378,9 +451,28 @@ def test_values_that_are_not_finite_stop_the_stage_and_leave_the_last_state_inta
 def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(tmp_path):
     stage, dtypes = Stage(tmp_path, module(), CONFIG, SAMPLES, torch.bfloat16), []
     stage.module[2].register_forward_hook(lambda _, args, output: dtypes.append(output.dtype))
-    stage.train_step(losses_of(stage.module))
+    stage.train_step(draw, losses_of(stage.module))
     assert dtypes == [torch.bfloat16]
     assert {p.dtype for m in (stage.module, stage.average) for p in m.parameters()} == {torch.float32}
+
+
+def test_float16_skips_a_step_that_overflows_and_lowers_its_scale(tmp_path):
+    def train_to(step, folder):
+        stage = Stage(folder, module(), replace(CONFIG, steps=6), SAMPLES, torch.float16)
+        losses = losses_of(stage.module)
+        while stage.step < step:
+            factor = 1e30 if stage.step == 2 else 1e-3
+            before = outcome(stage)[2]
+            row = stage.train_step(draw, lambda *batch, f=factor: {name: f * x for name, x in losses(*batch).items()})
+            stage.curve.append({"step": stage.step, **row})
+            assert (outcome(stage)[2] == before) == (stage.step == 3)
+            assert stage.scaler.get_scale() == (65536 if stage.step < 3 else 32768)
+        stage.save()
+        stage.files.finish()
+        return stage
+
+    train_to(3, tmp_path / "resumed")
+    assert outcome(train_to(6, tmp_path / "resumed"))[2] == outcome(train_to(6, tmp_path / "whole"))[2]
 
 
 def test_one_process_trains_in_a_folder_until_it_ends(tmp_path):

@@ -94,8 +94,8 @@ def test_every_parameter_is_trained(preset):
         distinct, index = distinct_times(times, len(times) * 2 + 2)
         return model(inputs, model.time_table(distinct), index)
 
-    losses = DenoisingLoss(config)(denoise, drawn(4, config.model.size), torch.Generator().manual_seed(0))
-    sum(losses.values()).backward()
+    loss, x0, noise = DenoisingLoss(config), drawn(4, config.model.size), drawn(4, config.model.size)
+    sum(loss(denoise, x0, noise, loss.draw(4, torch.Generator().manual_seed(0))).values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

@@ -5,7 +5,8 @@
 
 The first latents of an image are its own; the V others are those of the image as `engine.data.augment` changes it. A
 shard holds a fixed part of the data set's items and is renamed when complete, so a killed run resumes after its last
-complete shard. Shards are memory-mapped: only the latents of a batch are read from disk.
+complete shard, and several processes share the work. Shards are memory-mapped: only the latents of a batch are read
+from disk.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from engine.data.record import record_of
 from engine.errors import InputError
 from engine.files import save_tensors
 from engine.images import fit_image, to_levels
+from engine.processes import Processes
 
 BATCH = 64  # images encoded at a time
 
@@ -66,6 +68,7 @@ def cache_latents(
     record: Mapping[str, list] | None = None,
     shard_size: int = 2048,
     dtype: torch.dtype = torch.float16,
+    processes: Processes | None = None,
 ) -> LatentCache:
     """Encodes a data set's images, or maps the latents that an earlier run has encoded.
 
@@ -79,47 +82,57 @@ def cache_latents(
     record        of the data set, see `engine.data.record.record_of`, which is called if it is None
     shard_size    images per file
     dtype         of the shards; the error of half precision is far below an autoencoder's own
+    processes     that encode together, each its share of the shards
     Raises InputError about `dataset` if no image can be read.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record = record_of(dataset) if record is None else record
-    origin = {
-        "encoder": fingerprint,
-        "images": _digest([(image_id, digest) for image_id, (_, _, digest, _) in record.items()]),
-        "size": size,
-        "changes": _digest([asdict(augmentation), seed] if augmentation else None),
-        "shard_size": shard_size,
-        "dtype": str(dtype),
-    }
-    _drop_shards_of_other_origin(folder, origin)
+    processes = processes or Processes()
 
-    def versions_of(start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """(place in the data set, uint8 [1 + V, 3, S, S]) of each readable image."""
-        place_of = {item.image_id: start + i for i, item in enumerate(dataset.items[start:stop])}
-        for item, image in dataset.images(start, stop):
-            levels, place = [fit_image(image, size)], place_of[item.image_id]
-            for version in range(1, 1 + (augmentation.variants if augmentation else 0)):
-                random = np.random.default_rng((seed, place, version))
-                changed = augment(image, size, augmentation, random, augmentation.may_flip(item.captions))
-                levels.append(to_levels(changed))
-            yield place, torch.stack(levels)
+    def drop_stale_shards() -> None:
+        of_data = record_of(dataset) if record is None else record
+        origin = {
+            "encoder": fingerprint,
+            "images": _digest([(image_id, digest) for image_id, (_, _, digest, _) in of_data.items()]),
+            "size": size,
+            "changes": _digest([asdict(augmentation), seed] if augmentation else None),
+            "shard_size": shard_size,
+            "dtype": str(dtype),
+        }
+        _drop_shards_of_other_origin(folder, origin)
 
-    shards, places = [], []
-    with tqdm(total=len(dataset.items), desc="latents", unit="image", disable=None) as bar:
-        for i, start in enumerate(range(0, len(dataset.items), shard_size)):
-            path, stop = folder / f"latents-{i:05d}.safetensors", min(start + shard_size, len(dataset.items))
-            if not _is_complete(path):
-                _write_shard(path, dataset, encode, versions_of(start, stop), dtype, bar)
-            latents, items = _read_shard(path, dataset)
-            if len(items):
-                shards.append(latents)
-                places += items.tolist()
-            bar.update(stop - bar.n)  # also for images that were read from a shard or left out
+    processes.on_main(drop_stale_shards)
+    paths = [folder / f"latents-{i:05d}.safetensors" for i in range(-(-len(dataset.items) // shard_size))]
+    own = range(len(paths))[processes.rank :: processes.count]
+    total = sum(len(dataset.items[i * shard_size : (i + 1) * shard_size]) for i in own)
+    hidden = None if processes.is_main else True  # None: where standard error is no terminal
+    with tqdm(total=total, desc="latents", unit="image", disable=hidden) as bar:
+        for n, i in enumerate(own, 1):
+            if not _is_complete(paths[i]):
+                images = _versions(dataset, i * shard_size, (i + 1) * shard_size, size, augmentation, seed)
+                _write_shard(paths[i], dataset, encode, images, dtype, bar)
+            bar.update(min(n * shard_size, total) - bar.n)  # also for images that were there or are left out
+    processes.wait()
+    read = [_read_shard(path, dataset) for path in paths]
+    shards = [latents for latents, items in read if len(items)]
     if not shards:
         problem = f"has no readable image ({dataset.summary()})"
         raise InputError("dataset", dataset.items[0].path.parent, "give a data set with intact images", problem)
-    return LatentCache(shards, [list(dataset.items[i].captions) for i in places])
+    return LatentCache(shards, [list(dataset.items[i].captions) for _, items in read for i in items.tolist()])
+
+
+def _versions(
+    dataset: CocoCaptions, start: int, stop: int, size: int, augmentation: Augmentation | None, seed: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(place in the data set, uint8 [1 + V, 3, S, S]) of each readable image of `items[start:stop]`."""
+    place_of = {item.image_id: start + i for i, item in enumerate(dataset.items[start:stop])}
+    for item, image in dataset.images(start, stop):
+        levels, place = [fit_image(image, size)], place_of[item.image_id]
+        for version in range(1, 1 + (augmentation.variants if augmentation else 0)):
+            random = np.random.default_rng((seed, place, version))
+            changed = augment(image, size, augmentation, random, augmentation.may_flip(item.captions))
+            levels.append(to_levels(changed))
+        yield place, torch.stack(levels)
 
 
 def _digest(value) -> str:

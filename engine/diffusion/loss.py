@@ -11,6 +11,7 @@ Training times (`DiffusionConfig.time_sampling`)
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ from engine.diffusion.schedule import NoiseSchedule
 # the rest random tokens are known.
 JOINT, WHOLE_MODALITY = 0.1, 0.75
 DROPPED = 0.1  # fraction of samples whose known tokens are pure noise: trains the unconditional pass
+
+
+class Draws(NamedTuple):
+    """What is drawn for a batch before its data are chosen, on the CPU."""
+
+    times: Tensor  # [B, L] int64
+    generate: Tensor  # [B, L] bool, the tokens that the loss counts
+    dropped: Tensor  # [B, L] bool, known tokens that are noise
 
 
 class DenoisingLoss:
@@ -54,54 +63,83 @@ class DenoisingLoss:
         if gamma is not None:
             v = config.diffusion.prediction == "v_prediction"
             weight = (snr + 1).clamp_max(gamma + 1) / (snr + 1) if v else snr.clamp_max(gamma) / snr
+        self._by_time: Tensor | None = None
         self.weight = torch.cat([torch.zeros(1, dtype=torch.float64), weight]).float().to(device)  # [N + 1], by time
 
     def __call__(
         self,
         denoise: Callable[[Tensor, Tensor], Tensor],
         x0: Tensor,
-        generator: torch.Generator,
+        noise: Tensor,
+        draws: Draws,
         token_weights: Tensor | None = None,
-        draws: tuple[Tensor, Tensor, Tensor] | None = None,
+        part: slice = slice(None),
     ) -> dict[str, Tensor]:
-        """{modality: scalar loss} for clean data x0 [B, N] float32; random numbers come from the CPU `generator`.
+        """{modality: scalar loss} of the samples of `part`; the losses of a batch's parts add up to the batch's.
 
+        x0             [b, N] float32, clean data of these samples
+        noise          [B, N] float32 of the whole batch, as are the next two
+        draws          what `draw` returned
         token_weights  [B, L] float32, each token's weight in the mean; default 1
-        draws          what `draw` returned for this batch; drawn here if it is None
         """
-        model, device, draws = self.config.model, x0.device, draws or self.draw(len(x0), generator)
-        noise = torch.randn(x0.shape, generator=generator).to(device)  # [B, N]
-        times, generate, dropped = (self._per_element(x).to(device) for x in draws)  # [B, N]
-        counted = generate.float() if token_weights is None else generate * self._per_element(token_weights).to(device)
+        model, device = self.config.model, x0.device
+        counted = draws.generate.to(device).float()  # [B, L]
+        if token_weights is not None:
+            counted = counted * token_weights.to(device)
+        counted = self._per_element(counted)  # [B, N]
+        totals = {name: counted[:, columns].sum().clamp_min(1e-6) for name, columns in model.state_slices.items()}
+        counted, noise = counted[part], noise[part].to(device)  # [b, N]
+        times, dropped = (self._per_element(x[part]).to(device) for x in (draws.times, draws.dropped))  # [b, N]
 
-        alpha, sigma = self.alpha[times], self.sigma[times]  # [B, N]
+        alpha, sigma = self.alpha[times], self.sigma[times]  # [b, N]
         noisy = alpha * x0 + sigma * noise
         # Dropped tokens are pure noise: at time N the scaled-linear schedule still has 7 % of x0 in x_t.
         inputs = torch.where(dropped, noise, noisy)
-        prediction = denoise(inputs, draws[0].to(device))  # [B, N]
+        prediction = denoise(inputs, draws.times[part].to(device))  # [b, N]
         v = self.config.diffusion.prediction == "v_prediction"
         target = alpha * noise - sigma * x0 if v else noise
 
-        error = (prediction.float() - target).square() * self.weight[times] * counted  # [B, N]
+        error = (prediction.float() - target).square() * self.weight[times] * counted  # [b, N]
+        if self._by_time is not None:
+            self._by_time += self._quartiles(error.detach(), counted, times)
         return {
-            m.name: self.weights.get(m.name, 1.0)
-            * error[:, model.state_slices[m.name]].sum()
-            / counted[:, model.state_slices[m.name]].sum().clamp_min(1e-6)
-            for m in model.modalities
+            name: self.weights.get(name, 1.0) * error[:, columns].sum() / totals[name]
+            for name, columns in model.state_slices.items()
         }
 
-    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Times [B, L] int64 and two masks [B, L] bool on the CPU: generated tokens, and known ones that are noise."""
+    def record_times(self) -> None:
+        """From now on the losses are also added up by quartile of time."""
+        self._by_time = torch.zeros(len(self.config.model.modalities), 2, 4, device=self.weight.device)
+
+    def taken_by_time(self) -> Tensor:
+        """[M, 2, 4] float32: by modality and quartile, sums of squared errors and of what they are divided by.
+
+        Over the calls since `record_times` or this was called; the first quartile has the least noise.
+        """
+        taken, self._by_time = self._by_time, torch.zeros_like(self._by_time)
+        return taken
+
+    def _quartiles(self, error: Tensor, counted: Tensor, times: Tensor) -> Tensor:
+        """[M, 2, 4] of errors, their weights and times [b, N]."""
+        quartile = (times - 1).clamp_min(0) * 4 // self.config.diffusion.timesteps  # of known tokens, which weigh 0
+        sums = []
+        for columns in self.config.model.state_slices.values():
+            chosen = [quartile[:, columns] == k for k in range(4)]
+            sums += [(x[:, columns] * c).sum() for x in (error, counted) for c in chosen]
+        return torch.stack(sums).view(-1, 2, 4)
+
+    def draw(self, batch: int, generator: torch.Generator) -> Draws:
+        """Times and masks of a batch from a generator on the CPU."""
         config, model, N = self.config, self.config.model, self.config.diffusion.timesteps
         shape = (batch, model.tokens)
         everything, nothing = torch.ones(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
         if config.diffusion.time_sampling == "independent":
             times = self._draw_times(generator, batch, len(model.modalities))  # [B, M]
             lengths = torch.tensor([m.tokens for m in model.modalities])
-            return times.repeat_interleave(lengths, dim=1), everything, nothing
+            return Draws(times.repeat_interleave(lengths, dim=1), everything, nothing)
         times = self._draw_times(generator, batch, 1).expand(shape)  # [B, L]
         if config.diffusion.time_sampling == "shared":
-            return times, everything, nothing
+            return Draws(times, everything, nothing)
         if config.diffusion.time_sampling == "conditional":
             generate = nothing.clone()
             for name in model.predicted:
@@ -110,12 +148,11 @@ class DenoisingLoss:
             generate = self._draw_masks(batch, generator)  # [B, L]
         dropped = ~generate & (torch.rand(batch, 1, generator=generator) < DROPPED)  # [B, L]
         times = torch.where(generate, times, torch.where(dropped, N, 0))
-        return times, generate, dropped
+        return Draws(times, generate, dropped)
 
-    def known(self, draws: tuple[Tensor, Tensor, Tensor], modality: str) -> Tensor:
+    def known(self, draws: Draws, modality: str) -> Tensor:
         """[B] bool on the CPU: whether a modality is known as a whole."""
-        _, generate, _ = draws
-        return ~generate[:, self.config.model.token_slices[modality]].any(1)
+        return ~draws.generate[:, self.config.model.token_slices[modality]].any(1)
 
     def _draw_times(self, generator: torch.Generator, *shape: int) -> Tensor:
         """Times in 1 … N, int64."""

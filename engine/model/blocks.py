@@ -7,11 +7,13 @@ step caching: DeepCache, Ma et al. 2023 (arXiv 2312.00858).
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.config import ModelConfig
 from engine.kernels.adaln import gated_residual, gated_residual_modulate, layer_norm_modulate
@@ -35,8 +37,9 @@ class Block(nn.Module):
     """
 
     attention = "auto"  # backend, see `engine.kernels.backend`; may be set on each block
-    # Set by `enable_gradient_checkpointing` of diffusers' models, with `_gradient_checkpointing_func`.
+    # Computes the forward again in the backward pass, which saves memory. diffusers' models set both as well.
     gradient_checkpointing = False
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
     def __init__(self, dim: int, head_dim: int, mlp_ratio: int, skip: bool, norm: str, exact_gelu: bool = False):
         super().__init__()

@@ -45,9 +45,9 @@ def train_autoencoder(
         folder = data.items[0].path.parent
         raise InputError("data", folder, "give a folder of intact images", f"has none ({data.summary()})")
     with errors_named("out"):
-        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(plain), options.dtype)
+        stage = Stage(run / "autoencoder", network, recipe.autoencoder, len(plain), options.dtype, keep=options.keep)
 
-    def batch(indices: list[int] | range, random: np.random.Generator | None = None) -> Tensor:
+    def pixels_of(indices: list[int] | range, random: np.random.Generator | None = None) -> Tensor:
         """Images [B, 3, S, S] in −1..1, some of them changed at random."""
         levels = []
         for i in indices:
@@ -59,33 +59,41 @@ def train_autoencoder(
         pixels = torch.stack(levels).float() / 127.5 - 1
         return pixels.to(options.device, memory_format=torch.channels_last)
 
-    def losses(generator: torch.Generator, indices: list[int]) -> dict[str, Tensor]:
+    def draw(generator: torch.Generator, indices: list[int]) -> tuple[Tensor, Tensor]:
         random = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
-        return autoencoder_losses(network, batch(indices, random), generator)
+        pixels = pixels_of(indices, random)
+        latents = config.model.modality(image_and_text(config)[0]).size  # values of an image's latents
+        return pixels, torch.randn(len(pixels), latents, generator=generator)
+
+    def losses(drawn: tuple[Tensor, Tensor], part: slice) -> dict[str, Tensor]:
+        pixels, noise = (x[part] for x in drawn)
+        share = len(pixels) / len(drawn[0])
+        return {name: share * loss for name, loss in autoencoder_losses(network, pixels, noise).items()}
 
     @torch.inference_mode()
     def preview(step: int) -> None:
-        pixels = batch(range(0, len(plain), max(1, len(plain) // 32))[:32])
+        pixels = pixels_of(range(0, len(plain), max(1, len(plain) // 32))[:32])
         decoded = stage.average.decode(stage.average.encode(pixels).latent).sample
         sheet = grid([to_image(p) for pair in zip(pixels, decoded, strict=True) for p in pair], columns=16)
         write_atomically(stage.folder / "samples.png", lambda p: sheet.save(p, "PNG"))
         plot_curve(stage.curve, stage.folder / "curve.png")
 
-    stage.run(losses, options.save_every, preview)
+    stage.run(draw, losses, options.save_every, preview)
     with torch.inference_mode():
-        pixels = batch(range(0, len(plain), max(1, len(plain) // 512)))
+        pixels = pixels_of(range(0, len(plain), max(1, len(plain) // 512)))
         rms = stage.average.encode(pixels).latent.square().mean().sqrt().item()
     stage.average.register_to_config(scaling_factor=1 / rms)
     return ImageCodec(stage.average, size, settings["patch"])
 
 
-def autoencoder_losses(autoencoder, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def autoencoder_losses(autoencoder, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """Reconstruction losses, and one that pulls each latent channel to mean 0 and variance 1.
 
     pixels  [B, 3, S, S] float32 in −1..1
+    noise   [B, c·h·w] float32, of the latents
     """
     latents = autoencoder.encode(pixels).latent.float()  # [B, c, h, w]
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    noise = noise.view(latents.shape).to(latents.device)
     error = autoencoder.decode(latents + LATENT_NOISE * noise).sample.float() - pixels  # [B, 3, S, S]
     mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))  # [c]
     return {

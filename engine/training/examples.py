@@ -1,8 +1,9 @@
-"""The denoiser's training data: the images of an epoch, and batches of clean data with captions drawn at random."""
+"""The denoiser's training data: the images of an epoch, captions drawn at random, and the clean data of both."""
 
 import math
 from collections import Counter
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from engine.training.recipes import Recipe
 
 # Fraction of the known images that are taken in a changed version, if the cache has such versions.
 CHANGED = 0.75
+
+
+class Choice(NamedTuple):
+    """What a batch is made of."""
+
+    images: list[int]  # [B] of the cache
+    captions: list[int]  # [B] of `Examples.captions`
+    versions: list[int]  # [B] of the images, 0: as they are
 
 
 class Examples:
@@ -44,32 +53,37 @@ class Examples:
         """Images of an epoch, repeated ones counted as often as they are shown."""
         return len(self.epoch)
 
-    def batch(
-        self, indices: list[int], generator: torch.Generator, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(x0 [B, N] float32, token weights [B, L] float32 or None) of images of the epoch, on the CPU.
+    def choose(self, indices: list[int], generator: torch.Generator, known: Tensor | None = None) -> Choice:
+        """Draws captions and versions for images of the epoch.
 
         known  [B] bool, images that are known as a whole: most of these are taken in a version that
                `engine.data.augment` changed. None: none are known
         """
         images = [self.epoch[i] for i in indices]
         draws = torch.rand(len(images), 2, generator=generator).tolist()
-        chosen = [
+        captions = [
             self.first_of[i] + (0 if a < self.recipe.first_caption else int(b * self.counts[i]))
             for i, (a, b) in zip(images, draws, strict=True)
         ]
-        captions = self.captions[chosen]  # [B, L of the text] int32
         versions = torch.zeros(len(images), dtype=torch.int64)
         if known is not None and self.cache.versions > 1:
             changed = known & (torch.rand(len(images), generator=generator) < CHANGED)
             drawn = torch.randint(1, self.cache.versions, (len(images),), generator=generator)
             versions = torch.where(changed, drawn, 0)
-        image, text = self.cache.latents(images, versions.tolist()), self.vectors[captions]  # [B, L, C] each
-        x0 = self._joined({self.image_name: image.flatten(1), self.text_name: text.flatten(1)})  # [B, N]
+        return Choice(images, captions, versions.tolist())
+
+    def read(self, choice: Choice, part: slice = slice(None)) -> Tensor:
+        """x0 [b, N] float32 of the samples of `part`, on the CPU."""
+        image = self.cache.latents(choice.images[part], choice.versions[part])  # [b, L, C]
+        text = self.vectors[self.captions[choice.captions[part]]]  # [b, L, C]
+        return self._joined({self.image_name: image.flatten(1), self.text_name: text.flatten(1)})  # [b, N]
+
+    def token_weights(self, choice: Choice) -> Tensor | None:
+        """[B, L] float32 on the CPU; None: the recipe weights all tokens alike."""
         if not self.recipe.captions_alike:
-            return x0, None
-        weights = {self.image_name: torch.ones(image.shape[:2]), self.text_name: token_weights(captions)}
-        return x0, self._joined(weights)  # [B, L]
+            return None
+        images = torch.ones(len(choice.images), self.model.modality(self.image_name).tokens)
+        return self._joined({self.image_name: images, self.text_name: token_weights(self.captions[choice.captions])})
 
     def _joined(self, parts: dict[str, Tensor]) -> Tensor:
         """[B, ·] of each modality side by side, in the model's order."""

@@ -32,13 +32,12 @@ def initial_network(source: Path, config: Config) -> PSUNet | UViT:
     return network
 
 
-def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> None:
-    """Copies the weights of `initial_network` into a network of the config; prints what a PS-U-Net does not get."""
+def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:
+    """Copies the weights of `initial_network` into a network of the config; returns what a PS-U-Net does not get."""
     if network.config.uvit is not None or init.config.uvit is None:
         network.load_state_dict(init.state_dict())
-        return
-    for line in not_copied(network, init, initialise_from(network, init)):
-        print(f"init: not copied: {line}")
+        return []
+    return not_copied(network, init, initialise_from(network, init))
 
 
 def _network_of_file(source: Path, config: Config) -> UViT:

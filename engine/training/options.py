@@ -14,7 +14,8 @@ from engine.training.recipes import RECIPES, Recipe
 
 MAX_STEPS, MAX_BATCH = 1_000_000_000, 65_536  # of a stage, of a step: far above anything useful
 MAX_SEED = (1 << 32) - 1  # gensim takes no more than 32 bits
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # how names of files of weights end
 
 
@@ -39,7 +40,10 @@ class TrainOptions:
     autoencoder_steps: int | None = None  # optimiser steps of the autoencoder; None: the recipe's, like the next one
     autoencoder_learning_rate: float | None = None
     save_every: int = 250  # steps between saves of the state, with sample images
+    keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
+    log: str | None = None  # report the denoiser's training to one of TRACKERS
+    grad_checkpointing: bool = False  # of the denoiser's blocks: less memory, about a third more time
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the arithmetic, one of DTYPES; the weights stay float32
@@ -54,11 +58,14 @@ class TrainOptions:
             raise InputError("preset", self.preset, f"use one of {', '.join(PRESETS)}", "is not known")
         if self.dtype not in DTYPES:
             raise InputError("dtype", self.dtype, f"use one of {', '.join(DTYPES)}", "is not known")
+        if self.log not in (None, *TRACKERS):
+            raise InputError("log", self.log, f"use one of {', '.join(TRACKERS)}", "is not known")
         for key in ("steps", "autoencoder_steps"):
             self._require_whole(key, 1, MAX_STEPS, optional=True)
         for key in ("batch", "accumulate"):
             self._require_whole(key, 1, MAX_BATCH, optional=True)
-        self._require_whole("save_every", 1, MAX_STEPS)
+        for key in ("save_every", "keep"):
+            self._require_whole(key, 1, MAX_STEPS)
         self._require_whole("seed", 0, MAX_SEED)
         for key in ("learning_rate", "autoencoder_learning_rate"):
             rate = getattr(self, key)

@@ -1,8 +1,9 @@
 """`Stage`: trains one module, keeps an average of its weights, saves its state and resumes exactly.
 
-Independent of images and diffusion: a stage is a module, a function from (random generator, sample indices) to
-named losses, and a `StageConfig`. The random numbers of step s come from a generator seeded by (seed, s), so a run that
-was killed at any moment resumes with the losses it would have had.
+Independent of images and diffusion: a stage is a module, a `StageConfig`, and two functions: one draws all that is
+random in a batch, the other computes named losses of a part of the batch. Every process draws the whole batch of step s
+from a generator seeded by (seed, s) and computes its own part. So the losses depend neither on the number of processes
+and micro-batches, but for rounding, nor on when the run was killed.
 """
 
 import fcntl
@@ -12,23 +13,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.errors import InputError
-from engine.files import load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import write_atomically
+from engine.processes import Processes
+from engine.training.files import StageFiles
 from engine.training.recipes import StageConfig
+from engine.training.tracking import Tracker
 
-STATE, CURVE, SETTINGS = "state.safetensors", "curve.jsonl", "settings.jsonl"
 MAY_CHANGE = {"steps", "learning_rate"}  # of a `StageConfig` when a stage is resumed
 SMOOTHING = 50  # steps over which plotted losses are averaged
 
-Losses = Callable[[torch.Generator, list[int]], dict[str, Tensor]]
+Batch = TypeVar("Batch")
+Draw = Callable[[torch.Generator, list[int]], Batch]  # (generator on the CPU, indices of samples) -> a batch
+Losses = Callable[[Batch, slice], dict[str, Tensor]]  # (a batch, a part of it) -> scalars that add up over its parts
 
 
 @dataclass(frozen=True)
@@ -36,25 +42,52 @@ class StageOptions:
     """How a stage computes. Its hyperparameters are in the `Recipe`."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32  # or bfloat16, under autocast
+    dtype: torch.dtype = torch.float32  # or bfloat16 or float16, under autocast
     save_every: int = 250  # steps
+    keep: int = 1  # saved states
     compile: bool = False  # torch.compile the denoiser's blocks
+    grad_checkpointing: bool = False  # of the denoiser's blocks
+    tracker: Tracker | None = None  # that the denoiser's training is reported to
+    processes: Processes = field(default_factory=Processes)
+
+
+class _Call(nn.Module):
+    """A call that trains `module`, in the form that wrappers of modules take: the losses need more than its forward."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return call()
 
 
 class Stage:
     """A module in training: its weights, their average, the optimiser and the loss curve, saved in one folder.
 
-    folder    holds `state.safetensors`, `curve.jsonl` (the losses of every step) and `settings.jsonl` (from which step
-              on the stage was trained with which settings); if it does already, the stage resumes from them
-    module    the module to train, float32; its averaged copy is `stage.average`
-    config    the `StageConfig`
-    samples   size of the training set
-    dtype     torch.bfloat16 computes the losses under autocast; the weights stay float32
+    folder     of its `StageFiles`; if they are there already, the stage resumes from them
+    module     the module to train, float32, equal in all processes; its averaged copy is `stage.average`
+    config     the `StageConfig`
+    samples    size of the training set
+    dtype      torch.bfloat16 or float16 computes the losses under autocast; the weights stay float32. With float16
+               losses are scaled, and a step whose gradient overflows leaves the weights as they are
+    processes  that train it together; the first one writes
+    keep       how many saved states there are at most
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
     number of steps and another learning rate are allowed: they hold from the saved step on.
     """
 
-    def __init__(self, folder: Path, module: nn.Module, config: StageConfig, samples: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        folder: Path,
+        module: nn.Module,
+        config: StageConfig,
+        samples: int,
+        dtype: torch.dtype,
+        processes: Processes | None = None,
+        keep: int = 1,
+    ):
+        self.processes, self.files = processes or Processes(), StageFiles(folder, keep)
         self.folder, self.module, self.config, self.samples = folder, module, config, samples
         self.average = deepcopy(module).eval().requires_grad_(False)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
@@ -63,121 +96,139 @@ class Stage:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         device = next(module.parameters()).device.type
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
-        self.step = 0
+        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        self.step, self.norm = 0, 0.0  # the gradient's norm in the last step, before it is clipped
         self.curve: list[dict] = []
         self.settings: list[dict] = [{"step": 0} | asdict(config)]
         self._epoch, self._epoch_order = -1, []
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / STATE).exists():
-            self._restore()
+        self._restore()
+        if self.processes.from_main(self.step) != self.step:
+            problem = "is not the same folder in all processes"
+            raise InputError("folder", folder, "give one that all machines share", problem)
+        self._call = self.processes.parallel(_Call(module))
 
     @property
     def done(self) -> bool:
         return self.step >= self.config.steps
 
-    def run(self, losses: Losses, save_every: int, preview: Callable[[int], None] | None = None) -> None:
+    def run(
+        self,
+        draw: Draw,
+        losses: Losses,
+        save_every: int,
+        preview: Callable[[int], None] | None = None,
+        report: Callable[[int, dict[str, float], float], None] | None = None,
+    ) -> None:
         """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview(step)`.
 
-        losses  (generator on the CPU, sample indices) -> {name: scalar}; their sum is minimised
+        The sum of the losses is minimised. States are written in the background. The first process calls `preview`
+        while the others wait. After every step, all call `report` with its number, its values and its seconds.
         Raises FloatingPointError if a loss or a gradient is not finite.
         """
-        bar = tqdm(total=self.config.steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0)
-        with bar:
+        steps, quiet = self.config.steps, not self.processes.is_main
+        bar = tqdm(total=steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0, disable=quiet)
+        try:
             while not self.done:
                 started = time.perf_counter()
-                parts = self.train_step(losses)
+                parts = self.train_step(draw, losses)
                 seconds = time.perf_counter() - started
                 self.curve.append({"step": self.step, **parts})
                 bar.set_postfix_str(f"{self.config.batch / seconds:.0f} samples/s, loss {sum(parts.values()):.4f}")
                 bar.update()
+                if report is not None:
+                    values = {f"loss/{name}": value for name, value in parts.items()}
+                    values |= {"gradient norm": self.norm, "learning rate": self.optimizer.param_groups[0]["lr"]}
+                    report(self.step, values, seconds)
                 if self.step % save_every == 0 or self.done:
                     self.save()
                     if preview is not None:
-                        preview(self.step)
+                        self.processes.on_main(partial(preview, self.step))
+        finally:
+            bar.close()
+            self.files.finish()
 
-    def train_step(self, losses: Losses) -> dict[str, float]:
-        """One optimiser step; returns the named losses. Makes no assumption about devices or processes."""
-        config, total = self.config, {}
+    def train_step(self, draw: Draw, losses: Losses) -> dict[str, float]:
+        """One optimiser step; returns the named losses of the whole batch."""
+        config, processes = self.config, self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
-        indices = self._batch_indices()
-        size = math.ceil(len(indices) / config.accumulate)
         self.module.train()
+        batch = draw(torch.Generator().manual_seed(_seed(config.seed, self.step, 0)), self._batch_indices())
+        sums = []
         for micro in range(config.accumulate):
-            generator = torch.Generator().manual_seed(_seed(config.seed, self.step, micro))
-            with self.autocast:
-                parts = losses(generator, indices[micro * size : (micro + 1) * size])
-            (sum(parts.values()) / config.accumulate).backward()
-            for name, part in parts.items():
-                total[name] = total.get(name, 0.0) + part.item() / config.accumulate
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
-        if not math.isfinite(sum(total.values()) + norm.item()):
+            part = processes.part(config.batch, micro, config.accumulate)
+            last = micro == config.accumulate - 1
+            with nullcontext() if last else processes.without_averaging(self._call):
+                with self.autocast:
+                    parts = self._call(partial(losses, batch, part))
+                # The losses of all processes add up, while their gradients are averaged.
+                self.scaler.scale(sum(parts.values()) * processes.count).backward()
+            sums.append(torch.stack(list(parts.values())).detach().double())
+        total = dict(zip(parts, processes.sum(sum(sums)).tolist(), strict=True))
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip).item()
+        self.norm, overflow = norm, not math.isfinite(norm)
+        if not math.isfinite(sum(total.values())) or (overflow and self.scaler.get_scale() <= 1):
             raise FloatingPointError(
                 f"{self.folder.name}: the loss or its gradient is not finite at step {self.step} ({total}); "
                 "use a lower learning rate and resume from the last saved state, which is intact"
             )
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # not after an overflow
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._update_average()
+        if not overflow:
+            self._update_average()
         self.step += 1
         return total
 
     def save(self) -> None:
-        """Writes the curve and the state, each whole or not at all."""
+        """Gathers the state in the first process, which begins to write it."""
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        # The rows are written first: the state tells how many of them are valid.
-        for name, rows in ((CURVE, self.curve), (SETTINGS, self.settings)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(self.folder / name, lambda p, text=text: p.write_text(text))
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
-        save_tensors(self.folder / STATE, tensors, metadata)
+        if self.scaler.is_enabled():
+            metadata["scaler"] = json.dumps(self.scaler.state_dict())
+        self.processes.on_main(lambda: self.files.save(tensors, metadata, self.curve, self.settings))
 
     def _restore(self) -> None:
-        path, remedy = self.folder / STATE, "delete it to restart this stage"
-        try:
-            tensors, metadata = load_tensors(path)
-            step, config = int(metadata["step"]), json.loads(metadata["config"])
-        except OSError as error:
-            raise unreadable("folder", path, error, remedy) from None
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
-            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
+        loaded = self.files.load()
+        if loaded is None:
+            return
+        tensors, metadata, self.curve, settings = loaded
+        path, step, config = self.files.state, int(metadata["step"]), self._same_config(metadata)
         try:
             self.module.load_state_dict(_with_prefix(tensors, "module."))
             self.average.load_state_dict(_with_prefix(tensors, "average."))
         except RuntimeError:
             raise InputError("folder", path, "use another folder", "was written by a model of another shape") from None
-        now = json.loads(json.dumps(asdict(self.config)))
-        changed = {key for key in now if now[key] != config.get(key)}
-        if refused := sorted(changed - MAY_CHANGE):
-            before, after = (", ".join(f"{key} {c.get(key)}" for key in refused) for c in (config, now))
-            raise InputError(
-                "folder", path, "use the same settings or another folder", f"was trained with {before}, not {after}"
-            )
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _with_prefix(tensors, "optimizer.").items():
             i, key = name.split(".")
             state.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step, self.curve = step, [row for row in self._read_rows(CURVE) if row["step"] <= step]
-        settings = self._read_rows(SETTINGS) if (self.folder / SETTINGS).exists() else []  # not in runs of version 0.1
+        if self.scaler.is_enabled() and "scaler" in metadata:
+            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
+        self.step = step
         self.settings = [row for row in settings if row["step"] < step] or [{"step": 0} | config]
-        if changed:
+        if config != (now := _as_json(self.config)):
             self.settings.append({"step": step} | now)
 
-    def _read_rows(self, name: str) -> list[dict]:
-        path, remedy = self.folder / name, f"delete {self.folder / STATE} to restart this stage"
+    def _same_config(self, metadata: dict[str, str]) -> dict:
+        """The config that the saved state was trained with, which may differ in what may change."""
+        path = self.files.state
         try:
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            if not rows or not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
-                raise ValueError("not every line is an object with a step")
-            return rows
-        except OSError as error:
-            raise unreadable("folder", path, error, remedy) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
+            config = dict(json.loads(metadata["config"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise InputError("folder", path, "delete it to restart this stage", f"is damaged ({error})") from None
+        now = _as_json(self.config)
+        if refused := sorted(key for key in now if now[key] != config.get(key) and key not in MAY_CHANGE):
+            before, after = (", ".join(f"{key} {c.get(key)}" for key in refused) for c in (config, now))
+            raise InputError(
+                "folder", path, "use the same settings or another folder", f"was trained with {before}, not {after}"
+            )
+        return config
 
     def _batch_indices(self) -> list[int]:
         """The samples of this step: the training set in epochs, each shuffled by its own seed."""
@@ -235,6 +286,11 @@ def plot_curve(curve: list[dict], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda p: figure.savefig(p, format="png"))
+
+
+def _as_json(config: StageConfig) -> dict:
+    """Its settings as JSON keeps them."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

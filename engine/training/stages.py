@@ -10,46 +10,40 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from engine import checkpoint
 from engine.codecs.codec import Codec, codec_folder, load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.command import check_writable
 from engine.config import Config
 from engine.data.coco import CocoCaptions
-from engine.data.latents import LatentCache, cache_latents
+from engine.data.latents import cache_latents
 from engine.data.record import differences, record_of
-from engine.device import DTYPES, resolve
-from engine.diffusion.loss import DenoisingLoss, distinct_times
+from engine.device import DTYPES, resolve_device, resolve_dtype
 from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
-from engine.images import grid
-from engine.model.denoiser import build
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.presets import PRESETS
-from engine.request import Request
-from engine.runtime import Engine
-from engine.sampling.graphs import compile_blocks
+from engine.processes import Processes
 from engine.training.autoencoder import train_autoencoder
-from engine.training.examples import Examples, shortened
-from engine.training.initial import initial_network, start_from
+from engine.training.denoiser import train_denoiser
+from engine.training.initial import initial_network
 from engine.training.options import TrainOptions, image_and_text
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, StageOptions, plot_curve, run_lock
+from engine.training.stage import StageOptions, run_lock
+from engine.training.tracking import Tracker, record_start
 
-PROMPTS, JOINT_SAMPLES = 24, 16  # in the denoiser's sample sheets
 # What else makes a run the same one, beside the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
 RUN_RECIPE = ("gamma", "skew", "first_caption", "captions_alike", "repeats", "augmentation")
+STAGE_OPTIONS = ("save_every", "keep", "compile", "grad_checkpointing")  # that `StageOptions` has too
 
 
 def train(options: TrainOptions) -> None:
@@ -64,135 +58,99 @@ def train(options: TrainOptions) -> None:
     for module in ("matplotlib.figure", "gensim.models"):  # now: a broken one would be found after hours
         import_module(module)
     config, run = options.config, options.out
-    device, dtype = resolve(options.device, options.dtype, config.model)
     check_writable(run, ["run.json"])
+    tracker = Tracker(options.log, run) if options.log else None
+    processes = Processes.started(options.device)
+    device = processes.device or resolve_device(options.device)
+    dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
+    _require_enough_samples(options.recipe, processes)
     with errors_named("data"):
         data = CocoCaptions.open(options.data)
-    print(f"{options.data}: {data.summary()}; on {device} in {dtype}")
+    init = initial_network(options.init, config) if options.init else None
+    with ExitStack() as stack:
 
-    image, init = None, None
-    if options.autoencoder and not _codec_folder(run, config, image_and_text(config)[0]).exists():
-        with errors_named("autoencoder"):
-            image = _given_autoencoder(options.autoencoder, config)
-    if options.init:
-        init = initial_network(options.init, config)
-    run.mkdir(parents=True, exist_ok=True)
-    with run_lock(run):
-        _require_same_run(options)
-        record = _require_same_data(data, options)
-        how = StageOptions(device, dtype, options.save_every, options.compile)
+        def begin() -> tuple[dict[str, list], ImageCodec | None]:
+            several = f" in {processes.count} processes" if processes.count > 1 else ""
+            print(f"{options.data}: {data.summary()}; on {device} in {dtype}{several}")
+            image = None
+            if options.autoencoder and not _codec_folder(run, config, image_and_text(config)[0]).exists():
+                with errors_named("autoencoder"):
+                    image = _given_autoencoder(options.autoencoder, config)
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run_lock(run))
+            _require_same_run(options)
+            record = _require_same_data(data, options)
+            record_start(options, device, dtype, processes.count)
+            return record, image
+
+        record, image = processes.on_main(begin) or (None, None)
+        if tracker is not None:
+            processes.on_main(tracker.start)
+            if processes.is_main:
+                stack.callback(tracker.end)
+        same = {key: getattr(options, key) for key in STAGE_OPTIONS}
+        how = StageOptions(device, dtype, processes=processes, tracker=tracker, **same)
         _run_stages(data, record, options, how, image, init)
-    print(f"checkpoint: {run / 'checkpoint'}")
+    if processes.is_main:
+        print(f"checkpoint: {run / 'checkpoint'}")
+    processes.end()
 
 
 def _run_stages(
     data: CocoCaptions,
-    record: dict[str, list],
+    record: dict[str, list] | None,
     options: TrainOptions,
     how: StageOptions,
     image: ImageCodec | None,
     init: PSUNet | UViT | None,
 ) -> None:
-    """The three stages; `image` has the autoencoder to use and `init` the initial weights, if they were given."""
+    """The three stages; `image` has the autoencoder to use and `init` the initial weights, if they were given.
+
+    Codecs are trained by the first process alone: autoencoders of this size, and words, take minutes.
+    """
     config, recipe, run = options.config, options.recipe, options.out
-    image_name, _ = image_and_text(config)
-    if options.init_has_codecs:
-        copy_codecs(options.init, run, config)
+    image_name, text_name = image_and_text(config)
     folder = _codec_folder(run, config, image_name)
-    if image is None and not folder.exists():
-        image = train_autoencoder(run, data, config, recipe, how)
-    if image is not None:
-        _save_codec(image, folder, DTYPES[recipe.weights_dtype])
-    image = load_codec(run / "checkpoint", config.codecs[image_name], config.model.modality(image_name), how.device)
-    text = train_words(run, data, config, options.seed)
+
+    def make_codecs() -> None:
+        if options.init_has_codecs:
+            copy_codecs(options.init, run, config)
+        given = image
+        if given is None and not folder.exists():
+            given = train_autoencoder(run, data, config, recipe, how)
+        if given is not None:
+            _save_codec(given, folder, DTYPES[recipe.weights_dtype])
+        train_words(run, data, config, options.seed)
+
+    how.processes.on_main(make_codecs)
+    codec = load_codec(run / "checkpoint", config.codecs[image_name], config.model.modality(image_name), how.device)
+    text = load_codec(run / "checkpoint", config.codecs[text_name], config.model.modality(text_name))
 
     fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
-    changes = recipe.augmentation, options.seed
+    changes = {"augmentation": recipe.augmentation, "seed": options.seed, "record": record}
     with errors_named("data"):
-        cache = cache_latents(data, image.encode_pixels, run / "latents", fingerprint, image.size, *changes, record)
+        cache = cache_latents(
+            data, codec.encode_pixels, run / "latents", fingerprint, codec.size, **changes, processes=how.processes
+        )
     train_denoiser(run, cache, text, config, recipe, how, init)
 
 
-def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> TextCodec:
-    """Trains the word vectors and saves them as the text codec of RUN/checkpoint, unless that exists; returns it."""
+def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> None:
+    """Trains the word vectors and saves them as the text codec of RUN/checkpoint, unless that exists."""
     name = image_and_text(config)[1]
     folder, modality = _codec_folder(run, config, name), config.model.modality(name)
     if not folder.exists():
         captions = [caption for item in data.items for caption in item.captions]
         with errors_named("data"):
             _save_codec(TextCodec.train(captions, modality.channels, seed), folder)
-    return load_codec(run / "checkpoint", config.codecs[name], modality)
 
 
-def train_denoiser(
-    run: Path,
-    cache: LatentCache,
-    text: TextCodec,
-    config: Config,
-    recipe: Recipe,
-    options: StageOptions,
-    init: PSUNet | UViT | None = None,
-) -> None:
-    """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
-
-    cache  latents and captions of the images
-    text   the codec of the captions
-    init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
-    Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
-    """
-    image_name, text_name = image_and_text(config)
-    torch.manual_seed(recipe.denoiser.seed)
-    network = build(config.model).to(options.device)
-    examples = Examples(cache, text, config, recipe)
-    with errors_named("out"):
-        stage = Stage(run / "denoiser", network, recipe.denoiser, len(examples), options.dtype)
-    if init is not None and stage.step == 0:
-        start_from(init, stage.module)
-        stage.average.load_state_dict(stage.module.state_dict())
-    if options.compile:
-        compile_blocks(network.blocks())
-    loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
-
-    def denoise(inputs: Tensor, times: Tensor) -> Tensor:
-        # A sample has at most one time for each modality, or one beside the times 0 and N of its known tokens.
-        distinct, index = distinct_times(times, len(times) * len(config.model.modalities) + 2)
-        return network(inputs, network.time_table(distinct), index)
-
-    def losses(generator: torch.Generator, indices: list[int]) -> dict[str, Tensor]:
-        draws = loss.draw(len(indices), generator)
-        x0, weights = examples.batch(indices, generator, loss.known(draws, image_name))  # [B, N], [B, L]
-        return loss(denoise, x0.to(options.device), generator, weights, draws)
-
-    words = config.model.modality(text_name).tokens
-    spread = range(0, len(cache), max(1, len(cache) // PROMPTS))[:PROMPTS]
-    prompts = [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
-
-    def export(step: int) -> None:
-        checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), DTYPES[recipe.weights_dtype])
-        plot_curve(stage.curve, stage.folder / "curve.png")
-        sheet = _sample_sheet(run / "checkpoint", prompts, config, recipe.denoiser.seed, options)
-        if sheet is not None:
-            write_atomically(stage.folder / f"samples-{step:07d}.png", lambda p: sheet.save(p, "PNG"))
-
-    if stage.done:
-        export(stage.step)
-    stage.run(losses, options.save_every, export)
-
-
-def _sample_sheet(
-    folder: Path, prompts: list[str], config: Config, seed: int, options: StageOptions
-) -> Image.Image | None:
-    """A grid of what a checkpoint generates from prompts, and of joint samples, as far as it can do both."""
-    (image, text), predicted = image_and_text(config), config.model.predicted
-    requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
-    if image in predicted and text in predicted:
-        requests.append(Request(num=JOINT_SAMPLES))
-    if not requests:
-        return None
-    dtype = str(options.dtype).removeprefix("torch.")
-    with Engine.from_pretrained(folder, device=str(options.device), dtype=dtype) as engine:
-        outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
-    return grid([values[image] for values in outputs], [values[text] for values in outputs], columns=8)
+def _require_enough_samples(recipe: Recipe, processes: Processes) -> None:
+    """Refuses batches of which a process would get no sample."""
+    batch, least = recipe.denoiser.batch, processes.count * recipe.denoiser.accumulate
+    if batch < least:
+        problem = f"is too small for {processes.count} processes"
+        raise InputError("batch", batch, f"use {least} or more, or fewer processes or micro-batches", problem)
 
 
 def copy_codecs(source: Path, run: Path, config: Config) -> None:

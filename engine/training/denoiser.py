@@ -1,0 +1,116 @@
+"""Trains the denoiser on latents and captions, and writes its averaged weights to a checkpoint that has the codecs."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine import checkpoint
+from engine.codecs.text import TextCodec
+from engine.config import Config
+from engine.data.latents import LatentCache
+from engine.device import DTYPES
+from engine.diffusion.loss import DenoisingLoss, distinct_times
+from engine.errors import errors_named
+from engine.files import write_atomically
+from engine.images import grid
+from engine.model.denoiser import build
+from engine.model.psunet import PSUNet
+from engine.model.uvit import UViT
+from engine.request import Request
+from engine.runtime import Engine
+from engine.sampling.graphs import compile_blocks
+from engine.training.examples import Examples, shortened
+from engine.training.initial import start_from
+from engine.training.options import image_and_text
+from engine.training.recipes import Recipe
+from engine.training.stage import Stage, StageOptions, plot_curve
+from engine.training.tracking import Report
+
+PROMPTS, JOINT_SAMPLES = 24, 16  # in the sample sheets
+
+
+def train_denoiser(
+    run: Path,
+    cache: LatentCache,
+    text: TextCodec,
+    config: Config,
+    recipe: Recipe,
+    options: StageOptions,
+    init: PSUNet | UViT | None = None,
+) -> None:
+    """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
+
+    cache  latents and captions of the images
+    text   the codec of the captions
+    init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
+    Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
+    """
+    image_name, text_name = image_and_text(config)
+    torch.manual_seed(recipe.denoiser.seed)
+    network = build(config.model).to(options.device)
+    not_copied = start_from(init, network) if init is not None else []
+    examples = Examples(cache, text, config, recipe)
+    with errors_named("out"):
+        settings = len(examples), options.dtype, options.processes, options.keep
+        stage = Stage(run / "denoiser", network, recipe.denoiser, *settings)
+    for line in not_copied if stage.step == 0 and options.processes.is_main else []:
+        print(f"init: not copied: {line}")
+    for block in network.blocks():
+        block.gradient_checkpointing = options.grad_checkpointing
+    if options.compile:
+        compile_blocks(network.blocks())
+    loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
+
+    def denoise(inputs: Tensor, times: Tensor) -> Tensor:
+        # A sample has at most one time for each modality, or one beside the times 0 and N of its known tokens.
+        distinct, index = distinct_times(times, len(times) * len(config.model.modalities) + 2)
+        return network(inputs, network.time_table(distinct), index)
+
+    def draw(generator: torch.Generator, indices: list[int]) -> tuple:
+        draws = loss.draw(len(indices), generator)
+        choice = examples.choose(indices, generator, loss.known(draws, image_name))
+        noise = torch.randn(len(indices), config.model.size, generator=generator)  # [B, N]
+        return choice, noise, draws, examples.token_weights(choice)
+
+    def losses(batch: tuple, part: slice) -> dict[str, Tensor]:
+        choice, *drawn = batch
+        return loss(denoise, examples.read(choice, part).to(options.device), *drawn, part)
+
+    prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
+    if options.tracker is not None:
+        where = options.processes, options.device, options.dtype
+        report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
+
+    def export(step: int) -> None:
+        checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), DTYPES[recipe.weights_dtype])
+        plot_curve(stage.curve, stage.folder / "curve.png")
+        _sample(run, step, prompts, config, recipe.denoiser.seed, options)
+
+    if stage.done:
+        options.processes.on_main(lambda: export(stage.step))
+    stage.run(draw, losses, options.save_every, export, report)
+
+
+def _prompts(cache: LatentCache, words: int) -> list[str]:
+    """First captions of some images, at most `words` words long."""
+    spread = range(0, len(cache), max(1, len(cache) // PROMPTS))[:PROMPTS]
+    return [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
+
+
+def _sample(run: Path, step: int, prompts: list[str], config: Config, seed: int, options: StageOptions) -> None:
+    """Writes a grid of what RUN/checkpoint generates from prompts, and of joint samples, as far as it can do both."""
+    (image, text), predicted = image_and_text(config), config.model.predicted
+    requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
+    if image in predicted and text in predicted:
+        requests.append(Request(num=JOINT_SAMPLES))
+    if not requests:
+        return
+    dtype = str(options.dtype).removeprefix("torch.")
+    with Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=dtype) as engine:
+        outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
+    captions = [values[text] for values in outputs]
+    sheet = grid([values[image] for values in outputs], captions, columns=8)
+    write_atomically(run / "denoiser" / f"samples-{step:07d}.png", lambda p: sheet.save(p, "PNG"))
+    if options.tracker is not None:
+        options.tracker.log_samples(step, sheet, captions)

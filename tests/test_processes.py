@@ -1,0 +1,133 @@
+"""Training in several processes: the same losses whatever their number, kills, shared work, refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_cases import captioned_images, started, trained
+
+from engine import train
+from engine.training import denoiser
+from engine.training.files import CURVE, STATE
+
+pytest.importorskip("accelerate")
+SHORT = ["--preset", "tiny", "--steps", "6", "--autoencoder-steps", "2", "--save-every", "2", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return captioned_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def alone(images, tmp_path_factory):
+    """A run in one process, without a launcher."""
+    run = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "PROMPTS", 1)
+        patch.setattr(denoiser, "JOINT_SAMPLES", 1)
+        assert train.main(command(images, run)) == 0
+    return run
+
+
+def command(images, run, *options):
+    return [*SHORT, "--data", str(images), "--out", str(run), *options]
+
+
+def curve_of(run):
+    return [json.loads(line) for line in (run / "denoiser" / CURVE).read_text().splitlines()]
+
+
+def assert_same_curve(run, expected):
+    rows = curve_of(run)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=2e-5)
+
+
+@pytest.mark.parametrize("count, options", [(2, []), (4, []), (3, ["--accumulate", "2"])], ids=str)
+def test_any_number_of_processes_has_the_same_losses(images, alone, tmp_path, count, options):
+    """Also where it does not divide the batch, of 8."""
+    assert trained(count, command(images, tmp_path / "run", *options), tmp_path / "log") == [0] * count
+    assert_same_curve(tmp_path / "run", curve_of(alone))
+    printed = (tmp_path / "log").read_text()
+    assert printed.count("usable images") == printed.count("checkpoint: ") == 1 and f"in {count} processes" in printed
+
+
+def test_any_number_of_processes_reports_the_same_to_tensorboard(images, alone, tmp_path):
+    """The gradient's norm too, which clipping and Adam hide from the losses."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reported = []
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        assert trained(count, command(images, run, "--log", "tensorboard"), tmp_path / "log") == [0] * count
+        (file,) = (run / "log").iterdir()
+        events = EventAccumulator(str(file)).Reload()
+        reported.append({tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]})
+        assert [image.step for image in events.Images("samples")] == [2, 4, 6]
+        assert [text.step for text in events.Tensors("captions/text_summary")] == [2, 4, 6]
+    one, two = reported
+    assert one.keys() == two.keys() and len(one) == 2 + 2 * 4 + 2 + 3
+    for tag, values in one.items():
+        assert values.keys() == {3, 6}
+        if not tag.startswith("speed/"):
+            assert two[tag] == pytest.approx(values, rel=1e-3), tag
+    for name in ("image", "text"):
+        means = {end: sum(row[name] for row in curve_of(alone)[end - 3 : end]) / 3 for end in (3, 6)}
+        assert two[f"loss/{name}"] == pytest.approx(means, rel=1e-4)
+        quartiles = [values[6] for tag, values in two.items() if tag.startswith(f"loss/{name} in quartile")]
+        assert min(quartiles) < means[6] < max(quartiles)
+    assert two["learning rate"][3] == pytest.approx(1e-3 * (1 + 2 + 3) / 5 / 3)
+    assert 0 < two["speed/share of the measured ceiling"][6] < 1 and two["speed/samples per second"][6] > 0
+
+
+def test_a_killed_run_resumes_with_another_number_of_processes(images, alone, tmp_path):
+    run = tmp_path / "run"
+    victims = started(2, command(images, run, "--save-every", "1"), tmp_path / "log")
+    while not (run / "denoiser" / STATE).exists() and all(victim.is_alive() for victim in victims):
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.2))
+    for victim in victims:
+        victim.kill()
+    for victim in victims:
+        victim.join()
+    assert all(victim.exitcode == -signal.SIGKILL for victim in victims)
+    assert trained(3, command(images, run), tmp_path / "log") == [0, 0, 0]
+    assert_same_curve(run, curve_of(alone))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--batch", "2"], "--batch: 2 is too small for 3 processes; use 3 or more"),
+        (["--device", "cuda:0"], "--device: 'cuda:0' is one device for 3 processes"),
+        (["--data", "nowhere"], "--data: nowhere is not a folder"),
+        (["--seed", "-1"], "--seed: -1 is out of range"),
+        (["--autoencoder", "."], "--autoencoder: "),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_bad_options_are_refused_once(images, tmp_path, options, named):
+    assert trained(3, command(images, tmp_path / "run", *options), tmp_path / "log") == [2, 2, 2]
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if "usable images" not in line]
+    assert [named in line for line in lines] == [True], lines
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes(images, alone, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    options = command(images, tmp_path / "run", "--steps", "2")
+    subprocess.run(
+        [*launcher, "engine.train", *options], cwd=Path(__file__).parents[1], check=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert_same_curve(tmp_path / "run", curve_of(alone)[:2])
