@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.codecs.codec import Codec, load_codec
 from engine.config import Config, ModelConfig
@@ -26,6 +26,8 @@ from engine.files import (
     write_atomically,
 )
 from engine.model.denoiser import build
+from engine.model.psunet import PSUNet
+from engine.model.uvit import UViT
 
 BUILT_IN = Path(__file__).parent / "assets" / "emoji"
 REMEDY = "give a folder that engine.train has written"
@@ -36,7 +38,7 @@ class Checkpoint:
     """A checkpoint: its network in memory, its codecs in its folder until they are asked for."""
 
     config: Config
-    network: nn.Module  # in evaluation mode, as `build` makes them
+    network: PSUNet | UViT  # in evaluation mode, as `build` makes them
     folder: Path
     _codecs: dict = field(default_factory=dict, init=False, repr=False)  # those that are loaded
 
@@ -58,7 +60,7 @@ class Checkpoint:
         return self._codecs[key]
 
 
-def load(folder: str | Path) -> Checkpoint:
+def load(folder: str | os.PathLike) -> Checkpoint:
     """Reads a checkpoint folder, weights in the dtype they were saved in.
 
     Autoencoders stay in their folders until they are built. Raises InputError about "checkpoint", naming the file.
@@ -76,7 +78,7 @@ def load(folder: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def save(folder: str | Path, config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+def save(folder: str | os.PathLike, config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Writes `config.json` and `model.safetensors` (in `dtype`); the codecs save themselves beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def _read_config(path: Path) -> Config:
     return config
 
 
-def _read_network(path: Path, config: ModelConfig) -> nn.Module:
+def _read_network(path: Path, config: ModelConfig) -> PSUNet | UViT:
     try:
         weights, _ = load_tensors(path)
     except OSError as error:

@@ -261,7 +261,8 @@ class Config:
         values = _known_keys(cls, _from_version_0_1(values), "config")
         model = _known_keys(ModelConfig, values.get("model"), "model")
         modalities = model.get("modalities")
-        _require(isinstance(modalities, list | tuple), "model.modalities", modalities, "give a list")
+        if not isinstance(modalities, list | tuple):
+            raise InputError("model.modalities", modalities, "give a list")
         model["modalities"] = tuple(_build(Modality, m, "model.modalities") for m in modalities)
         if model.get("uvit") is not None:
             model["uvit"] = _build(UViTConfig, model["uvit"], "model.uvit")

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from engine.codecs.autoencoder import LatentSpace, SavedAutoencoder, save_autoencoder
@@ -40,12 +42,13 @@ class ImageCodec:
     def __init__(self, autoencoder: nn.Module | SavedAutoencoder, size: int, patch: int, device="cpu"):
         self.size, self.patch, self.device = size, patch, device
         self._lock = Lock()  # guards the building
-        self._saved = self._built = None
+        self._saved: SavedAutoencoder | None = None
+        self._built: Any = None  # a diffusers module; these have no types
         if isinstance(autoencoder, SavedAutoencoder):
             self._saved, latents = autoencoder, autoencoder.latents
         else:
             self._built = autoencoder.eval().requires_grad_(False)
-            latents = LatentSpace.of(autoencoder.config, type(autoencoder).__name__)
+            latents = LatentSpace.of(self._built.config, type(autoencoder).__name__)
         self.latents, self.factor, self.latent_channels = latents, latents.factor, latents.channels
         if size % (self.factor * patch):
             remedy = f"use a multiple of {self.factor * patch} ({self.factor} pixels a latent, {patch} latents a token)"
@@ -90,13 +93,13 @@ class ImageCodec:
     def build(self) -> None:
         """Loads the autoencoder, unless it is loaded; raises InputError naming a damaged file."""
         with self._lock:
-            if self._built is None:
+            if self._built is None and self._saved is not None:
                 # A caller's inference mode must not reach the weights: they could not be saved or changed then.
                 with torch.inference_mode(False):
                     self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
 
     @property
-    def autoencoder(self) -> nn.Module:
+    def autoencoder(self) -> Any:
         """The diffusers module, in evaluation mode; builds it when first used."""
         self.build()
         return self._built
@@ -143,7 +146,8 @@ class ImageCodec:
 
     def decode(self, tokens: Tensor, given: Sequence[Given]) -> list[Decoded]:
         """PIL images from tokens [B, L, C]: known pixels are those given, and what is wholly known is not decoded."""
-        images = {i: to_image(one.content.pixels) for i, one in enumerate(given) if not one.generate.any()}
+        images: dict[int, Image.Image | None] = {}  # None: not finite
+        images |= {i: to_image(one.content.pixels) for i, one in enumerate(given) if not one.generate.any()}
         rows = [i for i in range(len(given)) if i not in images]
         if rows:
             decoded = self.decode_pixels(tokens[rows]).cpu()  # [b, 3, S, S]
@@ -187,13 +191,15 @@ def _size_and_patch(settings: Mapping, where: str) -> tuple[int, int]:
     unknown = sorted(set(settings) - {"size", "patch"})
     if unknown:
         raise InputError(where, ", ".join(unknown), "use size and patch", "is not a known setting")
-    values = []
-    for key, lowest, highest in (("size", 8, MAX_PIXELS), ("patch", 1, settings.get("size"))):
-        value = settings.get(key)
-        if not (isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest):
-            raise InputError(f"{where}.{key}", value, f"use a whole number from {lowest} to {highest}")
-        values.append(value)
-    return tuple(values)
+    size = _whole(settings, where, "size", 8, MAX_PIXELS)
+    return size, _whole(settings, where, "patch", 1, size)
+
+
+def _whole(settings: Mapping, where: str, key: str, lowest: int, highest: int) -> int:
+    value = settings.get(key)
+    if not (isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest):
+        raise InputError(f"{where}.{key}", value, f"use a whole number from {lowest} to {highest}")
+    return value
 
 
 def image_elements(mask: np.ndarray, factor: int, patch: int, channels: int) -> Tensor:
