@@ -29,7 +29,7 @@ SHADES = {"dark": 0.6, "plain": 1.0}
 class ColourCodec(Codec):
     """A colour, as "#rrggbb", is one token of three channels in −1.7 … 1.7, of about unit variance."""
 
-    tokens, channels = 1, 3  # type: ignore[assignment]  # read-only in the protocol
+    tokens, channels = 1, 3
 
     @classmethod
     def load(cls, folder, settings, modality, device) -> "ColourCodec":
