@@ -252,7 +252,7 @@ class Stats:
     bytes: int  # that the forwards moved at least, see `engine.model.cost`
     prepare_seconds: float  # of all calls together: requests into the model's terms, what is given encoded
     sample_seconds: float  # the steps; where calls share them, each counts them
-    decode_seconds: float
+    decode_seconds: float  # states into images and texts
     memory: int  # bytes, the peak: allocated by this process on the CUDA device, or resident on a CPU
 
 

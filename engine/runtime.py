@@ -322,6 +322,7 @@ class Engine:
         return patterns
 
     def stats(self) -> Stats:
+        """What all calls so far have done together."""
         sampler, model = self._sampler, self.config.model
         flops = moved = 0
         for plan, steps in list(sampler.plans.items()):

@@ -67,7 +67,7 @@ def test_figures_are_those_that_the_program_draws():
 
 def test_aligned_columns_of_a_docstring_become_a_list():
     pytest.importorskip("griffe")
-    text = "What it is.\n\nsteps  how many,\n       at least one\nseed   of the first\nRaises InputError.\n    x = a·x"
+    text = "What it is.\n\nsteps  how many,\n    at least one\nseed   of the first\nRaises InputError.\n    x = a·x"
     found = build_module("docstrings").to_markdown(text)
     listed = "- `steps`: how many,\n  at least one\n- `seed`: of the first"
     assert found == f"What it is.\n\n{listed}\n\nRaises InputError.\n\n    x = a·x"

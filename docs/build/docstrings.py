@@ -23,21 +23,20 @@ class ProjectDocstrings(griffe.Extension):
 
 def to_markdown(text: str) -> str:
     """A docstring, without its common indentation, as Markdown."""
-    lines, column = [], 0  # column: where the second one of the list in progress starts
+    lines, listed = [""], False
     for line in text.splitlines():
         match = COLUMNS.fullmatch(line)
+        indented = line.startswith("  ")
         if match:
-            start = [""] if not column and lines and lines[-1] else []
-            lines += [*start, f"- `{match[1].strip('`')}`: {match[2]}"]
-            column = match.start(2)
-        elif column and line.startswith(" " * column):
+            lines += [] if listed or not lines[-1] else [""]
+            lines.append(f"- `{match[1].strip('`')}`: {match[2]}")
+        elif listed and indented:
             lines.append(f"  {line.strip()}")
-        elif line.startswith("    ") and lines and lines[-1] and not lines[-1].startswith("    "):
-            lines += ["", line]
         else:
-            lines += ["", line] if column and line else [line]
-            column = 0
-    return "\n".join(lines)
+            new_block = line and (listed or (indented and lines[-1] and not lines[-1].startswith("  ")))
+            lines += ["", line] if new_block else [line]
+        listed = bool(match) or (listed and indented)
+    return "\n".join(lines[1:])
 
 
 def comment_of(field: griffe.Object) -> str:

@@ -4,6 +4,7 @@
 <!-- endpoints -->              becomes a table of endpoints and one for each body
 """
 
+import json
 import os
 import re
 import subprocess
@@ -50,7 +51,7 @@ def endpoints() -> str:
             "|---|---|---|---|",
         ]
         for name, schema in body["properties"].items():
-            default = f"`{schema['default']!r}`" if "default" in schema else "required"
+            default = "required" if name in body.get("required", ()) else f"`{json.dumps(schema.get('default'))}`"
             fields.append(f"| `{name}` | {kind(schema)} | {default} | {schema.get('description', '')} |")
         tables.append("\n".join(fields))
     return "\n\n".join(tables)
