@@ -16,5 +16,9 @@ setup(
         "engine.serving",
         "engine.training",
     ],
-    package_data={"engine": ["assets/**/*"], "engine.kernels": ["measured.json"], "engine.serving": ["page/*"]},
+    package_data={
+        "engine": ["assets/**/*", "py.typed"],
+        "engine.kernels": ["measured.json"],
+        "engine.serving": ["page/*"],
+    },
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.codecs.codec import Codec, load_codec
 from engine.config import Config, ModelConfig
@@ -31,6 +31,8 @@ from engine.files import (
 )
 from engine.hub import REMEDY, local_folder, patterns, upload
 from engine.model.denoiser import build
+from engine.model.psunet import PSUNet
+from engine.model.uvit import UViT
 from engine.model_card import model_card
 
 BUILT_IN = Path(__file__).parent / "assets" / "emoji"
@@ -43,7 +45,7 @@ class Checkpoint:
     """A checkpoint: its network in memory, its codecs in its folder until they are asked for."""
 
     config: Config
-    network: nn.Module  # in evaluation mode, as `build` makes them
+    network: PSUNet | UViT  # in evaluation mode, as `build` makes them
     folder: Path
     _codecs: dict = field(default_factory=dict, init=False, repr=False)  # those that are loaded
 
@@ -85,7 +87,7 @@ def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def save(folder: str | Path, config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+def save(folder: str | os.PathLike, config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Writes `config.json` and `model.safetensors` (in `dtype`); the codecs save themselves beside them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +141,7 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def _read_network(folder: Path, config: ModelConfig) -> nn.Module:
+def _read_network(folder: Path, config: ModelConfig) -> PSUNet | UViT:
     weights: dict[str, Tensor] = {}
     files = _weights_files(folder)
     for path in files:

@@ -162,8 +162,8 @@ def _upright(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError("without a pixel")
     try:
-        turn = TURNED.get(image.getexif().get(ORIENTATION))
-    except Exception:  # metadata can be wrong in any way, and the pixels are whole
+        turn = TURNED.get(image.getexif()[ORIENTATION])
+    except Exception:  # metadata can be absent, or wrong in any way, and the pixels are whole
         turn = None
     image = _eight_bits(image)
     return image if turn is None else image.transpose(turn)
@@ -285,7 +285,7 @@ def grid(
     return sheet
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

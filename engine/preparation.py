@@ -137,10 +137,10 @@ def _stages(request: Request, generate: Tensor, config: Config) -> Stages:
         return ()
     names = [m.name for m in model.modalities]
     made = [name for name in names if generate[model.state_slices[name]].any()]
-    stages = [(names.index(name),) for name in order if name in made]
+    stages: list[tuple[int, ...]] = [(names.index(name),) for name in order if name in made]
     last = tuple(names.index(name) for name in made if name not in order)
-    stages = (*stages, last) if last else tuple(stages)
-    return stages if len(stages) > 1 else ()
+    stages += [last] if last else []
+    return tuple(stages) if len(stages) > 1 else ()
 
 
 def _table(

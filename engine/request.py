@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from unicodedata import normalize
 
 from engine.errors import InputError, shown
@@ -27,6 +27,9 @@ MAX_SEED = 2**64 - 1
 WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
                  "inner_steps": (1, 100), "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
 NUMBERS = {"guidance": (-100, 100), "eta": (0, 1), "step_size": (0.001, 100)}
+
+OnStep: TypeAlias = Callable[[int, int], None] | None  # called with the steps that are done and those in all
+OnPreview: TypeAlias = "Callable[[dict[int, Sample]], None] | None"  # with samples in progress by number
 
 
 @dataclass(frozen=True)
@@ -225,9 +228,9 @@ def _is_number(value) -> bool:
 class Watch:
     """How a call is served, see `Engine.submit`. Raises InputError."""
 
-    progress: Callable[[int, int], None] | None = None
+    progress: OnStep = None
     priority: int = 0
-    preview: "Callable[[dict[int, Sample]], None] | None" = None
+    preview: OnPreview = None
     preview_every: int = 1
 
     def __post_init__(self):
@@ -257,6 +260,21 @@ class Sample:
     @property
     def text(self) -> str:
         return self.outputs["text"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine has done since it was made."""
+
+    forwards: int  # calls of the model
+    replays: int  # of these, from a CUDA graph
+    samples: int  # finished
+    flops: int  # of the forwards' matrix products
+    bytes: int  # that the forwards moved at least, see `engine.model.cost`
+    prepare_seconds: float  # of all calls together: requests into the model's terms, what is given encoded
+    sample_seconds: float  # the steps; where calls share them, each counts them
+    decode_seconds: float  # states into images and texts
+    memory: int  # bytes, the peak: allocated by this process on the CUDA device, or resident on a CPU
 
 
 class NotFiniteSamplesError(FloatingPointError):

@@ -5,9 +5,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from os import PathLike
 from queue import SimpleQueue
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from engine.kernels import backend
 from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
 from engine.preparation import PreparedRequest, prepare, settle
-from engine.request import ATTENTIONS, MAX_NUM, Request, Result, Sample, Watch, is_whole
+from engine.request import ATTENTIONS, MAX_NUM, OnPreview, OnStep, Request, Result, Stats, Watch, is_whole
 from engine.sampling.batch import SampleSpec
 from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.preview import Preview
@@ -30,21 +30,6 @@ from engine.sampling.scheduler import CacheMode
 from engine.sampling.worker import check_process, drive, in_own_thread
 
 NOT_FINITE = "NaN or infinity; use less guidance, or an autoencoder of other weights"
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What an engine has done since it was made."""
-
-    forwards: int  # calls of the model
-    replays: int  # of these, from a CUDA graph
-    samples: int  # finished
-    flops: int  # of the forwards' matrix products
-    bytes: int  # that the forwards moved at least, see `engine.model.cost`
-    prepare_seconds: float  # of all calls together: requests into the model's terms, what is given encoded
-    sample_seconds: float  # the steps; where calls share them, each counts them
-    decode_seconds: float
-    memory: int  # bytes, the peak: allocated by this process on the CUDA device, or resident on a CPU
 
 
 class Engine:
@@ -69,10 +54,10 @@ class Engine:
                 codec.build(compile=True)
         captured = StepGraphs(device) if cuda and graphs else None
         branches = {} if captured is None else {"run_branches": captured.run_branches}
-        self._denoiser = Denoiser(network, self.config.diffusion.timesteps, **branches)
+        self._denoiser: Denoiser | None = Denoiser(network, self.config.diffusion.timesteps, **branches)
         if cuda and (compile or graphs):  # every size of batch is compiled or captured by itself, so there are few
-            buckets = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
-            self._warm_sizes = buckets
+            buckets: Sequence[int] = [2**i for i in range(max_rows.bit_length()) if 2**i < max_rows] + [max_rows]
+            self._warm_sizes = [*buckets]
         else:  # one code for all sizes
             buckets, self._warm_sizes = range(1, max_rows + 1), []
         self._sampler = Sampler(self._denoiser, self.config.model, device, buckets=buckets, graphs=captured)
@@ -142,9 +127,12 @@ class Engine:
         self._denoiser = self._sampler.denoiser = None
         self.codecs = {}
 
-    def generate(
-        self, requests: Request | Sequence[Request], callback: Callable[[int, int], None] | None = None
-    ) -> Result | list[Result]:
+    @overload
+    def generate(self, requests: Request, callback: OnStep = None) -> Result: ...
+    @overload
+    def generate(self, requests: Sequence[Request], callback: OnStep = None) -> list[Result]: ...
+
+    def generate(self, requests: Request | Sequence[Request], callback: OnStep = None) -> Result | list[Result]:
         """Samples one request, or several of any tasks together, and waits for them; interrupted, it cancels them.
 
         callback  called in this thread as `callback(steps done, steps in all)` after every step that some of the
@@ -165,13 +153,20 @@ class Engine:
         finally:
             future.cancel()  # without effect on one that is done
 
+    @overload
+    def submit(self, requests: Request, progress: OnStep = None, *, priority: int = 0,
+               preview: OnPreview = None, preview_every: int = 1) -> Future[Result]: ...  # fmt: skip
+    @overload
+    def submit(self, requests: Sequence[Request], progress: OnStep = None, *, priority: int = 0,
+               preview: OnPreview = None, preview_every: int = 1) -> Future[list[Result]]: ...  # fmt: skip
+
     def submit(
         self,
         requests: Request | Sequence[Request],
-        progress: Callable[[int, int], None] | None = None,
+        progress: OnStep = None,
         *,
         priority: int = 0,
-        preview: Callable[[dict[int, Sample]], None] | None = None,
+        preview: OnPreview = None,
         preview_every: int = 1,
     ) -> Future:
         """Starts sampling one request, or several of any tasks together, and returns a future of what `generate` does.
@@ -193,19 +188,20 @@ class Engine:
         memory does not suffice for a single sample, EngineClosed if the engine is closed meanwhile, and what the model
         raised where it fails; other calls' samples are not affected.
         """
-        alone, started = isinstance(requests, Request), time.perf_counter()
+        started = time.perf_counter()
         watch = Watch(progress, priority, preview, preview_every)
-        if not alone and not isinstance(requests, Iterable):
+        if not isinstance(requests, Request | Iterable):
             raise InputError("requests", requests, "give a Request or a list of them", "is not a Request")
-        listed = [requests] if alone else list(requests)
+        listed = [requests] if isinstance(requests, Request) else list(requests)
         for other in listed:
             if not isinstance(other, Request):
                 raise InputError("requests", other, "give a Request or a list of them", "is not a Request")
         denoiser, codecs = self._denoiser, self.codecs  # first, since the engine may be closed at any moment
         self._sampler.worker.check()
+        assert denoiser is not None, "only a closed engine has none"
         prepared = [prepare(r, self.config, codecs, denoiser.can_cache) for r in listed]
         self._build(codecs)  # now, since a damaged file is to be reported before the sampling, not after
-        return drive(self._flow(prepared, codecs, watch, alone, started))
+        return drive(self._flow(prepared, codecs, watch, isinstance(requests, Request), started))
 
     def _flow(
         self, prepared: list[PreparedRequest], codecs: dict[str, Codec], watch: Watch, alone: bool, started: float
@@ -231,7 +227,8 @@ class Engine:
 
         self._sampler.worker.check()  # it may have been closed meanwhile
         try:
-            show = watch.preview and (lambda found: drive(self._preview(found, owners, codecs, watch.preview)))
+            preview = watch.preview
+            show = None if preview is None else (lambda found: drive(self._preview(found, owners, codecs, preview)))
             states = yield self._sampler.submit(
                 specs, watch.progress, priority=watch.priority, preview=show, preview_every=watch.preview_every
             )  # [B, N]
@@ -240,7 +237,7 @@ class Engine:
             failed |= dict.fromkeys(set(error.positions) - failed.keys(), str(error))
         sampled = self._count(1, encoded)
 
-        outputs = [{} for _ in owners]
+        outputs: list[dict[str, Decoded]] = [{} for _ in owners]
         for m in model.modalities:
             pairs = [(x, p.given[m.name]) for x, (_, p, _) in zip(states, owners, strict=True)]
             for k, decoded in enumerate((yield self._decoded(m.name, codecs, pairs))):
@@ -326,6 +323,7 @@ class Engine:
         return patterns
 
     def stats(self) -> Stats:
+        """What all calls so far have done together."""
         sampler, model = self._sampler, self.config.model
         flops = moved = 0
         for plan, steps in list(sampler.plans.items()):
@@ -339,12 +337,14 @@ class Engine:
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Stats(sampler.forwards, replays, sampler.finished, flops, moved, *self._seconds, memory)
+        prepare, sample, decode = self._seconds
+        return Stats(sampler.forwards, replays, sampler.finished, flops, moved, prepare, sample, decode, memory)
 
     def _build(self, codecs: dict[str, Codec]) -> None:
-        """Builds the codecs, unless they are built, in a thread that ends: see `in_own_thread`."""
+        """Builds the codecs, unless they are built, in threads that end: see `in_own_thread`."""
         if not self._built:
-            in_own_thread(lambda: [codec.build() for codec in codecs.values()])
+            for codec in codecs.values():
+                in_own_thread(codec.build)
             self._built = True
 
     def _count(self, stage: int, since: float) -> float:

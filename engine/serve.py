@@ -1,4 +1,4 @@
-"""The engine as a service over HTTP: `python -m engine.serve`; see `--help`, and README.md for examples.
+"""The engine as a service over HTTP: `python -m engine.serve`; see `--help`, and docs/how-to/serve.md.
 
 Parses, loads and serves; the rest is in `engine.serving`. SIGTERM and Ctrl-C finish running requests, then exit with 0.
 """

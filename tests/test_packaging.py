@@ -4,6 +4,8 @@ Everything happens on a copy of the sources, in throw-away virtual environments 
 (torch, setuptools) through a .pth file: no network, and nothing written into the repository.
 """
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,15 +16,19 @@ from pathlib import Path
 
 import pytest
 
+from engine import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("engine", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+NOT_INSTALLED = ("benchmarks", "docs", "examples", "tests")
 STUB = "PUBLISHER = 'Hugging Face'\n"
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
 OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
 
 
-def run(*command, cwd: Path) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+def run(*command, cwd: Path, env: dict[str, str] | None = None) -> str:
+    command = [str(word) for word in command]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
@@ -31,7 +37,7 @@ def run(*command, cwd: Path) -> str:
 def repository(tmp_path_factory) -> Path:
     """What the packages are built from, with the link as a link."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in SOURCES:
+    for name in (*SOURCES, *NOT_INSTALLED):
         if (ROOT / name).is_dir():
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
@@ -92,11 +98,41 @@ def test_elsewhere_the_installed_engine_is_found(environment, repository, tmp_pa
     assert Path(home).is_relative_to(expected)
 
 
-def test_wheel_holds_the_whole_engine_and_no_second_kernels(repository, shipped, tmp_path):
-    run(sys.executable, *PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, ".", cwd=repository)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def wheel(repository, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, *PIP, "wheel", *OFFLINE, "--wheel-dir", folder, ".", cwd=repository)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_wheel_holds_the_whole_engine_and_no_second_kernels(wheel, shipped):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     assert {name for name in names if ".dist-info/" not in name} == shipped
+    assert {"engine/py.typed", "engine/serving/page/index.html", "engine/assets/emoji/model.safetensors"} <= shipped
+    assert {"engine/kernels/cfg_step.py", "engine/kernels/measured.json"} <= shipped
+
+
+def test_wheel_samples_offline_without_the_repository(wheel, tmp_path):
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(sys.executable, *PIP, "install", "--no-index", "--no-deps", "--target", installed, wheel, cwd=elsewhere)
+    code = (
+        "import sys, engine.sample as s; print(s.__file__); sys.exit(s.main(['--steps', '2', '--num', '1', '--quiet']))"
+    )
+    environment = {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "HOME": str(elsewhere)}
+    file = run(sys.executable, "-c", code, cwd=elsewhere, env=os.environ | environment)
+    assert Path(file).is_relative_to(installed)
+    assert (elsewhere / "samples" / "0000.png").stat().st_size > 0
+
+
+def test_version_changelog_and_tags_agree(wheel):
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    released = headings[1:] if headings[0] == "Unreleased" else headings
+    assert released[0] == __version__ and wheel.name.split("-")[1] == __version__
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in released)
+    git = subprocess.run(["git", "tag", "--list", "v*"], cwd=ROOT, capture_output=True, text=True)
+    assert {tag.removeprefix("v") for tag in git.stdout.split()} <= set(released)
 
 
 def test_source_distribution_builds_the_same_wheel(repository, shipped, tmp_path):
@@ -106,7 +142,7 @@ def test_source_distribution_builds_the_same_wheel(repository, shipped, tmp_path
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert shipped <= names
-    assert not {name for name in names if name.startswith("kernels")}
+    assert not {name for name in names if name.startswith(("kernels", "benchmarks", "docs", "examples"))}
     run(sys.executable, *PIP, "wheel", *OFFLINE, "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     assert shipped <= set(zipfile.ZipFile(wheel).namelist())

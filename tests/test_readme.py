@@ -1,7 +1,8 @@
-"""The README's code blocks are run, in reading order, in one folder that stands for the repository.
+"""The code blocks of the README and of docs/ are run, in reading order, in one folder that stands for the repository.
 
 Every ```bash and ```python block is run, unless the comment `<!-- not run: reason -->` stands on the line above it. The
 interpreter of this test run takes the place of `.venv/bin/python`; installing and `-m pytest` are left to `.ci/run`.
+A page's ```python blocks are one program. Those that include a file of examples/ are run by tests/test_examples.py.
 """
 
 import re
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n+)?```(?P<language>bash|python)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -29,6 +31,21 @@ def runnable(code: str) -> str:
     return code.replace(".venv/bin/python", shlex.quote(sys.executable))
 
 
+def blocks() -> list:
+    """(reason, language, code) of the blocks of all pages, those in Python of a page joined where the first one is."""
+    found = []
+    for page in PAGES:
+        matches = [m for m in BLOCK.finditer(page.read_text(encoding="utf-8")) if "--8<--" not in m["code"]]
+        program = [m for m in matches if m["language"] == "python" and not m["reason"]]
+        for i, m in enumerate(matches):
+            if m in program[1:]:
+                continue
+            code = "\n".join(part["code"] for part in program) if m in program else m["code"]
+            name = page.relative_to(ROOT).with_suffix("").as_posix()
+            found.append(pytest.param(m["reason"], m["language"], code, id=f"{name}-{i}"))
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Links to all that the repository holds, so that commands find its files and write their own outside it."""
@@ -39,16 +56,21 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("block", [pytest.param(m, id=f"block{i}") for i, m in enumerate(BLOCK.finditer(README))])
-def test_readme_block_runs(block, folder):
-    if block["reason"]:
-        pytest.skip(block["reason"])
-    if block["language"] == "python":
-        command = [sys.executable, "-c", block["code"]]
+@pytest.mark.parametrize(("reason", "language", "code"), blocks())
+def test_block_runs(reason, language, code, folder):
+    if reason:
+        pytest.skip(reason)
+    if language == "python":
+        command = [sys.executable, "-c", code]
     else:
-        command = ["bash", "-euo", "pipefail", "-c", runnable(block["code"])]
+        command = ["bash", "-euo", "pipefail", "-c", runnable(code)]
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{block['code']}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+
+
+def test_links_of_the_readme_lead_to_files():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
 
 
 def test_ci_runs_the_test_line_of_the_readme():

@@ -201,8 +201,8 @@ def test_a_run_killed_in_every_stage_ends_in_the_same_model(images, run, tmp_pat
 
 
 def test_gradient_checkpointing_computes_blocks_twice_and_changes_no_weight(images, run, tmp_path, monkeypatch):
-    forward, counts, calls = Block._forward, [], []
-    monkeypatch.setattr(Block, "_forward", lambda block, *x: calls.append(block.training) or forward(block, *x))
+    forward, counts, calls = Block._compute, [], []
+    monkeypatch.setattr(Block, "_compute", lambda block, *x: calls.append(block.training) or forward(block, *x))
     for options in ([], ["--grad-checkpointing"]):
         calls.clear()
         given = ["--autoencoder", str(run / "checkpoint" / "image"), *options]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ class Given:
     """What a request says of one modality: read and checked, not yet encoded."""
 
     generate: Tensor  # [L, C] bool, True where the engine must produce a value
-    content: object  # the codec's own; None where all is to be generated
+    content: Any  # the codec's own; None where all is to be generated
 
 
 @dataclass(frozen=True)
 class Decoded:
     """One sample's value of a modality."""
 
-    value: object  # a PIL image, a string, …; None where it is NaN or infinite
+    value: Any  # a PIL image, a string, …; None where it is NaN or infinite
     confidence: float = 1.0  # how sure the decoding is
     part_confidence: tuple[float, ...] = ()  # of each part, such as a word
 
@@ -42,8 +42,15 @@ class Codec(Protocol):
     threads on the same cores slow each other many times over. `encode` and `decode` run on the engine's worker thread.
     """
 
-    tokens: int  # L
-    channels: int  # C
+    @property
+    def tokens(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        ...
 
     @classmethod
     def load(cls, folder: Path, settings: Mapping, modality: Modality, device: torch.device | str) -> "Codec":

@@ -4,10 +4,11 @@ Independent of diffusion and tasks. The autoencoder is built when it is first ne
 for decoding alone it need not be, once its decoder was compiled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,12 +44,14 @@ class ImageCodec:
     def __init__(self, autoencoder: nn.Module | SavedAutoencoder, size: int, patch: int, device="cpu"):
         self.size, self.patch, self.device = size, patch, device
         self._lock = Lock()  # guards the building
-        self._saved = self._built = self._decode = None
+        self._saved: SavedAutoencoder | None = None
+        self._built: Any = None  # a diffusers module; these have no types
+        self._decode: Callable[[Tensor], Tensor] | None = None
         if isinstance(autoencoder, SavedAutoencoder):
             self._saved, latents = autoencoder, autoencoder.latents
         else:
             self._built = autoencoder.eval()
-            latents = LatentSpace.of(autoencoder.config, type(autoencoder).__name__)
+            latents = LatentSpace.of(self._built.config, type(autoencoder).__name__)
         self.latents, self.factor, self.latent_channels = latents, latents.factor, latents.channels
         if size % (self.factor * patch):
             remedy = f"use a multiple of {self.factor * patch} ({self.factor} pixels a latent, {patch} latents a token)"
@@ -102,10 +105,10 @@ class ImageCodec:
             _ = self.autoencoder
 
     @property
-    def autoencoder(self) -> nn.Module:
+    def autoencoder(self) -> Any:
         """The diffusers module, in evaluation mode; builds it when first used."""
         with self._lock:
-            if self._built is None:
+            if self._built is None and self._saved is not None:
                 # A caller's inference mode must not reach the weights: they could not be saved or changed then.
                 with torch.inference_mode(False):
                     self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
@@ -204,13 +207,15 @@ def _size_and_patch(settings: Mapping, where: str) -> tuple[int, int]:
     unknown = sorted(set(settings) - {"size", "patch"})
     if unknown:
         raise InputError(where, ", ".join(unknown), "use size and patch", "is not a known setting")
-    values = []
-    for key, lowest, highest in (("size", 8, MAX_PIXELS), ("patch", 1, settings.get("size"))):
-        value = settings.get(key)
-        if not (isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest):
-            raise InputError(f"{where}.{key}", value, f"use a whole number from {lowest} to {highest}")
-        values.append(value)
-    return tuple(values)
+    size = _whole(settings, where, "size", 8, MAX_PIXELS)
+    return size, _whole(settings, where, "patch", 1, size)
+
+
+def _whole(settings: Mapping, where: str, key: str, lowest: int, highest: int) -> int:
+    value = settings.get(key)
+    if not (isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest):
+        raise InputError(f"{where}.{key}", value, f"use a whole number from {lowest} to {highest}")
+    return value
 
 
 def image_elements(mask: np.ndarray, factor: int, patch: int, channels: int) -> Tensor:

@@ -86,7 +86,7 @@ class TextCodec:
 
     def read(
         self,
-        value: str | None,
+        value: object,
         argument: str,
         mask=None,
         unknown_words: str = "error",
@@ -130,13 +130,14 @@ class TextCodec:
         over words of −‖x − v‖² / (2·0.5²). A text's is the mean over its words, 1 without any.
         """
         none = torch.zeros(self.tokens, dtype=torch.bool)
-        holes = torch.stack([none if one.content is None else one.content == HOLE_INDEX for one in given])  # [B, L]
+        holes = torch.stack([none if one.content is None else one.content.eq(HOLE_INDEX) for one in given])  # [B, L]
         confidence, index = self._nearest(tokens.detach().float().cpu(), holes)  # [B, L], [B, L]
         return [self._text(*row) for row in zip(index.tolist(), confidence.tolist(), strict=True)]
 
     def project(self, tokens: Tensor, given: Given) -> Tensor:
         """The vectors of the words that tokens [n, L, C] are decoded as, and "</s>" behind a text's end; same shape."""
-        holes = torch.zeros(self.tokens, dtype=torch.bool) if given.content is None else given.content == HOLE_INDEX
+        none = torch.zeros(self.tokens, dtype=torch.bool)
+        holes = none if given.content is None else given.content.eq(HOLE_INDEX)
         _, index = self._nearest(tokens.float().cpu(), holes.expand(len(tokens), -1))  # [n, L]
         if given.content is None:
             index = index.masked_fill((index == 0).cumsum(1) > 0, 0)
@@ -207,12 +208,12 @@ def read_vocabulary(folder: Path) -> tuple[tuple[str, ...], Tensor]:
         problem = f"is not a list of distinct words that starts with {END!r}"
         raise InputError("checkpoint", words_file, remedy, problem)
     try:
-        vectors = load_tensors(vectors_file)[0].get("vectors")
+        vectors = load_tensors(vectors_file)[0].get("vectors", torch.empty(0))
     except OSError as error:
         raise unreadable("checkpoint", vectors_file, error, remedy) from None
     except SafetensorError as error:
         raise InputError("checkpoint", vectors_file, remedy, f"is damaged or truncated ({error})") from None
-    fits = vectors is not None and vectors.dtype == torch.float32 and vectors.ndim == 2
+    fits = vectors.dtype == torch.float32 and vectors.ndim == 2
     if not fits or len(vectors) != len(vocabulary) or not vectors.isfinite().all():
         words = f"each of the {len(vocabulary)} words of {words_file.name}"
         problem = f"does not hold one finite float32 vector for {words}"

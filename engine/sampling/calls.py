@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.sampling.worker import finish_future
 
@@ -14,7 +15,7 @@ from engine.sampling.worker import finish_future
 class Call:
     """A function that maps a list to one of equal length, item by item, and what it is to be applied to."""
 
-    function: Callable[[Sequence], Sequence]
+    function: Callable[[Sequence], Sequence | Tensor]
     items: list
     future: Future
 
@@ -64,7 +65,7 @@ def _finish(calls: list[Call], most: int) -> None:
         finish_future(call.future, [next(results) for _ in call.items])
 
 
-def _applied(function: Callable[[Sequence], Sequence], items: list, most: int) -> list:
+def _applied(function: Callable[[Sequence], Sequence | Tensor], items: list, most: int) -> list:
     """function(items), in parts of at most `most` items, of fewer where memory runs out."""
     results = []
     while len(results) < len(items):

@@ -83,7 +83,7 @@ class Sampler(Stepper):
         progress: Callable[[int, int], None] | None = None,
         *,
         priority: int = 0,
-        preview: Callable[[list[Preview]], None] | None = None,
+        preview: Callable[[list[Preview]], object] | None = None,
         preview_every: int = 1,
     ) -> Future:
         """A future of these samples' final states, packed, [B, N] float32 on the CPU; known values are unaltered.
@@ -106,7 +106,7 @@ class Sampler(Stepper):
             raise InputError("step_cache", "a value above 1", "use 1", "needs inner blocks, which this model has not")
         return self.worker.post(_Run(jobs, Future(), progress, preview, preview_every, {}), self._inbox)
 
-    def call(self, function: Callable[[Sequence], Sequence], items: Sequence) -> Future:
+    def call(self, function: Callable[[Sequence], Sequence | Tensor], items: Sequence) -> Future:
         """A future of the list `function(items)`, run on the worker, which owns the device.
 
         `function` maps a list to one of equal length, item by item: items that several callers wait for are handed to

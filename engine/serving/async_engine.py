@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -130,10 +130,10 @@ class Handle:
         if self.done:
             return False
         self.ended = time.perf_counter()
-        if error is None:
-            self._result.set_result(result)
-        else:
+        if error is not None:
             self._result.set_exception(error)
+        elif result is not None:
+            self._result.set_result(result)
         self._leave(self)
         self._changed.set()
         return True
@@ -267,9 +267,11 @@ class AsyncEngine:
         def tell(method, *arguments) -> None:  # on the engine's thread
             loop.call_soon_threadsafe(partial(method, handle, *arguments))
 
-        watch = {"preview": partial(tell, self._on_preview), "preview_every": every} if every else {}
-        progress = partial(tell, self._on_progress)
-        submit = partial(self.engine.submit, handle.request, progress, priority=handle.priority, **watch)
+        def submit() -> Future[Result]:
+            progress, preview = partial(tell, self._on_progress), partial(tell, self._on_preview) if every else None
+            how = {"priority": handle.priority, "preview_every": every or 1}
+            return self.engine.submit(handle.request, progress, preview=preview, **how)
+
         try:
             future = await loop.run_in_executor(self._threads, lambda: None if handle.done else submit())
             if future is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from engine import checkpoint
 from engine.codecs.codec import Codec, codec_folder, load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
