@@ -30,10 +30,12 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.preparation": 6,
     "engine.runtime": 6,
     "engine.evaluation": 7,
+    "engine.metrics": 7,
     "engine.serving": 7,
     "engine.training": 7,
     "engine.evaluate": 8,
     "engine.sample": 8,
+    "engine.sample_bulk": 8,
     "engine.sample_folder": 8,
     "engine.serve": 8,
     "engine.train": 8,
@@ -41,7 +43,9 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
 }
 LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
-IMPORTED_WHERE_USED = {"diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray"}
+IMPORTED_WHERE_USED = {
+    "diffusers", "gensim", "pynvml", "scipy", "xformers", "matplotlib", "ray", "torchmetrics", "transformers"
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
