@@ -149,11 +149,11 @@ def test_pairs_are_never_of_a_sample_with_itself():
 
 def test_ranks_count_the_images_and_texts_that_fit_better():
     unit = torch.eye(3)
-    images = torch.stack([unit[0], unit[1], unit[1], unit[2]])
+    images = torch.stack([unit[0], unit[2], unit[1], unit[2]])
     found = ranked(images, torch.stack([unit[0], unit[2], unit[1]]), torch.tensor([0, 1, 1, 2]))
-    assert found.agreement.tolist() == [100, 0, 0, 0]
-    assert found.text_rank.tolist() == [0, 1, 1, 1], "image 3 fits text 1, not its own"
-    assert found.image_rank.tolist() == [0, 1, 1, 2], "both images of text 1 are right answers"
+    assert found.agreement.tolist() == [100, 100, 0, 0]
+    assert found.text_rank.tolist() == [0, 0, 1, 1], "images 2 and 3 fit each other's text"
+    assert found.image_rank.tolist() == [0, 0, 0, 1], "either image of text 1 is a right answer"
 
 
 def test_an_interval_holds_the_mean_as_often_as_it_says():

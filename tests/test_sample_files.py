@@ -106,7 +106,7 @@ def test_an_unfinished_shard_of_something_else_is_begun_again(tmp_path):
         (tmp_path / ".00000.tar.unfinished").write_bytes(content)
         files.shard_file(0).unlink(missing_ok=True)
         write(files)
-        assert [key for key, _ in read_samples(tmp_path)] == [f"{i:06d}" for i in range(COUNT)]
+        assert files.shard_file(0).read_bytes() == other.shard_file(0).read_bytes()
 
 
 @pytest.mark.parametrize("shards", [0, 2])
