@@ -11,6 +11,7 @@ setup(
         "engine.data",
         "engine.diffusion",
         "engine.kernels",
+        "engine.metrics",
         "engine.model",
         "engine.sampling",
         "engine.serving",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.metrics import diversity, frechet_distance
+from benchmarks.metrics import diversity
 from engine import Engine, Request
 from engine.checkpoint import Checkpoint
 from engine.codecs.words import tokenize
@@ -22,6 +22,7 @@ from engine.data.emoji import base_name
 from engine.diffusion.schedule import NoiseSchedule
 from engine.evaluation import Gallery, pixels_of, word_f1
 from engine.images import to_image
+from engine.metrics.frechet import Statistics, frechet_distance
 from engine.model.denoiser import Denoiser
 from engine.request import Sample
 from engine.training.examples import shortened
@@ -198,7 +199,7 @@ def _quality_and_diversity(
     images = torch.stack([pixels_of(sample.image) for sample in samples])  # [n, 3, S, S]
     nearest = gallery.nearest(images.flatten(1))
     if features:  # of as many samples as there are real images: the distance depends on their number
-        quality = frechet_distance(features(images[::per_name]), real)
+        quality = frechet_distance(Statistics.of(features(images[::per_name])), Statistics.of(real))
     elif task == "text-to-image":
         prompts = [name for name in names for _ in range(per_name)]
         quality = statistics.mean(float(base_name(a) == base_name(b)) for a, b in zip(nearest, prompts, strict=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.metrics import bleu4, features_of, frechet_distance
+from benchmarks.metrics import features_of
 from benchmarks.options import ExperimentOptions
 from benchmarks.sweeps import Pairs, denoising_errors
 from benchmarks.workloads import parameters
@@ -28,6 +28,8 @@ from engine.errors import errors_named
 from engine.evaluation import Gallery, evaluate, pixels_of, spread, word_f1
 from engine.files import write_atomically
 from engine.images import to_image
+from engine.metrics.captions import bleu, bleu_counts
+from engine.metrics.frechet import Statistics, frechet_distance
 from engine.model.cost import forward_flops
 from engine.presets import PRESETS
 from engine.training.denoiser import train_denoiser
@@ -172,12 +174,13 @@ def scores(engine: Engine, data: Data, steps: int, seed: int) -> dict[str, float
     images = [to_image(image / 127.5 - 1) for _, image in data.test]
     drawn = engine.generate([Request(prompt=p, seed=seed + i, **options) for i, p in enumerate(prompts)])
     captioned = engine.generate([Request(image=image, seed=seed + i, steps=steps) for i, image in enumerate(images)])
+    made = torch.stack([pixels_of(r.image) for r in drawn])
     real = torch.stack([image for _, image in data.test]).float() / 127.5 - 1
     texts, references = [r.text for r in captioned], [item.captions for item, _ in data.test]
     f1 = [max(word_f1(text, r) for r in of_image) for text, of_image in zip(texts, references, strict=True)]
     return {
-        "FD": frechet_distance(data.features(torch.stack([pixels_of(r.image) for r in drawn])), data.features(real)),
-        "BLEU-4": bleu4(texts, references),
+        "FD": frechet_distance(Statistics.of(data.features(made)), Statistics.of(data.features(real))),
+        "BLEU-4": bleu(bleu_counts(texts, references)),
         "word F1": statistics.mean(f1),
     }
 

@@ -24,6 +24,19 @@ With --json, one object: "train" and "test" with "count" (images) and the keys a
 "seed", "order" (in which the modalities were generated, the checkpoint's default; [] for all together) and its keys
 above; "skipped", what this model cannot do and why. The scores of skipped tasks are null. Modalities other than the
 image and its text are generated with them and not scored.
+
+With --samples, a folder that `engine.sample` has written in bulk (or any of images, .txt and .json) is scored against
+the images and captions of --data, split --split. Each score has a 95 % interval (bootstrap) and a count:
+
+    FID               with --inception: the Fréchet distance of Inception's features, images at the samples' size
+    FD(…)             the same of other features: the built-in autoencoder's, or those of --features
+    diversity FD(…)   mean distance of two samples' features as a part of that of two of the data's images
+    CLIP score, R@k   with --clip: agreement of images and texts; how often the own image, or text, of all is in the k
+                      nearest
+    BLEU, ROUGE-L, CIDEr   of generated texts of the data's images, as pycocoevalcap computes them
+    perplexity        of generated texts under 3-grams of the captions (for comparison: of captions it has not learned),
+                      and under a --language-model
+    distinct-n        different n-grams as a part of all
 """
 
 import argparse
@@ -32,6 +45,7 @@ from dataclasses import asdict, fields, replace
 
 from engine.command import Parser, path, refuse, run
 from engine.data.coco import CocoCaptions
+from engine.device import resolve_device
 from engine.errors import InputError, errors_named
 from engine.evaluation import (
     JOINT_SAMPLES,
@@ -45,6 +59,7 @@ from engine.evaluation import (
     skipped_tasks,
     spread,
 )
+from engine.metrics.report import MeasureOptions, measure
 from engine.request import Request
 from engine.runtime import Engine
 
@@ -66,21 +81,59 @@ def _parser() -> Parser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
+    _add_samples(parser.add_argument_group("a folder of samples").add_argument)
     return parser
+
+
+def _add_samples(add) -> None:
+    add("--samples", type=path, metavar="DIR", help="score these instead of sampling a checkpoint")
+    add("--split", default="val", help="of the data (default: %(default)s)")
+    text = "features: a TorchScript file that takes uint8 [B, 3, S, S], or the folder of a diffusers autoencoder"
+    add("--features", type=path, metavar="PATH", help=f"{text} (default: the built-in one)")
+    text = "FID: torch-fidelity's weights-inception-2015-12-05-6726825d.pth; needs [evaluate]"
+    add("--inception", type=path, metavar="FILE", help=text)
+    add("--clip", type=path, metavar="DIR", help="a CLIP model of transformers; needs [evaluate]")
+    add("--language-model", type=path, metavar="DIR", help="a causal one of transformers; needs [evaluate]")
+    add("--bootstrap", type=int, default=200, metavar="N", help="resamples, 0 for no intervals (default: %(default)s)")
+    add("--no-cache", action="store_true", help="keep no statistics of the data's images under ~/.cache")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: bad input, reported in one line)."""
     options = _parser().parse_args(arguments)
     try:
-        report = _run(options)
+        report = _run(options) if options.samples is None else _measure(options)
     except (InputError, FloatingPointError) as error:
         return refuse(COMMAND, error, vars(options))
     if options.json:
         print(json.dumps(report, indent=2))
+    elif options.samples is not None:
+        _print_scores(report)
     else:
         _print_tables(report)
     return 0
+
+
+def _measure(options: argparse.Namespace) -> dict:
+    if options.checkpoint is not None:
+        raise InputError("checkpoint", options.checkpoint, "leave out one of them", "conflicts with samples")
+    for key, highest in (("bootstrap", 100_000), ("seed", 2**63 - 1)):
+        if not 0 <= getattr(options, key) <= highest:
+            raise InputError(key, getattr(options, key), f"use a whole number from 0 to {highest}", "is out of range")
+    given = {field.name: getattr(options, field.name) for field in fields(MeasureOptions) if field.name != "cache"}
+    return measure(MeasureOptions(**given, cache=not options.no_cache), resolve_device(options.device))
+
+
+def _print_scores(report: dict) -> None:
+    width = max(map(len, report["scores"]), default=0) + 2
+    print(f"{'':{width}}{'value':>12}{'95 % interval':>26}{'count':>9}")
+    for name, score in report["scores"].items():
+        interval = f"{score['low']:.5g} … {score['high']:.5g}" if score["low"] != score["high"] else "-"
+        print(f"{name:{width}}{score['value']:12.5g}{interval:>26}{score['count']:9}")
+    reference = report["reference"]
+    print(f"against the {reference['images']} images of {reference['split']} and their captions")
+    for what, reason in report["skipped"].items():
+        print(f"{what} skipped: {reason}")
 
 
 def _run(options: argparse.Namespace) -> dict:

@@ -1,6 +1,7 @@
 """Sampling from the command line: `python -m engine.sample`; see `--help`, and README.md for examples.
 
-Parses options, calls `engine.runtime`, and writes the results with `engine.sample_folder`.
+Parses options, calls `engine.runtime`, and writes the results with `engine.sample_folder`; thousands of samples are
+made by `engine.sample_bulk`.
 """
 
 import argparse
@@ -36,6 +37,8 @@ def _parser() -> Parser:
     _add_request(parser.add_argument_group("what to sample").add_argument)
     _add_solver(parser.add_argument_group("how to sample").add_argument)
     _add_engine(parser.add_argument_group("model, device and output").add_argument)
+    text = "many samples, also by several processes (torchrun -m engine.sample); an interrupted run is resumed"
+    _add_bulk(parser.add_argument_group("in bulk", text).add_argument)
     return parser
 
 
@@ -48,7 +51,7 @@ def _add_request(add) -> None:
     text = "the mask of an image given with --input; may be repeated"
     add("--input-mask", action="append", type=_named, default=[], metavar="NAME=FILE", help=text)
     add("--task", choices=TASKS, default="auto", help="checks the task that the other options make (default: auto)")
-    text = f"samples of each prompt, at most {MAX_NUM} (default: 1; joint: {JOINT_NUM})"
+    text = f"samples of each prompt, at most {MAX_NUM} (default: 1; joint: {JOINT_NUM}); of a bulk run, all in all"
     add("--num", type=int, metavar="N", help=text)
     add("--seed", type=int, default=0, help="of each prompt's first sample, the others count up (default: 0)")
     add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
@@ -98,6 +101,17 @@ def _add_engine(add) -> None:
     add("--verbose", action="store_true", help=text)
 
 
+def _add_bulk(add) -> None:
+    what = add.__self__.add_mutually_exclusive_group().add_argument
+    text = "an image of each line, or of captions drawn at random from a captions_….json of MS-COCO"
+    what("--prompts", type=path, metavar="FILE", help=text)
+    what("--images", type=path, metavar="DIR", help="a text of each image of a data set in MS-COCO captions layout")
+    what("--joint", type=int, metavar="N", help="N joint samples")
+    add("--split", default="val", help="of the data set of --images (default: %(default)s)")
+    add("--shards", type=int, default=0, metavar="N", help="write N tar files, as WebDataset has them, instead of PNGs")
+    add("--batch", type=int, default=64, metavar="N", help="samples computed together (default: %(default)s)")
+
+
 def _named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
@@ -114,6 +128,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
     try:
+        if options.prompts or options.images or options.joint is not None:
+            from engine.sample_bulk import run_bulk
+
+            return run_bulk(options)
         requests = _requests(options)
         check_writable(options.out)
         report, listed, failed = _run(options, requests)

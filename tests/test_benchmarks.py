@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import experiments, report
 from benchmarks.descriptions import DESCRIPTIONS
-from benchmarks.metrics import bleu4, diversity, features_of, frechet_distance
+from benchmarks.metrics import diversity, features_of
 from benchmarks.race import Contender, Refusal, Replay, time_in_turns
 from benchmarks.stored import read, rows_by_group
 from benchmarks.sweeps import reconditioned
@@ -142,27 +142,6 @@ def test_models_are_equal_in_what_their_names_say():
     assert equal_depth(COCO).shared_depth == 17
     assert parameters(equal_parameters(COCO)) == pytest.approx(parameters(COCO), rel=0.04)
     assert forward_flops(equal_compute(COCO), 1) == pytest.approx(forward_flops(COCO, 1), rel=0.06)
-
-
-def test_the_frechet_distance_is_that_of_the_fitted_gaussians():
-    x = torch.tensor([[0.0, 0], [2, 0], [0, 2], [2, 2]])  # mean 1, covariance 4/3
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(x, x + 3) == pytest.approx(18)
-    assert frechet_distance(x, 2 * x) == pytest.approx(2 + 2 * (2 - 1) ** 2 * 4 / 3)
-    skew = torch.tensor([[1.0, 2], [3, 1], [0, 5], [2, 2], [7, 1]])
-    assert frechet_distance(x, skew) == pytest.approx(frechet_distance(skew, x))
-    with pytest.raises(InputError, match="count"):
-        frechet_distance(x[:1], x)
-
-
-def test_bleu_counts_clipped_n_grams_and_punishes_brevity():
-    assert bleu4(["a red car on a road"], [["a red car on a road", "something else"]]) == pytest.approx(1)
-    assert bleu4(["the the the the the"], [["the cat sat on the mat"]]) == 0
-    # 1-grams 6/6, 2-grams 4/5, 3-grams 3/4, 4-grams 2/3; as long as the nearest reference
-    expected = (4 / 5 * 3 / 4 * 2 / 3) ** 0.25
-    assert bleu4(["a b c d e a"], [["a b c d e", "x a a y z w"]]) == pytest.approx(expected * 1.0, rel=1e-6)
-    short = bleu4(["a b c d"], [["a b c d e f"]])
-    assert short == pytest.approx(2.718281828459045 ** (1 - 6 / 4))
 
 
 def test_diversity_is_in_levels():

@@ -34,6 +34,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.preparation": 6,
     "engine.runtime": 6,
     "engine.evaluation": 7,
+    "engine.metrics": 7,
     "engine.pipeline": 7,
     "engine.pipeline_components": 7,
     "engine.pipeline_values": 7,
@@ -41,6 +42,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.training": 7,
     "engine.evaluate": 8,
     "engine.sample": 8,
+    "engine.sample_bulk": 8,
     "engine.sample_folder": 8,
     "engine.serve": 8,
     "engine.train": 8,
@@ -50,7 +52,8 @@ LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
 OF_DIFFUSERS = {"engine.pipeline", "engine.pipeline_components"}  # classes derived from those of diffusers
 IMPORTED_WHERE_USED = {
-    "accelerate", "diffusers", "gensim", "huggingface_hub", "matplotlib", "pynvml", "ray", "scipy", "xformers",
+    "accelerate", "diffusers", "gensim", "huggingface_hub", "matplotlib", "pynvml", "ray", "scipy", "torchmetrics",
+    "transformers", "xformers",
 }  # fmt: skip
 
 
