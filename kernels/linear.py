@@ -59,10 +59,10 @@ def _torch_linear(x: Tensor, weight: Tensor | Weight8, bias: Tensor | None) -> T
 
 
 def _torch_gelu(x: Tensor, weight: Tensor | Weight8, bias: Tensor, approximate: str) -> Tensor:
-    inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    inference = not torch.is_grad_enabled() and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
     if inference and x.is_cpu and isinstance(weight, Tensor) and x.dtype == weight.dtype and onednn_computes(x.dtype):
         # oneDNN applies the GELU to each tile of the product; PyTorch's takes 40 % of the product's time. Inductor
-        # calls this operation where weights are frozen.
+        # calls this operation where weights are frozen, and `engine.packages` has it do so in packages.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
     return F.gelu(_torch_linear(x, weight, bias), approximate=approximate)
 
