@@ -163,7 +163,7 @@ def measured(
 def scores(engine: Engine, data: Data, steps: int, seed: int) -> dict[str, float]:
     """The metrics of one model on held-out images."""
     if data.features is None:
-        found = evaluate(engine, data.test, data.gallery, steps, seed)
+        found = evaluate(engine, data.test, data.gallery, Request(steps=steps, seed=seed))
         return {
             "retrieval@1": found.retrieval_base,
             "word F1": found.word_f1,
