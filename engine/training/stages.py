@@ -156,13 +156,14 @@ def _require_enough_samples(recipe: Recipe, processes: Processes) -> None:
 
 def copy_codecs(source: Path, run: Path, config: Config) -> None:
     """Copies the codecs of the checkpoint folder `source` into RUN/checkpoint, except for those it already has."""
-    for name, codec in checkpoint.read_config(source / "config.json").codecs.items():
+    file = source / "config.json"  # there is none while a run has only codecs
+    for name, codec in (checkpoint.read_config(file) if file.exists() else config).codecs.items():
         folder = _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             unfinished.mkdir(parents=True, exist_ok=True)
-            for file in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
-                shutil.copyfile(file, unfinished / file.name)  # without its mode: the source may be read-only
+            for part in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
+                shutil.copyfile(part, unfinished / part.name)  # without its mode: the source may be read-only
             unfinished.rename(folder)
 
 
