@@ -46,8 +46,9 @@ def forward_bytes(
     Counted are the parameters of all modules that run, read once whatever the rows, and the activations: each of the
     following reads what it takes once and writes what it gives once. Embedding, head, join of a skip, norm, QKV,
     attention (its weights are never stored), projection, residual with the norm after it, first layer of the MLP with
-    its GELU, second layer, last residual, with adaLN part of that layer. So elementwise steps are merged as the fused kernels merge them. Left out
-    are the table of times, concatenations and a U-ViT's last convolution (but not its weights).
+    its GELU, second layer, last residual, with adaLN part of that layer. So elementwise steps are merged as the fused
+    kernels merge them. Left out are the table of times, concatenations and a U-ViT's last convolution (but not its
+    weights).
     """
     wanted = _wanted(config, outputs)
     weights, activations = 0, 0  # values, and values per row
