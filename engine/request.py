@@ -50,7 +50,7 @@ class Request:
     jump      steps of such a stretch
     infill    how known parts that are renoised are fitted in: "repaint" by `resample` and `jump`; "langevin" by
               `inner_steps` Langevin steps at every time but the first, each a call of the model
-    inner_steps, step_size  of "langevin"; the size is in units of the noise's variance
+    inner_steps, step_size  of "langevin"; the size is in units of the noise's variance; above 0.1 it narrows results
     spacing   of the times: "even", or "power", shorter towards the end; None: the better one for the model's schedule
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
     guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
