@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from engine.device import processor
 from engine.files import cache_folder
+from engine.kernels import linear
 
 LIMIT = 256 << 20  # bytes of the folder; the entries that were not used for longest are removed
 ABANDONED = 24 * 3600  # seconds after which the folder of a build that was killed is removed
@@ -188,10 +189,11 @@ def _onednn_gelu() -> Iterator[None]:
 
     operation, of_inductor = torch.ops.mkldnn._linear_pointwise.default, lowering.lowerings
     before = of_inductor.get(operation)
-    of_inductor[operation] = lower
+    of_inductor[operation], linear.packaging = lower, True
     try:
         yield
     finally:
+        linear.packaging = False
         if before is None:
             del of_inductor[operation]
         else:
