@@ -44,7 +44,6 @@ ORDER = 3  # of the n-gram model
 KNOWN = 4  # words of the n-grams that are looked up in the training texts
 SHOWN = 10  # texts of each kind that are stored
 WARMUP = 100  # steps
-MAX_BLOCKS = 64
 BATCH = 64  # texts that the transformer generates at a time
 
 
@@ -109,10 +108,11 @@ def counted(words: Tensor) -> Tensor:
 def equal_blocks(vectors: Tensor, model: ModelConfig) -> int:
     """Blocks of the transformer whose parameters are closest in number to the diffusion model's and its table's."""
     wanted = parameters(model) + vectors.numel()
-    return min(range(1, MAX_BLOCKS), key=lambda blocks: abs(_parameters(vectors, model, blocks) - wanted))
+    one, two = (causal_parameters(vectors, model, blocks) for blocks in (1, 2))
+    return max(1, 1 + round((wanted - one) / (two - one)))
 
 
-def _parameters(vectors: Tensor, model: ModelConfig, blocks: int) -> int:
+def causal_parameters(vectors: Tensor, model: ModelConfig, blocks: int) -> int:
     with torch.device("meta"):
         network = CausalTransformer(torch.empty_like(vectors, device="meta"), model, blocks)
     return sum(p.numel() for p in network.parameters())
@@ -162,7 +162,7 @@ def compare(options: ExperimentOptions) -> dict:
     rows = [{"texts": name} | scores(texts, language, known) for name, texts in found.items()]
 
     blocks = equal_blocks(codec.vectors, config.model)
-    sizes = parameters(config.model) + codec.vectors.numel(), _parameters(codec.vectors, config.model, blocks)
+    sizes = parameters(config.model) + codec.vectors.numel(), causal_parameters(codec.vectors, config.model, blocks)
     flops = forward_flops(config.model, 1), causal_flops(len(codec.vocabulary), config.model, blocks)
     steps = options.steps, max(1, round(options.steps * flops[0] / flops[1]))
     makers = {"diffusion": _diffusion, "autoregressive": _autoregressive}

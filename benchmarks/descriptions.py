@@ -66,13 +66,13 @@ DESCRIPTIONS = {
     ),
     "autoregression": Description(
         "Long texts: diffusion against an autoregressive transformer",
-        "A PS-U-Net of text alone, which denoises the word vectors of up to 64 words at once, and a causal transformer, "
-        "which draws one word after the other at temperature 1, are trained on the same texts with the same batch, "
-        "optimiser and learning rate, which was tuned for neither. They have as many parameters, tables of word vectors "
-        "included, and the steps are such that both trainings take as many operations of matrix products. The diffusion "
-        "model's table is Word2Vec's; the transformer begins with it and trains it. Perplexity is that of an "
-        "interpolated Kneser-Ney model of the training texts, which held-out texts do not reach the bottom of: lower "
-        "is not better than real. Distinct n-grams are a part of all, known ones are in the training texts. Held-out "
-        "texts are the reference, words drawn by frequency the floor.",
+        "A PS-U-Net of text alone, which denoises the vectors of up to 64 words together, and a causal transformer, "
+        "which draws one word after the other at temperature 1. Both are trained on the same texts with the same "
+        "batch, optimiser and constant learning rate, which was tuned for neither. They have as many parameters, "
+        "tables of word vectors included, and the steps are such that both trainings take as many operations of matrix "
+        "products. The diffusion model's table is Word2Vec's; the transformer's begins as a copy of it and is trained. "
+        "Perplexity is under an interpolated Kneser-Ney model of the training texts: the nearer to that of held-out "
+        "texts, the better; what repeats the training texts has a lower one. Distinct n-grams are a part of all "
+        "n-grams; known ones are in the training texts.",
     ),
 }
