@@ -1,6 +1,8 @@
 """`engine.data text`: lines or joined captions to a data set, and training a model of text alone on it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -139,3 +141,13 @@ def test_a_folder_without_texts_is_refused(tmp_path, data, capsys):
         (data / "captions.json").write_bytes(content)
         assert train.main([*arguments, str(data)]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_making_a_data_set_of_lines_needs_no_torch(tmp_path):
+    (tmp_path / "texts.txt").write_text("one\n")
+    arguments = ["text", "--from", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "data")]
+    code = f"import sys\nfrom engine.data.__main__ import main\nassert main({arguments}) == 0\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.codecs.words import HOLE, tokenize
-from engine.data.coco import parse_captions
 from engine.errors import InputError, errors_named
 from engine.files import is_file, read_json, unreadable, write_atomically
 
@@ -118,6 +117,8 @@ def _of_lines(file: Path) -> Iterator[tuple[dict, str]]:
 
 def _of_coco(file: Path, count: int) -> Iterator[tuple[dict, str]]:
     """The images of a captions file, and the first `count` captions of each, joined."""
+    from engine.data.coco import parse_captions  # here: it imports torch
+
     with errors_named("from"):
         names, captions, _ = parse_captions(file)
     for image_id, of_image in captions.items():

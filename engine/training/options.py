@@ -107,6 +107,7 @@ class TrainOptions:
         if self.init_has_codecs and self.autoencoder:
             remedy = "leave out one of them"
             raise InputError("autoencoder", self.autoencoder, remedy, "conflicts with init, which has its own")
+        assert self.config is not None  # set before
         autoencoder, image = recipe.autoencoder, image_and_text(self.config)[0]
         if image is None and self.autoencoder:
             raise InputError("autoencoder", self.autoencoder, "leave it out", "is of no use to a model of text alone")
