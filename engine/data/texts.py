@@ -107,7 +107,7 @@ def _of_lines(file: Path) -> Iterator[tuple[dict, str]]:
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    yield {"id": number}, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    yield {"id": number}, line.decode()
                 except UnicodeDecodeError as error:
                     problem = f"is not text in UTF-8 (line {number}: {error.reason})"
                     raise InputError("from", file, REMEDY, problem) from None
