@@ -56,7 +56,7 @@ class CocoCaptions:
         listed image has both a file and a caption.
         """
         file, images = _find(Path(folder), split)
-        listed, captions, ignored = _parse(file)
+        listed, captions, ignored = parse_captions(file)
         files = {image_id: {_path(images, name): name for name in names} for image_id, names in listed.items()}
         names = {path: name for by_path in files.values() for path, name in by_path.items()}
         ids: dict[Path, list[str]] = {path: [] for path in names}  # those that no other file has
@@ -136,7 +136,7 @@ def _find(folder: Path, split: str) -> tuple[Path, Path]:
     raise InputError("folder", folder, remedy, f"has {places[0][0].name}, but no folder {' or '.join(missing)}")
 
 
-def _parse(file: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, list[int]]]:
+def parse_captions(file: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, list[int]]]:
     """File names and captions by image id, and the entries that cannot be used by reason, which names their list."""
     remedy = 'it needs the lists "images", with id and file_name, and "annotations", with image_id and caption'
     try:
