@@ -23,9 +23,10 @@ from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.command import check_writable
 from engine.config import Config
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.latents import cache_latents
 from engine.data.record import differences, record_of
+from engine.data.sources import open_captioned
 from engine.device import DTYPES, resolve_device, resolve_dtype
 from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
@@ -66,7 +67,7 @@ def train(options: TrainOptions) -> None:
     dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
     _require_enough_samples(options.recipe, processes)
     with errors_named("data"):
-        data = CocoCaptions.open(options.data)
+        data = open_captioned(options.data, options.split)
     init = initial_network(options.init, config) if options.init else None
     with ExitStack() as stack:
 
@@ -98,7 +99,7 @@ def train(options: TrainOptions) -> None:
 
 
 def _run_stages(
-    data: CocoCaptions,
+    data: CaptionedImages,
     record: dict[str, list] | None,
     options: TrainOptions,
     how: StageOptions,
@@ -136,7 +137,7 @@ def _run_stages(
     train_denoiser(run, cache, text, config, recipe, how, init)
 
 
-def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> None:
+def train_words(run: Path, data: CaptionedImages, config: Config, seed: int) -> None:
     """Trains the word vectors and saves them as the text codec of RUN/checkpoint, unless that exists."""
     name = image_and_text(config)[1]
     folder, modality = _codec_folder(run, config, name), config.model.modality(name)
@@ -198,7 +199,7 @@ def _require_same_run(options: TrainOptions) -> None:
     write_atomically(file, lambda p: p.write_text(json.dumps(settings) + "\n"))
 
 
-def _require_same_data(data: CocoCaptions, options: TrainOptions) -> dict[str, list]:
+def _require_same_data(data: CaptionedImages, options: TrainOptions) -> dict[str, list]:
     """Refuses to resume a run whose images or captions have changed. Records them; returns the record."""
     file = options.out / "data.json"
     recorded = _recorded(file, lambda entry: isinstance(entry, list) and len(entry) == 4)
