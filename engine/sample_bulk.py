@@ -41,7 +41,7 @@ SETTINGS = ("steps", "solver", "eta", "order", "guidance", "guidance_kind", "gui
 class Wanted:
     """What one sample is to be made from, and what its .json tells of it."""
 
-    given: dict  # arguments of Request
+    given: dict  # arguments of Request; an image as `CaptionedImage`
     facts: dict
 
 
@@ -166,7 +166,7 @@ def _images(options: argparse.Namespace) -> Source:
     items = [data.items[i * len(data.items) // count] for i in range(count)]  # several texts of one if more are wanted
 
     def wanted(i: int) -> Wanted:
-        return Wanted({"image": items[i].source()}, {"image_id": items[i].image_id, "file_name": items[i].path.name})
+        return Wanted({"image": items[i]}, {"image_id": items[i].image_id, "file_name": items[i].path.name})
 
     ids = hashlib.sha256(json.dumps([item.image_id for item in items]).encode()).hexdigest()
     return Source({"images": ids}, count, wanted)
@@ -207,7 +207,7 @@ class _Making:
         for i, what in wanted.items():
             try:
                 with images_up_to_the_limit():
-                    given = {k: open_image(v) if k == "image" else v for k, v in what.given.items()}
+                    given = {k: open_image(v.source()) if k == "image" else v for k, v in what.given.items()}
             except InputError as error:  # a damaged image of a data set
                 errors[i] = str(error)
                 continue

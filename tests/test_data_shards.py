@@ -145,6 +145,12 @@ def test_a_tar_file_that_is_none_is_named(tmp_path):
         open_captioned(tmp_path)
 
 
+def test_images_of_a_tar_file_that_has_gone_are_damaged(folder):
+    data = open_captioned(folder)
+    (folder / "001.tar").unlink()
+    assert read(data) == EXPECTED[:3] and "skipped 3 damaged (0000.png first)" in data.summary()
+
+
 def test_patterns_and_splits_choose_tar_files(folder):
     assert read(open_captioned(folder / "*1.tar")) == [("001" + i[3:], *r) for i, *r in EXPECTED[3:]]
     assert read(open_captioned(f"{folder}/{{000..001}}.tar")) == EXPECTED

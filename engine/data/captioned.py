@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.errors import InputError, shown
+from engine.files import unreadable
 from engine.images import fit_image, images_up_to_the_limit, open_image
 
 
@@ -41,8 +42,11 @@ class CaptionedImage:
     member: Member | None = None  # of a tar file
 
     def source(self) -> Path | BytesIO:
-        """What `open_image` takes. Raises OSError for a tar file that cannot be read."""
-        return self.path if self.member is None else BytesIO(self.member.read_bytes())
+        """What `open_image` takes. Raises InputError about `image` for a tar file that cannot be read."""
+        try:
+            return self.path if self.member is None else BytesIO(self.member.read_bytes())
+        except OSError as error:
+            raise unreadable("image", self.path, error, "restore the tar file") from None
 
     def read_bytes(self) -> bytes:
         """The file's content. Raises OSError."""
@@ -70,9 +74,6 @@ class CaptionedImages:
                     image = open_image(item.source())
             except InputError as error:
                 self.skipped[item.path] = f"damaged: {error.problem}"
-                continue
-            except OSError as error:  # of a tar file
-                self.skipped[item.path] = f"damaged: {error.strerror}"
                 continue
             yield item, image
 
