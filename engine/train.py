@@ -41,6 +41,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--keep", type=int, default=1, metavar="K", help="saved states that are kept (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
     add("--grad-checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")
+    add("--fsdp", action="store_true", help="share weights and optimiser state among the processes: less memory")
     add("--log", choices=TRACKERS, help="report the denoiser's training there; tensorboard writes to RUN/log")
     add("--seed", type=int, default=0, help="32 bits, as gensim's generator (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

@@ -71,7 +71,7 @@ def train_autoencoder(
         return {name: share * loss for name, loss in autoencoder_losses(network, pixels, noise).items()}
 
     @torch.inference_mode()
-    def preview(step: int) -> None:
+    def preview(step: int, _weights: dict[str, Tensor]) -> None:
         pixels = pixels_of(range(0, len(plain), max(1, len(plain) // 32))[:32])
         decoded = stage.average.decode(stage.average.encode(pixels).latent).sample
         sheet = grid([to_image(p) for pair in zip(pixels, decoded, strict=True) for p in pair], columns=16)

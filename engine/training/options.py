@@ -42,6 +42,7 @@ class TrainOptions:
     save_every: int = 250  # steps between saves of the state, with sample images
     keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
+    fsdp: bool = False  # processes share weights, gradients and optimiser state (FSDP2); each has all without it
     log: str | None = None  # report the denoiser's training to one of TRACKERS
     grad_checkpointing: bool = False  # of the denoiser's blocks: less memory, about a third more time
     split: str = "train"  # of the data

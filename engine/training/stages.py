@@ -62,7 +62,7 @@ def train(options: TrainOptions) -> None:
     config, run = options.config, options.out
     check_writable(run, ["run.json"])
     tracker = Tracker(options.log, run) if options.log else None
-    processes = Processes.started(options.device)
+    processes = Processes.started(options.device, options.fsdp)
     device = processes.device or resolve_device(options.device)
     dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
     _require_enough_samples(options.recipe, processes)
