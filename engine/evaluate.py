@@ -44,7 +44,7 @@ import json
 from dataclasses import asdict, fields, replace
 
 from engine.command import Parser, path, refuse, run
-from engine.data.coco import CocoCaptions
+from engine.data.sources import open_captioned
 from engine.device import resolve_device
 from engine.errors import InputError, errors_named
 from engine.evaluation import (
@@ -146,7 +146,7 @@ def _run(options: argparse.Namespace) -> dict:
     with Engine.from_pretrained(options.checkpoint, device=options.device, dtype=options.dtype) as engine:
         size = engine.config.codecs[evaluated_modalities(engine.config)[0]].settings["size"]
         with errors_named("data"):
-            data = {split: CocoCaptions.open(options.data, split) for split in ("train", "test")}
+            data = {split: open_captioned(options.data, split) for split in ("train", "test")}
         splits = {split: list(dataset.read(size)) for split, dataset in data.items()}
         for split, pairs in splits.items():
             if not pairs:

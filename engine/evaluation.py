@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.codecs.words import tokenize
 from engine.config import Config
-from engine.data.coco import CaptionedImage
+from engine.data.captioned import CaptionedImage
 from engine.data.disturb import DISTURBANCES
 from engine.data.emoji import base_name, name_class
 from engine.errors import InputError

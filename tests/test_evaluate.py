@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from engine.config import UViTConfig
-from engine.data.coco import CaptionedImage
+from engine.data.captioned import CaptionedImage
 from engine.data.disturb import DISTURBANCES
 from engine.errors import InputError
 from engine.evaluate import main

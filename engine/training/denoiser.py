@@ -53,7 +53,7 @@ def train_denoiser(
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
         settings = len(examples), options.dtype, options.processes, options.keep
-        stage = Stage(run / "denoiser", network, recipe.denoiser, *settings)
+        stage = Stage(run / "denoiser", network, recipe.denoiser, *settings, network.blocks())
     for line in not_copied if stage.step == 0 and options.processes.is_main else []:
         print(f"init: not copied: {line}")
     for block in network.blocks():
@@ -83,13 +83,14 @@ def train_denoiser(
         where = options.processes, options.device, options.dtype
         report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
 
-    def export(step: int) -> None:
-        checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), DTYPES[recipe.weights_dtype])
+    def export(step: int, weights: dict[str, Tensor]) -> None:
+        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, config, recipe.denoiser.seed, options)
 
     if stage.done:
-        options.processes.on_main(lambda: export(stage.step))
+        weights = stage.averaged()
+        options.processes.on_main(lambda: export(stage.step, weights))
     stage.run(draw, losses, options.save_every, export, report)
 
 

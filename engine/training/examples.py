@@ -100,10 +100,14 @@ def with_repeats(captions: list[str], repeats: int) -> list[int]:
     own ("ghost") is shown `repeats` times, and one of hundreds of "firefighter" images once. The square root, as in
     sampling languages for translation, is a compromise between showing all images and all words equally often.
     """
-    words = [set(tokenize(caption)) - {HOLE} for caption in captions]
-    captions_with = Counter(word for caption_words in words for word in caption_words)
-    rarest = [min((captions_with[word] for word in caption_words), default=len(captions)) for caption_words in words]
+    # Split into words twice: sets of the words of a million captions would take a gigabyte.
+    captions_with = Counter(word for caption in captions for word in _words(caption))
+    rarest = (min((captions_with[word] for word in _words(caption)), default=len(captions)) for caption in captions)
     return [i for i, n in enumerate(rarest) for _ in range(max(1, round(repeats / math.sqrt(n))))]
+
+
+def _words(caption: str) -> set[str]:
+    return set(tokenize(caption)) - {HOLE}
 
 
 def shortened(caption: str, words: int) -> str:

@@ -27,7 +27,9 @@ class TrainOptions:
     recipe has the steps, batch and so on that were given.
     """
 
-    data: Path  # folder of images and captions.json, MS-COCO captions layout; for text alone captions.json suffices
+    data: (
+        Path  # MS-COCO captions layout (for text alone captions.json suffices), tar files, or a pattern of their names
+    )
     out: Path  # folder of the run; a run found there is resumed
     preset: str = "emoji"  # name of the config and of the recipe
     autoencoder: str | None = None  # a trained diffusers autoencoder: a folder or a hub id; None: train one
@@ -42,8 +44,10 @@ class TrainOptions:
     save_every: int = 250  # steps between saves of the state, with sample images
     keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
+    fsdp: bool = False  # processes share weights, gradients and optimiser state (FSDP2); each has all without it
     log: str | None = None  # report the denoiser's training to one of TRACKERS
     grad_checkpointing: bool = False  # of the denoiser's blocks: less memory, about a third more time
+    split: str = "train"  # of the data
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the arithmetic, one of DTYPES; the weights stay float32

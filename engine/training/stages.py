@@ -23,9 +23,10 @@ from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.command import check_writable
 from engine.config import Config
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.latents import LatentCache, cache_latents
 from engine.data.record import differences, record_of
+from engine.data.sources import open_captioned
 from engine.data.texts import Texts
 from engine.device import DTYPES, resolve_device, resolve_dtype
 from engine.errors import InputError, errors_named
@@ -62,13 +63,13 @@ def train(options: TrainOptions) -> None:
     config, run = options.config, options.out
     check_writable(run, ["run.json"])
     tracker = Tracker(options.log, run) if options.log else None
-    processes = Processes.started(options.device)
+    processes = Processes.started(options.device, options.fsdp)
     device = processes.device or resolve_device(options.device)
     dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
     _require_enough_samples(options.recipe, processes)
     image_name, _ = image_and_text(config)
     with errors_named("data"):
-        data = Texts.open(options.data) if image_name is None else CocoCaptions.open(options.data)
+        data = Texts.open(options.data) if image_name is None else open_captioned(options.data, options.split)
     init = initial_network(options.init, config) if options.init else None
     with ExitStack() as stack:
 
@@ -100,7 +101,7 @@ def train(options: TrainOptions) -> None:
 
 
 def _run_stages(
-    data: CocoCaptions | Texts,
+    data: CaptionedImages | Texts,
     record: dict[str, list] | None,
     options: TrainOptions,
     how: StageOptions,
@@ -135,7 +136,7 @@ def _run_stages(
 
 
 def _latents(
-    data: CocoCaptions, record: dict[str, list] | None, options: TrainOptions, how: StageOptions
+    data: CaptionedImages, record: dict[str, list] | None, options: TrainOptions, how: StageOptions
 ) -> LatentCache:
     """Encodes the images with the codec of RUN/checkpoint."""
     config, run, name = options.config, options.out, image_and_text(options.config)[0]
@@ -149,7 +150,7 @@ def _latents(
         )
 
 
-def train_words(run: Path, data: CocoCaptions | Texts, config: Config, seed: int) -> None:
+def train_words(run: Path, data: CaptionedImages | Texts, config: Config, seed: int) -> None:
     """Trains the word vectors and saves them as the text codec of RUN/checkpoint, unless that exists."""
     name = image_and_text(config)[1]
     folder, modality = _codec_folder(run, config, name), config.model.modality(name)
@@ -213,7 +214,7 @@ def _require_same_run(options: TrainOptions) -> None:
     write_atomically(file, lambda p: p.write_text(json.dumps(settings) + "\n"))
 
 
-def _require_same_data(data: CocoCaptions | Texts, options: TrainOptions) -> dict[str, list]:
+def _require_same_data(data: CaptionedImages | Texts, options: TrainOptions) -> dict[str, list]:
     """Refuses to resume a run whose images or captions have changed. Records them; returns the record."""
     file = options.out / "data.json"
     recorded = _recorded(file, lambda entry: isinstance(entry, list) and len(entry) == 4)
