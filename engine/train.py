@@ -22,8 +22,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="emoji", help="what to train (default: %(default)s)")
-    add("--data", type=path, required=True, metavar="DIR", help="images and captions.json, MS-COCO captions layout, of a "
-        "model of text captions.json alone; or WebDataset's tar files, or a pattern")  # fmt: skip
+    add("--data", type=path, required=True, metavar="DIR", help="images and captions.json, MS-COCO captions layout "
+        "(captions.json alone for a model of text), or WebDataset's tar files, or a pattern")  # fmt: skip
     add("--split", type=name, default="train", help="of the data, as Karpathy's train+restval (default: %(default)s)")
     add("--out", type=path, required=True, metavar="RUN", help="folder of the run; an interrupted run is resumed")
     add("--autoencoder", type=name, metavar="DIR", help="a trained diffusers autoencoder: a folder or a hub id")

@@ -124,7 +124,8 @@ def _content(file: Path, lists: tuple[str, ...], remedy: str) -> dict:
     return content
 
 
-def _captions_layout(file: Path) -> Listed:
+def parse_captions(file: Path) -> Listed:
+    """What a file in MS-COCO captions layout lists; raises InputError about `folder`."""
     remedy = 'it needs the lists "images", with id and file_name, and "annotations", with image_id and caption'
     content = _content(file, ("images", "annotations"), remedy)
     names: dict[str, list[str]] = {}
