@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.codecs.words import HOLE, tokenize
+from engine.codecs.words import caption_words, tokenize
 from engine.errors import InputError
 from engine.files import unreadable
 
@@ -78,7 +78,7 @@ def _captions(file: Path, content: bytes) -> Prompts:
         entry = annotation if isinstance(annotation, dict) else {}
         caption, image_id = entry.get("caption"), entry.get("image_id")
         text = " ".join(caption.split()) if isinstance(caption, str) else ""
-        if any(word != HOLE for word in tokenize(text)):
+        if caption_words(text):
             items.append(Prompt(text, None if image_id is None else str(image_id), i))
     if not items:
         raise InputError("prompts", file, REMEDY, "holds no caption with a word")
