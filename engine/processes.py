@@ -165,15 +165,21 @@ class Processes:
         """A tensor, whole where it is shared; all processes call this."""
         return getattr(tensor, "full_tensor", lambda: tensor)() if self.fsdp else tensor
 
-    def gathered(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-        """Whole tensors in the first process, on the CPU where they are shared. All call this; the others get none."""
+    def gathered(self, tensors: Mapping[str, "Tensor"], copy: bool = False) -> dict[str, "Tensor"]:
+        """Whole tensors in the first process, on the CPU where they are shared. All call this; the others get none.
+
+        copy  whether all are copies on the CPU, which training does not change
+        """
         if not self.fsdp:
-            return dict(tensors) if self.is_main else {}
-        whole = {}
+            found = tensors.items() if self.is_main else ()
+            return {name: tensor.detach().to("cpu", copy=True) if copy else tensor for name, tensor in found}
+        gathered = {}
         for name, tensor in tensors.items():  # one at a time on the device
-            whole[name] = self.whole(tensor.detach())
-            whole[name] = whole[name].cpu() if self.is_main else None
-        return whole if self.is_main else {}
+            whole = self.whole(tensor.detach())
+            if self.is_main:
+                is_shared = hasattr(tensor, "full_tensor")  # then it was put together: a copy already
+                gathered[name] = whole.to("cpu", copy=copy and not is_shared)
+        return gathered
 
     def without_averaging(self, module: "nn.Module") -> AbstractContextManager:
         """Backward passes of what `parallel` returned keep their gradients to themselves."""

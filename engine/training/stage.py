@@ -187,7 +187,11 @@ class Stage:
         return total
 
     def save(self) -> None:
-        """Gathers the state in the first process, which begins to write it."""
+        """Gathers the state in the first process, which begins to write it once the write before has ended.
+
+        Raises what that one failed with.
+        """
+        self.processes.on_main(self.files.finish)  # first, so that there are not two copies in memory
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
@@ -195,7 +199,7 @@ class Stage:
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
         if self.scaler.is_enabled():
             metadata["scaler"] = json.dumps(self.scaler.state_dict())
-        tensors = self.processes.gathered(tensors)
+        tensors = self.processes.gathered(tensors, copy=True)
         self.processes.on_main(lambda: self.files.save(tensors, metadata, self.curve, self.settings))
 
     def averaged(self) -> dict[str, Tensor]:
