@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.codecs.words import caption_words, tokenize
+from engine.data.captions import with_lists
 from engine.errors import InputError
 from engine.files import unreadable
 
@@ -70,9 +71,7 @@ def _captions(file: Path, content: bytes) -> Prompts:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError("prompts", file, REMEDY, f"is not readable JSON ({error})") from None
-    annotations = found.get("annotations") if isinstance(found, dict) else None
-    if not isinstance(annotations, list):
-        raise InputError("prompts", file, REMEDY, 'is not in MS-COCO captions layout (it has no list "annotations")')
+    annotations = with_lists(found, ("annotations",), "prompts", file, REMEDY)["annotations"]
     items = []
     for i, annotation in enumerate(annotations, start=1):
         entry = annotation if isinstance(annotation, dict) else {}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.codecs.words import caption_words
+from engine.data.captions import parse_captions, with_lists
 from engine.errors import InputError, errors_named
 from engine.files import is_file, read_json, unreadable, write_atomically
 
@@ -37,10 +38,7 @@ class Texts:
             remedy = "give a folder that `python -m engine.data text` has written"
             raise InputError("folder", folder, remedy, f"has no {' or '.join(names)}")
         content = read_json(files[0], "folder", absent=RESTORE, damaged=RESTORE)
-        annotations = content.get("annotations") if isinstance(content, dict) else None
-        if not isinstance(annotations, list):
-            problem = 'is not in MS-COCO captions layout (it has no list "annotations")'
-            raise InputError("folder", files[0], RESTORE, problem)
+        annotations = with_lists(content, ("annotations",), "folder", files[0], RESTORE)["annotations"]
         captions = [entry.get("caption") for entry in annotations if isinstance(entry, dict)]
         texts = tuple(text for text in captions if isinstance(text, str) and caption_words(text))
         if not texts:
@@ -117,8 +115,6 @@ def _of_lines(file: Path) -> Iterator[tuple[dict, str]]:
 
 def _of_coco(file: Path, count: int) -> Iterator[tuple[dict, str]]:
     """The images of a captions file, and the first `count` captions of each, joined."""
-    from engine.data.coco import parse_captions  # here: it imports torch
-
     with errors_named("from"):
         names, captions, _ = parse_captions(file)
     for image_id, of_image in captions.items():
