@@ -52,10 +52,19 @@ def train_denoiser(
     not_copied = start_from(init, network) if init is not None else []
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
-        settings = len(examples), options.dtype, options.processes, options.keep
-        stage = Stage(run / "denoiser", network, recipe.denoiser, *settings, network.blocks())
-    for line in not_copied if stage.step == 0 and options.processes.is_main else []:
-        print(f"init: not copied: {line}")
+        stage = Stage(
+            run / "denoiser",
+            network,
+            recipe.denoiser,
+            len(examples),
+            options.dtype,
+            options.processes,
+            options.keep,
+            blocks=network.blocks(),
+        )
+    if stage.step == 0 and options.processes.is_main:
+        for line in not_copied:
+            print(f"init: not copied: {line}")
     for block in network.blocks():
         block.gradient_checkpointing = options.grad_checkpointing
     if options.compile:
@@ -80,8 +89,8 @@ def train_denoiser(
 
     prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
     if options.tracker is not None:
-        where = options.processes, options.device, options.dtype
-        report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
+        batch = recipe.denoiser.batch
+        report = Report(options.tracker, loss, batch, options.processes, options.device, options.dtype).step
 
     def export(step: int, weights: dict[str, Tensor]) -> None:
         checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
