@@ -1,6 +1,6 @@
-"""`StageFiles`: the states of a stage, the last few of them, and rows of JSON, written while training goes on.
+"""`StageFiles`: the last states of a stage, its loss curve and its settings, written in the background.
 
-A write is whole or does not count: rows are written before the state, which tells how many of them are valid.
+The rows of the curve are written before the state, which has their number: rows beyond it are ignored.
 """
 
 import json

@@ -52,7 +52,7 @@ class StageOptions:
 
 
 class _Call(nn.Module):
-    """A call that trains `module`, in the form that wrappers of modules take: the losses need more than its forward."""
+    """Makes a call that trains `module` a forward, as DDP and FSDP need; the losses compute more than its forward."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -72,7 +72,7 @@ class Stage:
     dtype      torch.bfloat16 or float16 computes the losses under autocast; the weights stay float32. With float16
                losses are scaled, and a step whose gradient overflows leaves the weights as they are
     processes  that train it together; the first one writes
-    blocks     modules in it, of which the weights are whole one at a time, where processes share them
+    blocks     modules in it that FSDP gathers and frees one at a time
     keep       how many saved states there are at most
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
     number of steps and another learning rate are allowed: they hold from the saved step on.
