@@ -52,16 +52,8 @@ def train_denoiser(
     not_copied = start_from(init, network) if init is not None else []
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
-        stage = Stage(
-            run / "denoiser",
-            network,
-            recipe.denoiser,
-            len(examples),
-            options.dtype,
-            options.processes,
-            options.keep,
-            blocks=network.blocks(),
-        )
+        how = {"processes": options.processes, "keep": options.keep, "blocks": network.blocks()}
+        stage = Stage(run / "denoiser", network, recipe.denoiser, len(examples), options.dtype, **how)
     if stage.step == 0 and options.processes.is_main:
         for line in not_copied:
             print(f"init: not copied: {line}")
