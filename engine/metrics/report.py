@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from engine.data.captioned import CaptionedImages
 from engine.data.sample_files import RUN, read_run, read_samples
 from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
+from engine.files import cache_folder
 from engine.images import images_up_to_the_limit, open_image, to_levels
 from engine.metrics.captions import bleu, bleu_counts, caption_words, cider, distinct, rouge_l
 from engine.metrics.features import (
@@ -86,9 +86,10 @@ def measure(options: MeasureOptions, device: torch.device) -> dict:
     with errors_named("data"):
         data = open_captioned(options.data, options.split)
     bootstrap, skipped, scores = Bootstrap(options.bootstrap, options.seed), {}, {}
+    cache = cache_folder() if options.cache else None  # None without a home, too
     if len(samples.captions) > 1:
         for network in _networks(options, device):
-            scores |= image_scores(network, samples, data, bootstrap, _cache_folder() if options.cache else None)
+            scores |= image_scores(network, samples, data, bootstrap, cache and cache / "references")
     else:
         skipped["images"] = "fewer than two samples have a generated image"
     scores |= _clip(options, samples, bootstrap, device, skipped)
@@ -141,7 +142,7 @@ def _image(files: dict[str, bytes]) -> bytes | None:
 
 
 def _facts(folder: Path, key: str, content: bytes | None) -> dict:
-
+    """What a sample's .json tells, with "generated"; InputError about "samples" for a damaged one."""
     try:
         facts = json.loads(content or b"{}")
     except (ValueError, RecursionError) as error:
@@ -231,11 +232,3 @@ def _perplexity(surprise: np.ndarray, bootstrap: Bootstrap) -> Score:
     return bootstrap.score(
         len(surprise), lambda i: math.exp(min(700, surprise[i, 0].sum() / max(1, surprise[i, 1].sum())))
     )
-
-
-def _cache_folder() -> Path | None:
-    """Where statistics of references are kept; None without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "psunet-engine" / "references"
-    except RuntimeError:
-        return None
