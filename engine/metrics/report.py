@@ -142,7 +142,7 @@ def _image(files: dict[str, bytes]) -> bytes | None:
 
 
 def _facts(folder: Path, key: str, content: bytes | None) -> dict:
-    """What a sample's .json tells, with "generated"; InputError about "samples" for a damaged one."""
+    """What a sample's .json records, with "generated"; InputError about "samples" for a damaged one."""
     try:
         facts = json.loads(content or b"{}")
     except (ValueError, RecursionError) as error:
