@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine.command import Parser, name, path, refuse, run
+from engine.command import Parser, add_model, add_quantize, name, path, refuse, run
 from engine.errors import InputError
-from engine.request import QUANTIZATIONS
 
 COMMAND = "python -m engine.serve"
 INSTALL = "pip install 'psunet-engine[{}]'"
@@ -29,14 +28,10 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0: any free one (default: 8000)")
-    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
-    add("--checkpoint", type=path, metavar="DIR", help=text)
+    add_model(add)
     add("--name", type=name, help="the model's name for clients (default: the checkpoint folder's)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
     add("--compile", action="store_true", help="compile the model before the first request")
-    text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
-    add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
+    add_quantize(add)
     add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0 for no warm-up (default: 1; with --compile: --max-rows)"
