@@ -34,7 +34,7 @@ def _parser() -> Parser:
     add_quantize(add)
     add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
-    text = "samples in the largest batch to warm up for, 0 for no warm-up (default: 1; with --compile: --max-rows)"
+    text = "samples in the largest batch to warm up for, 0: none (default: 1; with --compile on a GPU: --max-rows)"
     add("--warmup", type=int, metavar="N", help=text)
     text = "a file of tokens, one a line; clients must send one of them (Authorization: Bearer …)"
     add("--token-file", type=path, metavar="FILE", help=text)
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 @contextmanager
 def _application(options: argparse.Namespace, model: str, limits, tokens: list[str]):
     common = {"model": model, "limits": limits, "tokens": tokens, "origins": options.cors, "drain": options.drain}
-    warmup = options.warmup if options.warmup is not None else options.max_rows if options.compile else 1
+    warmup = _warmup(options) if options.warmup is None else options.warmup
     engine = {
         key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows", "quantize")
     }
@@ -114,6 +114,16 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
         )
         with running(settings) as app:
             yield app
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    """Samples to warm up for: on a GPU each batch size is compiled separately, on a CPU one package serves them all."""
+    from engine.device import resolve_device
+
+    on_gpu = options.replica_gpus > 0  # Ray hides the GPUs from replicas that ask for none
+    if options.replicas is None:
+        on_gpu = resolve_device(options.device).type == "cuda"
+    return options.max_rows if options.compile and on_gpu else 1
 
 
 def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -> None:
