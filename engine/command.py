@@ -41,7 +41,7 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
     options  names of the command's options, as Python spells them: an argument that is one is printed as "--steps"
     """
     if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, OSError):
-        return 2  # the first process that torchrun has started on this machine says the same
+        return 2  # the first process that torchrun has started on this machine prints the same
     message, argument = str(error), getattr(error, "argument", None)
     if argument is not None:
         names, options = argument.split(", "), set(options)

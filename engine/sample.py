@@ -76,7 +76,7 @@ def _add_solver(add) -> None:
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
     text = "langevin: fit known parts in by inner steps, for models that renoise them (default: repaint)"
     add("--infill", choices=INFILLS, default=Request.infill, help=text)
-    text = f"Langevin: calls of the model more for each step (default: {Request.inner_steps})"
+    text = f"Langevin: further calls of the model at each step (default: {Request.inner_steps})"
     add("--inner-steps", type=int, default=Request.inner_steps, metavar="K", help=text)
     text = f"Langevin: in units of the noise's variance (default: {Request.step_size:g})"
     add("--step-size", type=float, default=Request.step_size, metavar="SIZE", help=text)
