@@ -95,7 +95,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
                 instead, dtype (or torch_dtype, default float32), and those of the download
         Raises InputError.
         """
-        hub = {key: kwargs.pop(key) for key in OF_HUB if kwargs.get(key) is not None}
+        hub = {key: value for key in OF_HUB if (value := kwargs.pop(key, None)) is not None}
         source = BUILT_IN if pretrained_model_name_or_path is None else pretrained_model_name_or_path
         folder = local_folder(source, variants=kwargs.get("variant") is not None, **hub)
         if (folder / cls.config_name).is_file():
