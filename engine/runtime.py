@@ -257,7 +257,7 @@ class Engine:
     def _preview(self, found: list[Preview], owners, codecs: dict[str, Codec], show: Callable):
         """Decodes samples in progress for the caller's `preview`; a generator like `_flow`."""
         outputs: dict[int, dict[str, Decoded]] = {}
-        found = [p for p in found if p.x0.isfinite().all()]  # what is not finite, the future reports
+        found = [p for p in found if p.x0.isfinite().all()]  # the future reports the others
         for m in self.config.model.modalities:
             begun = [p for p in found if m.name in p.modalities]
             pairs = [(p.x0, owners[p.position][1].given[m.name]) for p in begun]
