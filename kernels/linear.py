@@ -30,7 +30,6 @@ from engine.kernels.adaln_kernels import NONE
 from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
 from engine.kernels.linear_kernels import linear_forward
 
-packaging = False  # set by `engine.packages` while it exports: its compiler takes oneDNN's product with GELU
 E4M3_MAX = 448.0  # the largest float8_e4m3fn
 PROGRAMS = 264  # as many keep an H100's 132 multiprocessors busy: two each
 
@@ -61,10 +60,10 @@ def _torch_linear(x: Tensor, weight: Tensor | Weight8, bias: Tensor | None) -> T
 
 
 def _torch_gelu(x: Tensor, weight: Tensor | Weight8, bias: Tensor, approximate: str) -> Tensor:
-    inference = not torch.is_grad_enabled() and (packaging or not torch.compiler.is_compiling())
+    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if inference and x.is_cpu and isinstance(weight, Tensor) and x.dtype == weight.dtype and onednn_computes(x.dtype):
-        # oneDNN applies the GELU to each tile of the product; PyTorch's takes 40 % of the product's time. Inductor
-        # calls this operation where weights are frozen.
+        # oneDNN applies the GELU to each tile of the product; PyTorch's is a pass of its own. `engine.packages`
+        # does the same in what it compiles.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
     return F.gelu(_torch_linear(x, weight, bias), approximate=approximate)
 
