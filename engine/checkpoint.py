@@ -80,7 +80,7 @@ def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     if not is_folder(folder, "checkpoint"):
         raise InputError("checkpoint", folder, REMEDY, "is not a folder")
     config = read_config(folder / "config.json")
-    network = _read_network(folder, config.model)
+    network = read_network(folder, config.model)
     checkpoint = Checkpoint(config, network, folder)
     for modality in config.model.modalities:
         checkpoint.codec(modality.name)  # now, so that damage is reported before minutes of work
@@ -141,7 +141,8 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def _read_network(folder: Path, config: ModelConfig) -> PSUNet | UViT:
+def read_network(folder: Path, config: ModelConfig) -> PSUNet | UViT:
+    """The network of a checkpoint folder, as `load` does; raises InputError about "checkpoint"."""
     weights: dict[str, Tensor] = {}
     files = _weights_files(folder)
     for path in files:

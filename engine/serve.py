@@ -37,6 +37,8 @@ def _parser() -> Parser:
     add("--compile", action="store_true", help="compile the model before the first request")
     text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
     add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
+    text = "a LoRA adapter of the checkpoint, which requests ask for by this name; may be repeated"
+    add("--adapter", action="append", default=[], type=_adapter, metavar="NAME=DIR", help=text)
     add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0 for no warm-up (default: 1; with --compile: --max-rows)"
@@ -67,6 +69,13 @@ def _limit(text: str) -> tuple[str, float]:
     return name, number
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR; give a name and the folder of an adapter")
+    return name, Path(folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)  # while loading; the server has handlers of its own, and then calls these
@@ -95,6 +104,7 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
     engine = {
         key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows", "quantize")
     }
+    engine["adapters"] = {name: folder.resolve() for name, folder in options.adapter}  # replicas start elsewhere
     if options.replicas is None:
         from engine.runtime import Engine
         from engine.serving.app import create_app

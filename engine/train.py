@@ -28,6 +28,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--init", type=path, metavar="DIR",
         help="a checkpoint to start from, a folder or on the hub, or a U-ViT weights file")  # fmt: skip
     add("--init-heads", type=int, metavar="N", help="attention heads of the weights file (default: the preset's)")
+    text = "train LoRA adapters of this rank on the checkpoint of --init, which go to RUN/adapter (extra [lora])"
+    add("--lora", type=int, metavar="RANK", help=text)
+    add("--lora-alpha", type=float, metavar="A", help="the adapters are scaled by A / RANK (default: A = RANK)")
     add("--steps", type=int, help="optimiser steps of the denoiser")
     add("--batch", type=int, help="samples per step of the denoiser")
     add("--learning-rate", type=float, help="of the denoiser")

@@ -20,6 +20,7 @@ from engine.model.uvit import UViT
 from engine.request import Request
 from engine.runtime import Engine
 from engine.sampling.graphs import compile_blocks
+from engine.training.adapter import Lora, TrainedAdapter
 from engine.training.examples import Examples, shortened
 from engine.training.initial import start_from
 from engine.training.options import image_and_text
@@ -38,22 +39,26 @@ def train_denoiser(
     recipe: Recipe,
     options: StageOptions,
     init: PSUNet | UViT | None = None,
+    lora: Lora | None = None,
 ) -> None:
     """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
 
     cache  latents and captions of the images
     text   the codec of the captions
     init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
+    lora   adapters are trained, and written to RUN/adapter; RUN/checkpoint has the weights with them
     Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
     """
     image_name, text_name = image_and_text(config)
     torch.manual_seed(recipe.denoiser.seed)
     network = build(config.model).to(options.device)
     not_copied = start_from(init, network) if init is not None else []
+    adapter = None if lora is None else TrainedAdapter(network, lora)
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
         settings = len(examples), options.dtype, options.processes, options.keep
-        stage = Stage(run / "denoiser", network, recipe.denoiser, *settings)
+        trained = network if adapter is None else adapter.parameters
+        stage = Stage(run / "denoiser", trained, recipe.denoiser, *settings)
     for line in not_copied if stage.step == 0 and options.processes.is_main else []:
         print(f"init: not copied: {line}")
     for block in network.blocks():
@@ -83,7 +88,10 @@ def train_denoiser(
         report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
 
     def export(step: int) -> None:
-        checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), DTYPES[recipe.weights_dtype])
+        weights = stage.average.state_dict() if adapter is None else adapter.merged(stage.average)
+        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
+        if adapter is not None:
+            adapter.save(run / "adapter", stage.average)
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, config, recipe.denoiser.seed, options)
 

@@ -33,6 +33,7 @@ from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.presets import PRESETS
 from engine.processes import Processes
+from engine.training.adapter import Lora, require_peft
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
 from engine.training.initial import initial_network
@@ -56,6 +57,8 @@ def train(options: TrainOptions) -> None:
     if find_spec("matplotlib") is None:
         install = "pip install 'psunet-engine[train]'"
         raise ModuleNotFoundError(f"matplotlib, which plots the loss curves, is not installed; use {install}")
+    if options.lora:
+        require_peft()
     for module in ("matplotlib.figure", "gensim.models"):  # now: a broken one would be found after hours
         import_module(module)
     config, run = options.config, options.out
@@ -68,6 +71,9 @@ def train(options: TrainOptions) -> None:
     with errors_named("data"):
         data = CocoCaptions.open(options.data)
     init = initial_network(options.init, config) if options.init else None
+    if options.lora and init.config != config.model:
+        problem = "holds a model of another kind than the preset, which cannot be adapted"
+        raise InputError("init", options.init, "use the preset it was trained with", problem)
     with ExitStack() as stack:
 
         def begin() -> tuple[dict[str, list], ImageCodec | None]:
@@ -133,7 +139,8 @@ def _run_stages(
         cache = cache_latents(
             data, codec.encode_pixels, run / "latents", fingerprint, codec.size, **changes, processes=how.processes
         )
-    train_denoiser(run, cache, text, config, recipe, how, init)
+    lora = Lora(options.lora, options.lora_alpha, str(options.init)) if options.lora else None
+    train_denoiser(run, cache, text, config, recipe, how, init, lora)
 
 
 def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> None:
@@ -191,6 +198,7 @@ def _require_same_run(options: TrainOptions) -> None:
     recorded = _recorded(file, lambda setting: isinstance(setting, str))
     settings = {key: str(getattr(options, key)) for key in RUN_OPTIONS}
     settings |= {key: str(getattr(options.recipe, key)) for key in RUN_RECIPE}
+    settings |= {key: str(getattr(options, key)) for key in ("lora", "lora_alpha") if options.lora}
     if options.config != PRESETS[options.preset]:
         settings["config"] = hashlib.sha256(json.dumps(options.config.to_dict()).encode()).hexdigest()[:16]
     if recorded not in (None, settings):
