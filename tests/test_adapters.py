@@ -178,7 +178,7 @@ def tensors_with(change, **metadata):
     def write(folder):
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
-        save_file(tensors, folder / WEIGHTS, metadata)
+        save_file(tensors, folder / WEIGHTS, metadata or None)
 
     return write
 
