@@ -156,7 +156,7 @@ def measured_rate() -> dict:
 # ------------------------------------------------------------------------------------------------- gloo
 
 
-def measure_gloo(sizes: tuple[int, ...] = (1 << 20, 1 << 25), tries: int = 5) -> dict:
+def measure_gloo(sizes: tuple[int, ...] = (1 << 20, 1 << 25), tries: int = 20) -> dict:
     """All-reduces of float32 between two processes of this machine: the fastest of some tries for each size, bytes."""
     with tempfile.TemporaryDirectory() as folder:
         context, file = multiprocessing.get_context("spawn"), Path(folder) / "times.json"
@@ -205,8 +205,7 @@ Written by `{command}`.
 exchange of gradients on a CPU, see below.
 
 The run: {steps:,} steps (the paper's) of {batch} samples (of the preset `coco256`, as U-ViT's runs on MS-COCO),
-{millions:.1f} M parameters. An hour of one GPU costs ${price:g}: an assumption (`--price`); public offers were some $2
-to $4.
+{millions:.1f} M parameters. An hour of a GPU costs ${price:g}, an assumption (`--price`): public offers are $2 to $4.
 
 ## Hours and cost (predicted)
 
@@ -220,8 +219,9 @@ for its arithmetic: that is the distance of the step that was measured on a CPU,
 
 ## Where it stops scaling (predicted)
 
-* With {fast}, a GPU does less than half of what one alone does from {stop_fast} GPUs on: so few samples are left to
-  each that launching operations takes longer than computing them. Larger batches help, faster links do not.
+* With {fast}, a GPU does less than half of what one alone does
+  from {stop_fast} GPUs on: so few samples are left to each that launching operations takes longer than computing them.
+  Larger batches help, faster links do not.
 * With {slow}, from {stop_slow} GPUs on: beyond one machine the exchange of a step takes {exchange_slow:.0f} ms, within
   a machine {exchange_within:.1f} ms.
 

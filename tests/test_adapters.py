@@ -7,6 +7,7 @@ import pytest
 import torch
 from adapter_cases import write_adapter
 from engine_cases import assert_same, difference, mixed_requests
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from service_cases import assert_error, asynchronous, service
 
@@ -17,6 +18,7 @@ from engine.errors import InputError
 from engine.model.blocks import quantize_blocks
 from engine.model.denoiser import Denoiser
 from engine.model.lora import LAYERS, PLACES, AdapterRows, merged
+from engine.sample import main
 
 FORMS = {  # rank, seed, layers, of adapters by name
     "a": {"rank": 2, "seed": 1},
@@ -244,7 +246,35 @@ def test_a_merged_checkpoint_takes_no_adapter_of_its_base_and_overwrites_nothing
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
-# ---------------------------------------------------------------------------------------- service and pipeline
+# ------------------------------------------------------------------------------------ commands and the service
+
+
+def test_a_command_samples_with_an_adapter(adapted, tiny_checkpoint, folders, tmp_path, capsys):
+    def sample(*options) -> int:
+        model = ["--checkpoint", str(tiny_checkpoint), "--dtype", "float32", "--steps", "3", "--quiet"]
+        return main([*model, "--out", str(tmp_path / "out"), *options])
+
+    adapter = ["--adapter", str(folders["a"]), "--adapter-scale", "0.5"]
+    request = Request(prompt="red cat", steps=3, adapter="a", adapter_scale=0.5)
+    assert sample("--prompt", "red cat", *adapter) == 0
+    with Image.open(tmp_path / "out" / "000.png") as image:
+        assert difference(image, adapted.generate(request).image) <= 1
+
+    bulk = ["--joint", "1", "--out", str(tmp_path / "bulk")]
+    assert sample(*bulk, *adapter) == 0
+    with Image.open(tmp_path / "bulk" / "000000.png") as image:
+        joint = replace(request, prompt=None)
+        assert difference(image, adapted.generate(joint).image) <= 1
+    assert sample(*bulk, "--adapter", str(folders["b"]), "--adapter-scale", "0.5") == 2  # does not resume that run
+
+    for options, line in (
+        (["--adapter", str(tmp_path)], f"--adapter: {tmp_path / CONFIG} does not exist; give a folder that"),
+        (["--adapter-scale", "2"], "--adapter-scale: 2.0 needs an adapter; give adapter too"),
+        (["--adapter-scale", "nan", *adapter[:2]], "--adapter-scale: nan is not valid; use a number from -100 to 100"),
+    ):
+        capsys.readouterr()
+        assert sample("--prompt", "red cat", *options) == 2
+        assert line in capsys.readouterr().err
 
 
 @asynchronous
