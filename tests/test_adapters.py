@@ -257,7 +257,7 @@ def test_a_command_samples_with_an_adapter(adapted, tiny_checkpoint, folders, tm
     adapter = ["--adapter", str(folders["a"]), "--adapter-scale", "0.5"]
     request = Request(prompt="red cat", steps=3, adapter="a", adapter_scale=0.5)
     assert sample("--prompt", "red cat", *adapter) == 0
-    with Image.open(tmp_path / "out" / "000.png") as image:
+    with Image.open(tmp_path / "out" / "0000.png") as image:
         assert difference(image, adapted.generate(request).image) <= 1
 
     bulk = ["--joint", "1", "--out", str(tmp_path / "bulk")]
