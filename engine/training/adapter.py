@@ -1,7 +1,6 @@
 """LoRA training: peft puts adapters around the linear layers of a network's blocks, and they alone are trained."""
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,19 +52,16 @@ class TrainedAdapter:
         self._names = [name.replace(".default.", ".") for name in named]  # of A and B of each layer
         self.parameters = nn.ParameterList(named.values())
 
-    def save(self, folder: Path, values: nn.ParameterList) -> None:
-        """Writes a folder that `engine.adapters` and peft read; values of `parameters`, such as their average."""
+    def save(self, folder: Path, values: nn.ParameterList) -> dict[str, Tensor]:
+        """Writes a folder that `engine.adapters` and peft read; values of `parameters`, such as their average.
+
+        Returns the network's weights with them added, under the names that they have without adapters.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._config.save_pretrained(str(folder))
-        save_tensors_of(folder, self._named(values), self._base)
-
-    def merged(self, values: nn.ParameterList) -> dict[str, Tensor]:
-        """The network's weights with these values of `parameters` added, under the names without adapters."""
-        named, layers = self._named(values), {}
+        named, layers = dict(zip(self._names, (value.detach() for value in values), strict=True)), {}
+        save_tensors_of(folder, named, self._base)
         for name in sorted({name.rpartition(".lora_")[0] for name in named}):
             a, b = (named[f"{name}.lora_{part}.weight"] for part in "AB")
             layers[name] = a, self._scaling * b
         return merged(self._weights, Adapter(layers))
-
-    def _named(self, values: nn.ParameterList) -> Mapping[str, Tensor]:
-        return dict(zip(self._names, (value.detach() for value in values), strict=True))

@@ -57,8 +57,7 @@ def train_denoiser(
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
         settings = len(examples), options.dtype, options.processes, options.keep
-        trained = network if adapter is None else adapter.parameters
-        stage = Stage(run / "denoiser", trained, recipe.denoiser, *settings)
+        stage = Stage(run / "denoiser", adapter.parameters if adapter else network, recipe.denoiser, *settings)
     for line in not_copied if stage.step == 0 and options.processes.is_main else []:
         print(f"init: not copied: {line}")
     for block in network.blocks():
@@ -88,10 +87,8 @@ def train_denoiser(
         report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
 
     def export(step: int) -> None:
-        weights = stage.average.state_dict() if adapter is None else adapter.merged(stage.average)
+        weights = stage.average.state_dict() if adapter is None else adapter.save(run / "adapter", stage.average)
         checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
-        if adapter is not None:
-            adapter.save(run / "adapter", stage.average)
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, config, recipe.denoiser.seed, options)
 
