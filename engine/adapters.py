@@ -102,8 +102,8 @@ def _write_merged(loaded: checkpoint.Checkpoint, adapter: Adapter, out: Path, sc
     dtype = next(iter(weights.values())).dtype
     checkpoint.save(unfinished, config, merged(weights, adapter, scale), dtype)
     for name, codec in config.codecs.items():
-        folders = (codec_folder(root, codec, name) for root in (loaded.folder, unfinished))
-        shutil.copytree(*folders, dirs_exist_ok=True)
+        source, copy = (codec_folder(root, codec, name) for root in (loaded.folder, unfinished))
+        shutil.copytree(source, copy, dirs_exist_ok=True)  # modalities may share a folder
     unfinished.rename(out)
 
 
