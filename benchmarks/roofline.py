@@ -96,7 +96,7 @@ def forward_operations(
 
     device_type  "cuda": with the kernels that are the default there where nothing was measured; "cpu": PyTorch's own
     """
-    with torch.device("meta"), kernels_of(device_type), torch.inference_mode():
+    with torch.device("meta"), _kernels_of(device_type), torch.inference_mode():
         network = build(model).to(dtype)
         inputs, index = torch.empty(rows, model.size), torch.empty(rows, model.tokens, dtype=torch.int32)
         table = network.time_table(torch.arange(TIMES))
@@ -107,7 +107,7 @@ def forward_operations(
 
 
 @contextmanager
-def kernels_of(device_type: str) -> Iterator[None]:
+def _kernels_of(device_type: str) -> Iterator[None]:
     """Within it, tensors without memory take the kernels that tensors on such a device would take."""
     chosen = backend.UNMEASURED if device_type == "cuda" else backend.PORTABLE
     with patch.dict(backend.ENVIRONMENT, chosen), patch.object(backend, "INTERPRETED", True):
@@ -129,7 +129,7 @@ class _Trace(TorchDispatchMode):
             if lookup or function.namespace == "psunet":
                 read = [x for x in read if x.shape[:1] != (TIMES,)]
             moved = _bytes(read) + (1 + lookup) * _bytes(written)  # as many of the table's values are read as written
-            self.operations.append(Operation(name, _flops(function, args, result), moved))
+            self.operations.append(Operation(name, _flops(name, args, result), moved))
         return result
 
 
@@ -152,12 +152,11 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(x.numel() * x.itemsize for x in tensors)
 
 
-def _flops(function, args: Sequence, result) -> float:
+def _flops(name: str, args: Sequence, result) -> float:
     """Of a matrix product or an attention; 0 for all others."""
-    name = function.name().partition("::")[2]
     if name.startswith(("linear", "addmm", "_addmm_activation", "mm", "bmm")):
-        ours = function.namespace == "psunet"  # (x, second input of the same product, weight, …)
-        matrix = args[2] if ours else args[0] if name.startswith(("mm", "bmm")) else args[1]  # rows: inner dimension
+        ours = name == "linear" and len(args) > 3  # engine.kernels.linear: x, a second input, the weight, …
+        matrix = args[2 if ours else 0 if name.startswith(("mm", "bmm")) else 1]  # whose rows have the inner dimension
         return 2 * matrix.shape[-1] * prod(result.shape)
     if name.startswith(("attention", "scaled_dot_product_attention")):
         packed = name.startswith("attention")  # [R, L, 3, H, d], else queries [R, H, L, d]

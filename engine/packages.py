@@ -18,8 +18,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from engine.device import processor
 from engine.files import cache_folder
+from engine.kernels import linear
 
 LIMIT = 256 << 20  # bytes of the folder; the entries that were not used for longest are removed
 ABANDONED = 24 * 3600  # seconds after which the folder of a build that was killed is removed
@@ -169,12 +170,34 @@ def compile_package(source: Source, path: Path) -> None:
         "aot_inductor.metadata": {LABEL: source.description},
         "cpp.dynamic_threads": True,  # as many as there are when it runs, not as there were here
     }
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), _onednn_gelu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         exported = torch.export.export(
             _Stateless(source.module(), names), (example, weights), dynamic_shapes=(dynamic, [None] * len(names))
         )
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+
+
+@contextmanager
+def _onednn_gelu() -> Iterator[None]:
+    """Within it, Inductor compiles oneDNN's product with GELU for any weight; by itself it does for constants only."""
+    from torch._inductor import compile_fx, ir, lowering, mkldnn_ir  # noqa: F401 - the first registers lowerings
+
+    def lower(x, weight, bias, attribute, scalars, algorithm):
+        product = mkldnn_ir.LinearUnary.create(x, weight, bias, attribute, scalars, algorithm)
+        return ir.TensorBox.create(product)
+
+    operation, of_inductor = torch.ops.mkldnn._linear_pointwise.default, lowering.lowerings
+    before = of_inductor.get(operation)
+    of_inductor[operation], linear.packaging = lower, True
+    try:
+        yield
+    finally:
+        linear.packaging = False
+        if before is None:
+            del of_inductor[operation]
+        else:
+            of_inductor[operation] = before
 
 
 class _Stateless(nn.Module):

@@ -39,6 +39,7 @@ CONDITIONAL = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "condit
 MASKED = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked")
 COSINE_INDEPENDENT = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent")
 
+TEXT = {"text": CodecConfig("text")}
 TEXT_FIRST = SamplingConfig(GUIDANCE, order=("text", "image"))
 TOGETHER = SamplingConfig(GUIDANCE)
 
@@ -66,7 +67,14 @@ PRESETS: dict[str, Config] = {
     "uvit-t2i-deep-coco256": Config(_uvit(COCO_CLIP, 17, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
     # As many blocks and skips as `emoji`, all of them shared.
     "uvit-emoji": Config(_uvit(EMOJI, 15, 192), COSINE_INDEPENDENT, _codecs(64, 2), TEXT_FIRST),
+    # Text alone, of up to 64 words; small enough for a CPU.
+    "text": Config(
+        ModelConfig((Modality("text", 64, 64, depth=1),), shared_depth=3, dim=128), MASKED, TEXT, SamplingConfig()
+    ),
     # For tests: trained in seconds.
+    "text-tiny": Config(
+        ModelConfig((Modality("text", 12, 8, depth=1),), shared_depth=1, dim=64), MASKED, TEXT, SamplingConfig()
+    ),
     "uvit-tiny": Config(_uvit(TINY, 3, 64), COSINE_INDEPENDENT, _codecs(32, 1), TEXT_FIRST),
     "tiny": Config(
         ModelConfig((Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1)), shared_depth=3, dim=64),

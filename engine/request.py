@@ -51,7 +51,7 @@ class Request:
     jump      steps of such a stretch
     infill    how known parts that are renoised are fitted in: "repaint" by `resample` and `jump`; "langevin" by
               `inner_steps` Langevin steps at every time but the first, each a call of the model
-    inner_steps, step_size  of "langevin"; the size is in units of the noise's variance
+    inner_steps, step_size  of "langevin"; the size is in units of the noise's variance; above 0.1 it narrows results
     spacing   of the times: "even", or "power", shorter towards the end; None: the better one for the model's schedule
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
     guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
@@ -137,10 +137,9 @@ class Request:
         return {name: value for name, value in [*self.masks.items(), ("image", self.mask)] if value is not None}
 
     def _check_choices(self) -> None:
-        choices = {"task": TASKS, "infill": INFILLS, "unknown_words": ("error", "fill")}
-        for key, allowed in (("solver", SOLVERS), ("guidance_kind", GUIDANCE_KINDS), ("spacing", SPACINGS)):
-            if getattr(self, key) is not None:
-                choices[key] = allowed
+        choices: dict[str, tuple[str, ...]] = {"task": TASKS, "infill": INFILLS, "unknown_words": ("error", "fill")}
+        optional: dict[str, tuple[str, ...]] = {"solver": SOLVERS, "guidance_kind": GUIDANCE_KINDS, "spacing": SPACINGS}
+        choices |= {key: allowed for key, allowed in optional.items() if getattr(self, key) is not None}
         for key, allowed in choices.items():
             value = getattr(self, key)
             if not isinstance(value, str) or value not in allowed:  # an array is compared element by element
@@ -170,12 +169,12 @@ class Request:
             raise InputError(key, getattr(self, key), f"use at most {most}", "makes too many steps")
         if self.resample > 1 and self.jump >= self.steps:
             raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
-        for key, (lowest, highest) in NUMBERS.items():
+        for key, (least, greatest) in NUMBERS.items():
             value = _plain(getattr(self, key))
             if key == "guidance" and value is None:
                 continue
-            if not _is_number(value) or not lowest <= value <= highest:  # also NaN
-                raise InputError(key, value, f"use a number from {lowest} to {highest}")
+            if not _is_number(value) or not least <= value <= greatest:  # also NaN
+                raise InputError(key, value, f"use a number from {least} to {greatest}")
             object.__setattr__(self, key, float(value))
         if self.eta != 0 and self.solver != "ddim":
             raise InputError("eta", self.eta, f"use solver ddim; {self.solver or 'the default'} has no eta")

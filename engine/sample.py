@@ -53,7 +53,8 @@ def _add_request(add) -> None:
     add("--input-mask", action="append", type=_named, default=[], metavar="NAME=FILE", help=text)
     add("--task", choices=TASKS, default="auto", help="checks the task that the other options make (default: auto)")
     text = f"samples of each prompt, at most {MAX_NUM} (default: 1; joint: {JOINT_NUM}); of a bulk run, all in all"
-    add("--num", type=int, metavar="N", help=text)
+    # torchrun takes --num for the beginning of one of its own options, also behind the module's name.
+    add("--num", "--count", type=int, metavar="N", help=text)
     add("--seed", type=int, default=0, help="of each prompt's first sample, the others count up (default: 0)")
     add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
 

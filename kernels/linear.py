@@ -29,6 +29,7 @@ from engine.kernels.adaln import gated_residual
 from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
 from engine.kernels.linear_kernels import NONE, linear_forward
 
+packaging = False  # set by `engine.packages` while it exports: its compiler takes oneDNN's product with GELU
 E4M3_MAX = 448.0  # the largest float8_e4m3fn
 PROGRAMS = 264  # as many keep an H100's 132 multiprocessors busy: two each
 
@@ -59,7 +60,7 @@ def _torch_linear(x: Tensor, weight: Tensor | Weight8, bias: Tensor | None) -> T
 
 
 def _torch_gelu(x: Tensor, weight: Tensor | Weight8, bias: Tensor, approximate: str) -> Tensor:
-    inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    inference = not torch.is_grad_enabled() and (packaging or not torch.compiler.is_compiling())
     if inference and x.is_cpu and isinstance(weight, Tensor) and x.dtype == weight.dtype and onednn_computes(x.dtype):
         # oneDNN applies the GELU to each tile of the product; PyTorch's takes 40 % of the product's time. Inductor
         # calls this operation where weights are frozen.

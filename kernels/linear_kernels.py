@@ -32,8 +32,7 @@ def _gelu(x, EXACT: tl.constexpr):
     if EXACT:
         return 0.5 * x * (1 + tl.erf(x * SQRT_HALF))
     u = SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x)
-    e = tl.exp(-2 * tl.abs(u))  # of |u|, so that it does not overflow
-    return x * tl.where(u >= 0, 1.0, e) / (1 + e)  # 0.5·(1 + tanh u) = 1/(1 + exp(−2u))
+    return x / (1 + tl.exp(tl.minimum(-2 * u, 80.0)))  # 0.5·(1 + tanh u) = 1/(1 + exp(−2u)), without overflow
 
 
 @jit

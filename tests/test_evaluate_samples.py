@@ -120,7 +120,7 @@ def test_statistics_of_the_data_are_kept_by_content(score, data, tmp_path, monke
     first = score("--samples", folder)
     (kept,) = (tmp_path / "cache" / "psunet-engine" / "references").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("engine.data.coco.CocoCaptions.images", lambda *_: pytest.fail("computed them again"))
+        patch.setattr("engine.data.captioned.CaptionedImages.images", lambda *_: pytest.fail("computed them again"))
         assert score("--samples", folder) == first
     kept.write_bytes(kept.read_bytes()[:-9])
     assert score("--samples", folder) == first, "a damaged file is computed again"

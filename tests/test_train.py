@@ -389,7 +389,7 @@ def test_bad_options_are_refused_before_anything_is_written(images, tmp_path, ca
 def test_an_impossible_out_folder_is_refused_before_the_work(images, tmp_path, monkeypatch, capsys, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(stages.CocoCaptions, "open", lambda *_: pytest.fail("started to work"))
+    monkeypatch.setattr(stages, "open_captioned", lambda *_: pytest.fail("started to work"))
     line = refusal(capsys, *SHORT, "--data", str(images), "--out", out)
     assert "--out: " in line and out[:4] in line and "; give " in line
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.config import Augmentation
 from engine.data.augment import augment
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.record import record_of
 from engine.errors import InputError
 from engine.files import save_tensors
@@ -31,6 +31,7 @@ from engine.images import fit_image, to_levels
 from engine.processes import Processes
 
 BATCH = 64  # images encoded at a time
+SHARDS = 64  # of a data set of middle size, for as many processes to share
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class LatentCache:
 
 
 def cache_latents(
-    dataset: CocoCaptions,
+    dataset: CaptionedImages,
     encode: Callable[[Tensor], Tensor],
     folder: str | Path,
     fingerprint: str,
@@ -66,7 +67,7 @@ def cache_latents(
     augmentation: Augmentation | None = None,
     seed: int = 0,
     record: Mapping[str, list] | None = None,
-    shard_size: int = 2048,
+    shard_size: int | None = None,
     dtype: torch.dtype = torch.float16,
     processes: Processes | None = None,
 ) -> LatentCache:
@@ -80,14 +81,14 @@ def cache_latents(
     augmentation  how many further versions of each image there are, and how they are changed; None: no further ones
     seed          of those changes; the image's place in the data set and the version's number are added to it
     record        of the data set, see `engine.data.record.record_of`, which is called if it is None
-    shard_size    images per file
+    shard_size    images per file; None: 2048, fewer for data sets that processes could not share then
     dtype         of the shards; the error of half precision is far below an autoencoder's own
     processes     that encode together, each its share of the shards
     Raises InputError about `dataset` if no image can be read.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    processes = processes or Processes()
+    processes, shard_size = processes or Processes(), shard_size or default_shard_size(len(dataset.items))
 
     def drop_stale_shards() -> None:
         of_data = record_of(dataset) if record is None else record
@@ -113,6 +114,14 @@ def cache_latents(
                 _write_shard(paths[i], dataset, encode, images, dtype, bar)
             bar.update(min(n * shard_size, total) - bar.n)  # also for images that were there or are left out
     processes.wait()
+    return map_latents(paths, dataset)
+
+
+def map_latents(paths: list[Path], dataset: CaptionedImages) -> LatentCache:
+    """Maps all shards of a data set; what they have skipped is added to its `skipped`.
+
+    Raises InputError about `dataset` if no image could be read.
+    """
     read = [_read_shard(path, dataset) for path in paths]
     shards = [latents for latents, items in read if len(items)]
     if not shards:
@@ -121,8 +130,13 @@ def cache_latents(
     return LatentCache(shards, [list(dataset.items[i].captions) for _, items in read for i in items.tolist()])
 
 
+def default_shard_size(images: int) -> int:
+    """Images per file, the same for any number of processes, so that another number resumes."""
+    return min(2048, max(BATCH, -(-images // SHARDS)))
+
+
 def _versions(
-    dataset: CocoCaptions, start: int, stop: int, size: int, augmentation: Augmentation | None, seed: int
+    dataset: CaptionedImages, start: int, stop: int, size: int, augmentation: Augmentation | None, seed: int
 ) -> Iterator[tuple[int, Tensor]]:
     """(place in the data set, uint8 [1 + V, 3, S, S]) of each readable image of `items[start:stop]`."""
     place_of = {item.image_id: start + i for i, item in enumerate(dataset.items[start:stop])}
@@ -157,7 +171,9 @@ def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
     index.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, dataset: CocoCaptions, encode, images: Iterator[tuple[int, Tensor]], dtype, bar) -> None:
+def _write_shard(
+    path: Path, dataset: CaptionedImages, encode, images: Iterator[tuple[int, Tensor]], dtype, bar
+) -> None:
     before = set(dataset.skipped)
     places, latents, waiting = [], [torch.empty(0, dtype=dtype)], []
 
@@ -192,7 +208,7 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _read_shard(path: Path, dataset: CocoCaptions) -> tuple[Tensor, Tensor]:
+def _read_shard(path: Path, dataset: CaptionedImages) -> tuple[Tensor, Tensor]:
     with safe_open(path, framework="pt") as shard:
         for image, reason in json.loads(shard.metadata()["skipped"]).items():
             dataset.skipped.setdefault(Path(image), reason)

@@ -116,7 +116,9 @@ class DenoisingLoss:
 
         Over the calls since `record_times` or this was called; the first quartile has the least noise.
         """
-        taken, self._by_time = self._by_time, torch.zeros_like(self._by_time)
+        taken = self._by_time
+        assert taken is not None, "record_times comes first"
+        self._by_time = torch.zeros_like(taken)
         return taken
 
     def _quartiles(self, error: Tensor, counted: Tensor, times: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ def solver_table(
     lines = _Lines(diffusion, solver, guidance, modalities)
     for stage, moving in enumerate(stages):
         arrived = {m for before in stages[:stage] for m in before}
-        first, earlier = True, ()  # times of the steps before, latest first, as long as their x̂0 is of use
+        first = True
+        earlier: tuple[int, ...] = ()  # times of the steps before, latest first, as long as their x̂0 is of use
         for level, target, jump_to in walk:
             t, s = levels[level], levels[target]
             if s == t:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.sample_files import RUN, read_run, read_samples
+from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
 from engine.images import images_up_to_the_limit, open_image, to_levels
 from engine.metrics.captions import bleu, bleu_counts, caption_words, cider, distinct, rouge_l
@@ -83,7 +84,7 @@ def measure(options: MeasureOptions, device: torch.device) -> dict:
     """
     samples = load_samples(options.samples)
     with errors_named("data"):
-        data = CocoCaptions.open(options.data, options.split)
+        data = open_captioned(options.data, options.split)
     bootstrap, skipped, scores = Bootstrap(options.bootstrap, options.seed), {}, {}
     if len(samples.captions) > 1:
         for network in _networks(options, device):
@@ -158,7 +159,7 @@ def _networks(options: MeasureOptions, device: torch.device) -> list[FeatureNetw
 
 
 def image_scores(
-    network: FeatureNetwork, samples: Samples, data: CocoCaptions, bootstrap: Bootstrap, cache: Path | None
+    network: FeatureNetwork, samples: Samples, data: CaptionedImages, bootstrap: Bootstrap, cache: Path | None
 ) -> dict[str, Score]:
     """The Fréchet distance of the images to a data set's, and the mean distance of pairs of them."""
     reference = reference_statistics(network, data, next(samples.images()).width, cache)

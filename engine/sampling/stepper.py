@@ -38,7 +38,8 @@ class Stepper:
         buckets: Sequence[int],
         graphs: StepGraphs | None = None,
     ):
-        self.denoiser, self.device, self.graphs = denoiser, torch.device(device), graphs
+        self.denoiser: Denoiser | None = denoiser  # None: closed
+        self.device, self.graphs = torch.device(device), graphs
         self.scheduler = Scheduler(model, buckets, keep=graphs is not None)
         self.plans: Counter[StepPlan] = Counter()  # steps done so far
         self.feature_rows: Counter[str] = Counter()  # rows of `Denoiser.branch_features` so far, by modality

@@ -10,7 +10,7 @@ from engine.codecs.autoencoder import autoencoder_class
 from engine.codecs.image import ImageCodec
 from engine.config import Config
 from engine.data.augment import augment
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.errors import InputError, errors_named
 from engine.files import write_atomically
 from engine.images import fit_image, grid, to_image, to_levels
@@ -25,7 +25,7 @@ CHANGED = 0.5  # fraction of the images that are augmented, if the recipe says h
 
 
 def train_autoencoder(
-    run: Path, data: CocoCaptions, config: Config, recipe: Recipe, options: StageOptions
+    run: Path, data: CaptionedImages, config: Config, recipe: Recipe, options: StageOptions
 ) -> ImageCodec:
     """Trains the autoencoder of `recipe` in RUN/autoencoder.
 
@@ -71,7 +71,7 @@ def train_autoencoder(
         return {name: share * loss for name, loss in autoencoder_losses(network, pixels, noise).items()}
 
     @torch.inference_mode()
-    def preview(step: int) -> None:
+    def preview(step: int, _weights: dict[str, Tensor]) -> None:
         pixels = pixels_of(range(0, len(plain), max(1, len(plain) // 32))[:32])
         decoded = stage.average.decode(stage.average.encode(pixels).latent).sample
         sheet = grid([to_image(p) for pair in zip(pixels, decoded, strict=True) for p in pair], columns=16)

@@ -43,7 +43,7 @@ def train_denoiser(
 ) -> None:
     """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
 
-    cache  latents and captions of the images
+    cache  latents and captions of the images; captions alone for a model of text
     text   the codec of the captions
     init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
     lora   adapters are trained, and written to RUN/adapter; RUN/checkpoint has the weights with them
@@ -57,7 +57,8 @@ def train_denoiser(
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
         settings = len(examples), options.dtype, options.processes, options.keep
-        stage = Stage(run / "denoiser", adapter.parameters if adapter else network, recipe.denoiser, *settings)
+        trained = adapter.parameters if adapter else network
+        stage = Stage(run / "denoiser", trained, recipe.denoiser, *settings, () if adapter else network.blocks())
     for line in not_copied if stage.step == 0 and options.processes.is_main else []:
         print(f"init: not copied: {line}")
     for block in network.blocks():
@@ -73,7 +74,8 @@ def train_denoiser(
 
     def draw(generator: torch.Generator, indices: list[int]) -> tuple:
         draws = loss.draw(len(indices), generator)
-        choice = examples.choose(indices, generator, loss.known(draws, image_name))
+        known = None if image_name is None else loss.known(draws, image_name)
+        choice = examples.choose(indices, generator, known)
         noise = torch.randn(len(indices), config.model.size, generator=generator)  # [B, N]
         return choice, noise, draws, examples.token_weights(choice)
 
@@ -86,14 +88,16 @@ def train_denoiser(
         where = options.processes, options.device, options.dtype
         report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
 
-    def export(step: int) -> None:
-        weights = stage.average.state_dict() if adapter is None else adapter.save(run / "adapter", stage.average)
+    def export(step: int, weights: dict[str, Tensor]) -> None:
+        if adapter is not None:
+            weights = adapter.save(run / "adapter", stage.average)
         checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, config, recipe.denoiser.seed, options)
 
     if stage.done:
-        options.processes.on_main(lambda: export(stage.step))
+        weights = stage.averaged()
+        options.processes.on_main(lambda: export(stage.step, weights))
     stage.run(draw, losses, options.save_every, export, report)
 
 
@@ -104,10 +108,11 @@ def _prompts(cache: LatentCache, words: int) -> list[str]:
 
 
 def _sample(run: Path, step: int, prompts: list[str], config: Config, seed: int, options: StageOptions) -> None:
-    """Writes a grid of what RUN/checkpoint generates from prompts, and of joint samples, as far as it can do both."""
+    """Writes what RUN/checkpoint generates: from prompts and jointly, as far as it can do both; texts where it is of
+    text alone, else a grid of images."""
     (image, text), predicted = image_and_text(config), config.model.predicted
     requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
-    if image in predicted and text in predicted:
+    if text in predicted and (image is None or image in predicted):
         requests.append(Request(num=JOINT_SAMPLES))
     if not requests:
         return
@@ -115,7 +120,11 @@ def _sample(run: Path, step: int, prompts: list[str], config: Config, seed: int,
     with Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=dtype) as engine:
         outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
     captions = [values[text] for values in outputs]
-    sheet = grid([values[image] for values in outputs], captions, columns=8)
-    write_atomically(run / "denoiser" / f"samples-{step:07d}.png", lambda p: sheet.save(p, "PNG"))
+    file, sheet = run / "denoiser" / f"samples-{step:07d}", None
+    if image is None:
+        write_atomically(file.with_suffix(".txt"), lambda p: p.write_text("\n".join(captions) + "\n", "utf-8"))
+    else:
+        sheet = grid([values[image] for values in outputs], captions, columns=8)
+        write_atomically(file.with_suffix(".png"), lambda p: sheet.save(p, "PNG"))
     if options.tracker is not None:
         options.tracker.log_samples(step, sheet, captions)

@@ -29,11 +29,11 @@ class Choice(NamedTuple):
 
 
 class Examples:
-    """Captioned images as training data of the denoiser: latents on disk, captions in memory.
+    """Captioned images, or texts alone, as training data of the denoiser: latents on disk, captions in memory.
 
-    cache   latents and captions of the images
+    cache   latents and captions of the images; of texts alone, captions without latents
     text    the codec of the captions
-    config  the checkpoint's `Config`, with one image codec and one text codec
+    config  the checkpoint's `Config`, with one text codec and at most one image codec
     recipe  tells how often images and captions are used and how captions are weighted
     Raises InputError about `data` if a caption has a word outside the codec's vocabulary.
     """
@@ -74,16 +74,19 @@ class Examples:
 
     def read(self, choice: Choice, part: slice = slice(None)) -> Tensor:
         """x0 [b, N] float32 of the samples of `part`, on the CPU."""
-        image = self.cache.latents(choice.images[part], choice.versions[part])  # [b, L, C]
-        text = self.vectors[self.captions[choice.captions[part]]]  # [b, L, C]
-        return self._joined({self.image_name: image.flatten(1), self.text_name: text.flatten(1)})  # [b, N]
+        parts = {self.text_name: self.vectors[self.captions[choice.captions[part]]].flatten(1)}  # [b, L·C]
+        if self.image_name is not None:
+            parts[self.image_name] = self.cache.latents(choice.images[part], choice.versions[part]).flatten(1)
+        return self._joined(parts)  # [b, N]
 
     def token_weights(self, choice: Choice) -> Tensor | None:
         """[B, L] float32 on the CPU; None: the recipe weights all tokens alike."""
         if not self.recipe.captions_alike:
             return None
-        images = torch.ones(len(choice.images), self.model.modality(self.image_name).tokens)
-        return self._joined({self.image_name: images, self.text_name: token_weights(self.captions[choice.captions])})
+        weights = {self.text_name: token_weights(self.captions[choice.captions])}
+        if self.image_name is not None:
+            weights[self.image_name] = torch.ones(len(choice.images), self.model.modality(self.image_name).tokens)
+        return self._joined(weights)
 
     def _joined(self, parts: dict[str, Tensor]) -> Tensor:
         """[B, ·] of each modality side by side, in the model's order."""
@@ -97,10 +100,14 @@ def with_repeats(captions: list[str], repeats: int) -> list[int]:
     own ("ghost") is shown `repeats` times, and one of hundreds of "firefighter" images once. The square root, as in
     sampling languages for translation, is a compromise between showing all images and all words equally often.
     """
-    words = [set(tokenize(caption)) - {HOLE} for caption in captions]
-    captions_with = Counter(word for caption_words in words for word in caption_words)
-    rarest = [min((captions_with[word] for word in caption_words), default=len(captions)) for caption_words in words]
+    # Split into words twice: sets of the words of a million captions would take a gigabyte.
+    captions_with = Counter(word for caption in captions for word in _words(caption))
+    rarest = (min((captions_with[word] for word in _words(caption)), default=len(captions)) for caption in captions)
     return [i for i, n in enumerate(rarest) for _ in range(max(1, round(repeats / math.sqrt(n))))]
+
+
+def _words(caption: str) -> set[str]:
+    return set(tokenize(caption)) - {HOLE}
 
 
 def shortened(caption: str, words: int) -> str:

@@ -42,6 +42,8 @@ def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:
 
 def _network_of_file(source: Path, config: Config) -> UViT:
     model, (image, _) = config.model, image_and_text(config)
+    if image is None:
+        raise InputError("init", source, "give the folder of a checkpoint", "is of a model of images")
     try:  # the number of heads is not in the file: it is the config's
         return load_uvit(source, heads=model.dim // model.head_dim, image_tokens=model.modality(image).tokens)
     except InputError as error:

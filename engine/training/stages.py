@@ -3,7 +3,7 @@
     images ──── train_autoencoder ──> image codec ── cache_latents ──> latents ─┐
     captions ── train_words ────────> text codec ───────────────────────────────┴─ train_denoiser ──> RUN/checkpoint
 
-Each stage resumes where it was interrupted.
+Each stage resumes where it was interrupted. A model of text alone has the two stages of captions.
 """
 
 import hashlib
@@ -23,9 +23,11 @@ from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.command import check_writable
 from engine.config import Config
-from engine.data.coco import CocoCaptions
-from engine.data.latents import cache_latents
+from engine.data.captioned import CaptionedImages
+from engine.data.latents import LatentCache, cache_latents
 from engine.data.record import differences, record_of
+from engine.data.sources import open_captioned
+from engine.data.texts import Texts
 from engine.device import DTYPES, resolve_device, resolve_dtype
 from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
@@ -64,12 +66,13 @@ def train(options: TrainOptions) -> None:
     config, run = options.config, options.out
     check_writable(run, ["run.json"])
     tracker = Tracker(options.log, run) if options.log else None
-    processes = Processes.started(options.device)
+    processes = Processes.started(options.device, options.fsdp)
     device = processes.device or resolve_device(options.device)
     dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
     _require_enough_samples(options.recipe, processes)
+    image_name, _ = image_and_text(config)
     with errors_named("data"):
-        data = CocoCaptions.open(options.data)
+        data = Texts.open(options.data) if image_name is None else open_captioned(options.data, options.split)
     init = initial_network(options.init, config) if options.init else None
     if options.lora and init.config != config.model:
         problem = "holds a model of another kind than the preset, which cannot be adapted"
@@ -80,7 +83,7 @@ def train(options: TrainOptions) -> None:
             several = f" in {processes.count} processes" if processes.count > 1 else ""
             print(f"{options.data}: {data.summary()}; on {device} in {dtype}{several}")
             image = None
-            if options.autoencoder and not _codec_folder(run, config, image_and_text(config)[0]).exists():
+            if options.autoencoder and not _codec_folder(run, config, image_name).exists():
                 with errors_named("autoencoder"):
                     image = _given_autoencoder(options.autoencoder, config)
             run.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,7 @@ def train(options: TrainOptions) -> None:
 
 
 def _run_stages(
-    data: CocoCaptions,
+    data: CaptionedImages | Texts,
     record: dict[str, list] | None,
     options: TrainOptions,
     how: StageOptions,
@@ -117,38 +120,50 @@ def _run_stages(
     """
     config, recipe, run = options.config, options.recipe, options.out
     image_name, text_name = image_and_text(config)
-    folder = _codec_folder(run, config, image_name)
+    folder = None if image_name is None else _codec_folder(run, config, image_name)
 
     def make_codecs() -> None:
         if options.init_has_codecs:
             copy_codecs(options.init, run, config)
         given = image
-        if given is None and not folder.exists():
+        if folder is not None and given is None and not folder.exists():
             given = train_autoencoder(run, data, config, recipe, how)
         if given is not None:
             _save_codec(given, folder, DTYPES[recipe.weights_dtype])
         train_words(run, data, config, options.seed)
 
     how.processes.on_main(make_codecs)
-    codec = load_codec(run / "checkpoint", config.codecs[image_name], config.model.modality(image_name), how.device)
     text = load_codec(run / "checkpoint", config.codecs[text_name], config.model.modality(text_name))
-
-    fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
-    changes = {"augmentation": recipe.augmentation, "seed": options.seed, "record": record}
-    with errors_named("data"):
-        cache = cache_latents(
-            data, codec.encode_pixels, run / "latents", fingerprint, codec.size, **changes, processes=how.processes
-        )
+    if isinstance(data, Texts):
+        cache = LatentCache([], [[text] for text in data.texts])
+    else:
+        cache = _latents(data, record, options, how)
     lora = Lora(options.lora, options.lora_alpha, str(options.init)) if options.lora else None
     train_denoiser(run, cache, text, config, recipe, how, init, lora)
 
 
-def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> None:
+def _latents(
+    data: CaptionedImages, record: dict[str, list] | None, options: TrainOptions, how: StageOptions
+) -> LatentCache:
+    """Encodes the images with the codec of RUN/checkpoint."""
+    config, run, name = options.config, options.out, image_and_text(options.config)[0]
+    codec = load_codec(run / "checkpoint", config.codecs[name], config.model.modality(name), how.device)
+    folder = _codec_folder(run, config, name)
+    fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
+    changes = {"augmentation": options.recipe.augmentation, "seed": options.seed, "record": record}
+    with errors_named("data"):
+        return cache_latents(
+            data, codec.encode_pixels, run / "latents", fingerprint, codec.size, **changes, processes=how.processes
+        )
+
+
+def train_words(run: Path, data: CaptionedImages | Texts, config: Config, seed: int) -> None:
     """Trains the word vectors and saves them as the text codec of RUN/checkpoint, unless that exists."""
     name = image_and_text(config)[1]
     folder, modality = _codec_folder(run, config, name), config.model.modality(name)
     if not folder.exists():
-        captions = [caption for item in data.items for caption in item.captions]
+        is_text = isinstance(data, Texts)
+        captions = data.texts if is_text else [caption for item in data.items for caption in item.captions]
         with errors_named("data"):
             _save_codec(TextCodec.train(captions, modality.channels, seed), folder)
 
@@ -163,13 +178,14 @@ def _require_enough_samples(recipe: Recipe, processes: Processes) -> None:
 
 def copy_codecs(source: Path, run: Path, config: Config) -> None:
     """Copies the codecs of the checkpoint folder `source` into RUN/checkpoint, except for those it already has."""
-    for name, codec in checkpoint.read_config(source / "config.json").codecs.items():
+    file = source / "config.json"  # there is none while a run has only codecs
+    for name, codec in (checkpoint.read_config(file) if file.exists() else config).codecs.items():
         folder = _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             unfinished.mkdir(parents=True, exist_ok=True)
-            for file in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
-                shutil.copyfile(file, unfinished / file.name)  # without its mode: the source may be read-only
+            for part in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
+                shutil.copyfile(part, unfinished / part.name)  # without its mode: the source may be read-only
             unfinished.rename(folder)
 
 
@@ -206,12 +222,17 @@ def _require_same_run(options: TrainOptions) -> None:
     write_atomically(file, lambda p: p.write_text(json.dumps(settings) + "\n"))
 
 
-def _require_same_data(data: CocoCaptions, options: TrainOptions) -> dict[str, list]:
+def _require_same_data(data: CaptionedImages | Texts, options: TrainOptions) -> dict[str, list]:
     """Refuses to resume a run whose images or captions have changed. Records them; returns the record."""
     file = options.out / "data.json"
     recorded = _recorded(file, lambda entry: isinstance(entry, list) and len(entry) == 4)
-    record = record_of(data, recorded)
-    if recorded and (changed := differences(recorded, record)):
+    if isinstance(data, Texts):
+        record = data.record()
+        changed = "" if recorded == record else "the texts have changed"
+    else:
+        record = record_of(data, recorded)
+        changed = differences(recorded or record, record)
+    if recorded and changed:
         remedy = "restore it, or start a run in another folder, with --init to continue from this one's checkpoint"
         raise InputError("data", options.data, remedy, f"is not what this run began with: {changed}")
     write_atomically(file, lambda p: p.write_text(json.dumps(record) + "\n"))
