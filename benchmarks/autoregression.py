@@ -131,7 +131,9 @@ def scores(texts: list[str], model: KneserNey, known: set[tuple[str, ...]]) -> d
     """Of texts with words: perplexity under the n-gram model, and how much of them is different and in `known`."""
     listed = [caption_words(text) for text in texts]
     nats, words = map(sum, zip(*map(model.surprise, listed), strict=True))
-    grams = sum((n_grams(of_text, KNOWN) for of_text in listed), Counter())
+    grams: Counter = Counter()
+    for of_text in listed:
+        grams.update(n_grams(of_text, KNOWN))
     return {
         f"perplexity of {ORDER}-grams": math.exp(nats / words),
         **{f"distinct-{n}": distinct(texts, n) for n in (1, 2, 4)},

@@ -73,11 +73,11 @@ def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     folder  a path, or "owner/name" or "owner/name@revision" on the hub, see `engine.hub.local_folder`
     Autoencoders stay in their folders until they are built. Raises InputError about "checkpoint", naming the file.
     """
-    if not isinstance(folder, str | os.PathLike):
-        raise InputError("checkpoint", folder, REMEDY, "is not the name of a folder")
-    path = local_folder(folder, revision=revision) if folder else None  # Path takes "" as the current folder
-    if path is None or not is_folder(path, "checkpoint"):
-        raise InputError("checkpoint", folder if path is None else path, REMEDY, "is not a folder")
+    if not isinstance(folder, str | os.PathLike) or folder == "":  # Path takes "" as the current folder
+        raise InputError("checkpoint", folder, REMEDY, "is not a folder")
+    path = local_folder(folder, revision=revision)
+    if not is_folder(path, "checkpoint"):
+        raise InputError("checkpoint", path, REMEDY, "is not a folder")
     config = read_config(path / "config.json")
     network = read_network(path, config.model)
     checkpoint = Checkpoint(config, network, path)

@@ -43,7 +43,7 @@ import argparse
 import json
 from dataclasses import asdict, fields, replace
 
-from engine.command import Parser, path, refuse, run
+from engine.command import Parser, add_model, path, refuse, run
 from engine.data.sources import open_captioned
 from engine.device import resolve_device
 from engine.errors import InputError, errors_named
@@ -69,8 +69,7 @@ COMMAND = "python -m engine.evaluate"
 def _parser() -> Parser:
     parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
-    text = "a folder, or owner/name[@revision] on the hub (default: the built-in model)"
-    add("--checkpoint", type=path, metavar="DIR", help=text)
+    add_model(add)
     add("--data", type=path, required=True, help="folder of images, captions.json and captions_test.json")
     add("--count", type=int, default=0, help="names of each split, evenly spaced (default: as many as are held out)")
     add("--joint-count", type=int, default=JOINT_SAMPLES, help="joint samples, 0 for none (default: %(default)s)")
@@ -80,8 +79,6 @@ def _parser() -> Parser:
     add("--solver", choices=SOLVERS, help="default: the model's")
     add("--spacing", choices=SPACINGS, help="of the steps' times (default: the schedule's)")
     add("--seed", type=int, default=0, help="of the first sample of every task (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     _add_samples(parser.add_argument_group("a folder of samples").add_argument)
     return parser

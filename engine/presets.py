@@ -65,6 +65,13 @@ PRESETS: dict[str, Config] = {
     # The shapes of the published U-ViT-S/2 and U-ViT-S/2 (Deep) on MS-COCO.
     "uvit-t2i-coco256": Config(_uvit(COCO_CLIP, 13, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
     "uvit-t2i-deep-coco256": Config(_uvit(COCO_CLIP, 17, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
+    # 128 px photos as 4×16×16 latents and captions of up to 16 words; small enough for a CPU.
+    "photos128": Config(
+        ModelConfig((Modality("image", 64, 16, depth=2), Modality("text", 16, 32, depth=2)), shared_depth=3, dim=128),
+        MASKED,
+        _codecs(128, 2),
+        TEXT_FIRST,
+    ),
     # As many blocks and skips as `emoji`, all of them shared.
     "uvit-emoji": Config(_uvit(EMOJI, 15, 192), COSINE_INDEPENDENT, _codecs(64, 2), TEXT_FIRST),
     # Text alone, of up to 64 words; small enough for a CPU.

@@ -131,14 +131,14 @@ class Processes:
     def parallel(self, module: "nn.Module", blocks: Iterable["nn.Module"] = ()) -> "nn.Module":
         """The module, of which a backward pass averages the gradients over the processes.
 
-        blocks  modules in it, of which the weights are whole one at a time, where processes share them
+        blocks  modules in it that FSDP gathers and frees one at a time
         """
         if self.fsdp:
             return self.share(module, blocks)
         return self.accelerator.prepare_model(module) if self.count > 1 else module
 
     def share(self, module: "nn.Module", blocks: Iterable["nn.Module"] = ()) -> "nn.Module":
-        """Leaves of each parameter this process's part, where processes share them."""
+        """Shards the module's parameters over the processes, where they share them."""
         if self.fsdp:
             from torch.distributed import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -149,7 +149,7 @@ class Processes:
         return module
 
     def like(self, tensor: "Tensor", parameter: "Tensor") -> "Tensor":
-        """A tensor that all processes have, shared as the parameter of its shape is."""
+        """Shards a tensor that all processes have as `parameter` is, if it has the same shape."""
         if not self.fsdp or tensor.shape != parameter.shape:
             return tensor
         from torch.distributed.tensor import distribute_tensor
@@ -162,21 +162,27 @@ class Processes:
         return tensor.to_local() if self.fsdp else tensor
 
     def whole(self, tensor: "Tensor") -> "Tensor":
-        """A tensor, whole where it is shared; all processes call this."""
+        """The full tensor of one that may be shared; all processes call this."""
         return getattr(tensor, "full_tensor", lambda: tensor)() if self.fsdp else tensor
 
-    def gathered(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-        """Whole tensors in the first process, on the CPU where they are shared. All call this; the others get none."""
+    def gathered(self, tensors: Mapping[str, "Tensor"], copy: bool = False) -> dict[str, "Tensor"]:
+        """Whole tensors in the first process, on the CPU where they are shared. All call this; the others get none.
+
+        copy  whether all are copies on the CPU, which training does not change
+        """
         if not self.fsdp:
-            return dict(tensors) if self.is_main else {}
-        whole = {}
+            found = tensors.items() if self.is_main else ()
+            return {name: tensor.detach().to("cpu", copy=True) if copy else tensor for name, tensor in found}
+        gathered = {}
         for name, tensor in tensors.items():  # one at a time on the device
-            whole[name] = self.whole(tensor.detach())
-            whole[name] = whole[name].cpu() if self.is_main else None
-        return whole if self.is_main else {}
+            whole = self.whole(tensor.detach())
+            if self.is_main:
+                is_shared = hasattr(tensor, "full_tensor")  # then it was put together: a copy already
+                gathered[name] = whole.to("cpu", copy=copy and not is_shared)
+        return gathered
 
     def without_averaging(self, module: "nn.Module") -> AbstractContextManager:
-        """Backward passes of what `parallel` returned keep their gradients to themselves."""
+        """Turns off the averaging of gradients in backward passes of what `parallel` returned."""
         if self.fsdp:
             return _without_reducing(module)
         return self.accelerator.no_sync(module) if self.count > 1 else nullcontext()

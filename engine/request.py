@@ -304,8 +304,8 @@ class Result:
     task: str  # what the request was: joint, text-to-image, image-to-text, …, or infill
     guidance: float  # the scale that was used
     order: tuple[str, ...]  # in which modalities were generated; (): together
-    solver: str  # that was used, and so on
-    spacing: str
+    solver: str  # that was used
+    spacing: str  # that was used
     samples: tuple[Sample, ...]
 
     @property

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine.command import Parser, check_writable, path, refuse, run
+from engine.command import Parser, add_model, add_quantize, check_writable, path, refuse, run
 from engine.errors import InputError, shown
 from engine.request import (
     ADAPTER,
@@ -18,7 +18,6 @@ from engine.request import (
     GUIDANCE_KINDS,
     INFILLS,
     MAX_NUM,
-    QUANTIZATIONS,
     SOLVERS,
     SPACINGS,
     TASKS,
@@ -78,17 +77,14 @@ def _add_solver(add) -> None:
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
     text = "langevin: fit known parts in by inner steps, for models that renoise them (default: repaint)"
     add("--infill", choices=INFILLS, default=Request.infill, help=text)
-    text = f"Langevin: calls of the model more for each step (default: {Request.inner_steps})"
+    text = f"Langevin: further calls of the model at each step (default: {Request.inner_steps})"
     add("--inner-steps", type=int, default=Request.inner_steps, metavar="K", help=text)
     text = f"Langevin: in units of the noise's variance (default: {Request.step_size:g})"
     add("--step-size", type=float, default=Request.step_size, metavar="SIZE", help=text)
 
 
 def _add_engine(add) -> None:
-    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
-    add("--checkpoint", type=path, metavar="DIR", help=text)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
+    add_model(add)
     add("--attention", choices=ATTENTIONS, default="auto")
     text = "a LoRA adapter of the checkpoint, from engine.train --lora or peft"
     add("--adapter", type=path, metavar="DIR", help=text)
@@ -96,8 +92,7 @@ def _add_engine(add) -> None:
     add("--adapter-scale", type=float, default=1.0, metavar="S", help=text)
     text = "compile the model: on a CPU once, for all later runs too, with --compile or without"
     add("--compile", action="store_true", help=text)
-    text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
-    add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
+    add_quantize(add)
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
     text = "where the images go, in place of those of an earlier run (default: samples)"
     add("--out", type=path, default=Path("samples"), metavar="DIR", help=text)

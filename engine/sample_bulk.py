@@ -1,8 +1,8 @@
 """Thousands of samples for evaluation, by one process or several: `python -m engine.sample --prompts FILE --num N`.
 
 Sample i has the seed SEED + i and its own files, see `engine.data.sample_files`. The processes of a run (RANK and
-WORLD_SIZE, as torchrun sets them) each make a part, do not talk to each other, and skip what is there: a run that is
-repeated makes what is missing, with any number of processes.
+WORLD_SIZE, as torchrun sets them) each make a part without communicating (so not as `engine.processes`), and skip
+finished samples: the same command again makes those that are missing, with any number of processes.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SETTINGS = ("steps", "solver", "eta", "order", "guidance", "guidance_kind", "gui
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one sample is to be made from, and what its .json tells of it."""
+    """What one sample is made from, and what its .json records of that."""
 
     given: dict  # arguments of Request; an image as `CaptionedImage`
     facts: dict

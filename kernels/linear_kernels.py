@@ -6,7 +6,6 @@ Shapes: M tokens of all rows (B rows of L), K and K2 input channels, N output ch
 from engine.kernels.adaln_kernels import modulation
 from engine.kernels.backend import jit, tl
 
-NONE = -1  # a chunk number that is not used
 E4M3_MAX = tl.constexpr(448.0)  # the largest float8_e4m3fn
 SQRT_2_OVER_PI, GELU_CUBIC, SQRT_HALF = (tl.constexpr(x) for x in (0.7978845608028654, 0.044715, 0.7071067811865476))
 

@@ -498,7 +498,7 @@ def test_guidance_is_that_of_the_call_or_the_checkpoints(pipe, on_cpu):
         ({"output_type": "jpg"}, "output_type"),
         ({"callback_on_step_end": 5}, "callback_on_step_end"),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
 )
 def test_what_cannot_be_used_is_refused_by_its_name(pipe, arguments, argument):
     with pytest.raises(InputError) as error:

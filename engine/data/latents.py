@@ -106,7 +106,7 @@ def cache_latents(
     paths = [folder / f"latents-{i:05d}.safetensors" for i in range(-(-len(dataset.items) // shard_size))]
     own = range(len(paths))[processes.rank :: processes.count]
     total = sum(len(dataset.items[i * shard_size : (i + 1) * shard_size]) for i in own)
-    hidden = None if processes.is_main else True  # None: where standard error is no terminal
+    hidden = None if processes.is_main else True  # None: hidden unless standard error is a terminal
     with tqdm(total=total, desc="latents", unit="image", disable=hidden) as bar:
         for n, i in enumerate(own, 1):
             if not _is_complete(paths[i]):

@@ -145,7 +145,7 @@ def _item(prefix: str, path: Path, key: str, sample: Sample) -> tuple[CaptionedI
 
 
 def _captions(sample: Sample) -> tuple[str, ...]:
-    """Raises OSError, or ValueError for a file that is too long, no UTF-8 or no JSON."""
+    """Raises OSError, or ValueError for a file that is too long, or not UTF-8, or not JSON."""
     kind = next((kind for kind in CAPTIONS if kind in sample), None)
     if kind is None:
         return ()

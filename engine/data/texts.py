@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.codecs.words import HOLE, tokenize
+from engine.codecs.words import caption_words
+from engine.data.captions import parse_captions, with_lists
 from engine.errors import InputError, errors_named
 from engine.files import is_file, read_json, unreadable, write_atomically
 
@@ -37,12 +38,9 @@ class Texts:
             remedy = "give a folder that `python -m engine.data text` has written"
             raise InputError("folder", folder, remedy, f"has no {' or '.join(names)}")
         content = read_json(files[0], "folder", absent=RESTORE, damaged=RESTORE)
-        annotations = content.get("annotations") if isinstance(content, dict) else None
-        if not isinstance(annotations, list):
-            problem = 'is not in MS-COCO captions layout (it has no list "annotations")'
-            raise InputError("folder", files[0], RESTORE, problem)
+        annotations = with_lists(content, ("annotations",), "folder", files[0], RESTORE)["annotations"]
         captions = [entry.get("caption") for entry in annotations if isinstance(entry, dict)]
-        texts = tuple(text for text in captions if isinstance(text, str) and _words(text))
+        texts = tuple(text for text in captions if isinstance(text, str) and caption_words(text))
         if not texts:
             raise InputError("folder", files[0], RESTORE, "holds no text with a word")
         return cls(texts)
@@ -78,7 +76,7 @@ def write_texts(source: Path, out: Path, words: int = 64, captions: int = 5, hel
     splits: dict[str, tuple[list, list]] = {"training": ([], []), "test": ([], [])}  # images and annotations
     is_json = source.suffix.lower() == ".json"
     for image, text in _of_coco(source, captions) if is_json else _of_lines(source):
-        found = _words(text)
+        found = caption_words(text)
         counts["cut"] += len(found) > words
         if not found:
             counts["empty"] += 1
@@ -117,18 +115,11 @@ def _of_lines(file: Path) -> Iterator[tuple[dict, str]]:
 
 def _of_coco(file: Path, count: int) -> Iterator[tuple[dict, str]]:
     """The images of a captions file, and the first `count` captions of each, joined."""
-    from engine.data.coco import parse_captions  # here: it imports torch
-
     with errors_named("from"):
         names, captions, _ = parse_captions(file)
     for image_id, of_image in captions.items():
         if of_image:
             yield {"id": image_id, "file_name": names[image_id][0]}, " ".join(of_image[:count])
-
-
-def _words(text: str) -> list[str]:
-    """A lone _ is left out: in a data set it is not a word to be filled in."""
-    return [word for word in tokenize(text) if word != HOLE]
 
 
 def _fraction(key: object) -> float:

@@ -88,7 +88,7 @@ def torchscript_features(file: Path, device: torch.device) -> FeatureNetwork:
     try:
         digest = _digest(file)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit as a whole; nothing else reads the files
+            warnings.simplefilter("ignore")  # torch.jit is deprecated as a whole; nothing else reads the files
             network = torch.jit.load(file, map_location=device).eval()
     except OSError as error:
         raise unreadable("features", file, error, "give a TorchScript file or a diffusers folder") from None

@@ -34,7 +34,8 @@ def train_autoencoder(
     torch.manual_seed(recipe.autoencoder.seed)
     network = autoencoder_class("AutoencoderDC")(**recipe.autoencoder_config)
     network.to(options.device, memory_format=torch.channels_last)  # the faster layout for convolutions
-    settings = config.codecs[image_and_text(config)[0]].settings
+    name = image_and_text(config)[0]
+    settings, values = config.codecs[name].settings, config.model.modality(name).size  # values of an image's latents
     size = settings["size"]
     plain, sources = [], []  # uint8 [3, S, S]; if there are to be changed versions, what these are made from
     for item, image in data.images():
@@ -62,8 +63,7 @@ def train_autoencoder(
     def draw(generator: torch.Generator, indices: list[int]) -> tuple[Tensor, Tensor]:
         random = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         pixels = pixels_of(indices, random)
-        latents = config.model.modality(image_and_text(config)[0]).size  # values of an image's latents
-        return pixels, torch.randn(len(pixels), latents, generator=generator)
+        return pixels, torch.randn(len(pixels), values, generator=generator)
 
     def losses(drawn: tuple[Tensor, Tensor], part: slice) -> dict[str, Tensor]:
         pixels, noise = (x[part] for x in drawn)

@@ -25,7 +25,7 @@ from engine.training.examples import Examples, shortened
 from engine.training.initial import start_from
 from engine.training.options import image_and_text
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, StageOptions, plot_curve
+from engine.training.stage import Draw, Losses, Stage, StageOptions, plot_curve
 from engine.training.tracking import Report
 
 PROMPTS, JOINT_SAMPLES = 24, 16  # in the sample sheets
@@ -49,23 +49,48 @@ def train_denoiser(
     lora   adapters are trained, and written to RUN/adapter; RUN/checkpoint has the weights with them
     Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
     """
-    image_name, text_name = image_and_text(config)
+    text_name = image_and_text(config)[1]
     torch.manual_seed(recipe.denoiser.seed)
     network = build(config.model).to(options.device)
     not_copied = start_from(init, network) if init is not None else []
     adapter = None if lora is None else TrainedAdapter(network, lora)
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
-        settings = len(examples), options.dtype, options.processes, options.keep
+        how = {"processes": options.processes, "keep": options.keep, "blocks": () if adapter else network.blocks()}
         trained = adapter.parameters if adapter else network
-        stage = Stage(run / "denoiser", trained, recipe.denoiser, *settings, () if adapter else network.blocks())
-    for line in not_copied if stage.step == 0 and options.processes.is_main else []:
-        print(f"init: not copied: {line}")
+        stage = Stage(run / "denoiser", trained, recipe.denoiser, len(examples), options.dtype, **how)
+    if stage.step == 0 and options.processes.is_main:
+        for line in not_copied:
+            print(f"init: not copied: {line}")
     for block in network.blocks():
         block.gradient_checkpointing = options.grad_checkpointing
     if options.compile:
         compile_blocks(network.blocks())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
+    draw, losses = _draw_and_losses(network, loss, examples, options.device)
+    prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
+    if options.tracker is not None:
+        batch = recipe.denoiser.batch
+        report = Report(options.tracker, loss, batch, options.processes, options.device, options.dtype).step
+
+    def export(step: int, weights: dict[str, Tensor]) -> None:
+        if adapter is not None:
+            weights = adapter.save(run / "adapter", stage.average)
+        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
+        plot_curve(stage.curve, stage.folder / "curve.png")
+        _sample(run, step, prompts, config, recipe.denoiser.seed, options)
+
+    if stage.done:
+        weights = stage.averaged()
+        options.processes.on_main(lambda: export(stage.step, weights))
+    stage.run(draw, losses, options.save_every, export, report)
+
+
+def _draw_and_losses(
+    network: PSUNet | UViT, loss: DenoisingLoss, examples: Examples, device: torch.device
+) -> tuple[Draw, Losses]:
+    """What `Stage` calls at every step."""
+    config, image_name = loss.config, image_and_text(loss.config)[0]
 
     def denoise(inputs: Tensor, times: Tensor) -> Tensor:
         # A sample has at most one time for each modality, or one beside the times 0 and N of its known tokens.
@@ -81,24 +106,9 @@ def train_denoiser(
 
     def losses(batch: tuple, part: slice) -> dict[str, Tensor]:
         choice, *drawn = batch
-        return loss(denoise, examples.read(choice, part).to(options.device), *drawn, part)
+        return loss(denoise, examples.read(choice, part).to(device), *drawn, part)
 
-    prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
-    if options.tracker is not None:
-        where = options.processes, options.device, options.dtype
-        report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
-
-    def export(step: int, weights: dict[str, Tensor]) -> None:
-        if adapter is not None:
-            weights = adapter.save(run / "adapter", stage.average)
-        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
-        plot_curve(stage.curve, stage.folder / "curve.png")
-        _sample(run, step, prompts, config, recipe.denoiser.seed, options)
-
-    if stage.done:
-        weights = stage.averaged()
-        options.processes.on_main(lambda: export(stage.step, weights))
-    stage.run(draw, losses, options.save_every, export, report)
+    return draw, losses
 
 
 def _prompts(cache: LatentCache, words: int) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.codecs.text import TextCodec, token_weights
-from engine.codecs.words import HOLE, tokenize
+from engine.codecs.words import caption_words
 from engine.config import Config
 from engine.data.latents import LatentCache
 from engine.errors import errors_named
@@ -101,15 +101,11 @@ def with_repeats(captions: list[str], repeats: int) -> list[int]:
     sampling languages for translation, is a compromise between showing all images and all words equally often.
     """
     # Split into words twice: sets of the words of a million captions would take a gigabyte.
-    captions_with = Counter(word for caption in captions for word in _words(caption))
-    rarest = (min((captions_with[word] for word in _words(caption)), default=len(captions)) for caption in captions)
+    captions_with = Counter(word for caption in captions for word in set(caption_words(caption)))
+    rarest = (min(map(captions_with.get, caption_words(c)), default=len(captions)) for c in captions)
     return [i for i, n in enumerate(rarest) for _ in range(max(1, round(repeats / math.sqrt(n))))]
 
 
-def _words(caption: str) -> set[str]:
-    return set(tokenize(caption)) - {HOLE}
-
-
 def shortened(caption: str, words: int) -> str:
-    """The first `words` words of a caption. A lone _ is left out: in a data set it is not a word to be filled in."""
-    return " ".join([word for word in tokenize(caption) if word != HOLE][:words])
+    """The first `words` words of a caption."""
+    return " ".join(caption_words(caption)[:words])

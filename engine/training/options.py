@@ -28,9 +28,7 @@ class TrainOptions:
     recipe has the steps, batch and so on that were given.
     """
 
-    data: (
-        Path  # MS-COCO captions layout (for text alone captions.json suffices), tar files, or a pattern of their names
-    )
+    data: Path  # MS-COCO captions layout (captions.json alone for a model of text), tar files, or their pattern
     out: Path  # folder of the run; a run found there is resumed
     preset: str = "emoji"  # name of the config and of the recipe
     autoencoder: str | None = None  # a trained diffusers autoencoder: a folder or a hub id; None: train one
@@ -79,7 +77,7 @@ class TrainOptions:
             if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
                 raise InputError(key, rate, "use a number above 0", "is out of range")
         if self.init is not None:
-            if self.init.suffix not in WEIGHTS:  # the name of a file that is missing is none of the hub's
+            if self.init.suffix not in WEIGHTS:  # names of missing files are not looked up on the hub
                 object.__setattr__(self, "init", local_folder(self.init, "init"))
             _check_init(self.init)
         self._check_lora()

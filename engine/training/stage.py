@@ -52,7 +52,7 @@ class StageOptions:
 
 
 class _Call(nn.Module):
-    """A call that trains `module`, in the form that wrappers of modules take: the losses need more than its forward."""
+    """Makes a call that trains `module` a forward, as DDP and FSDP need; the losses compute more than its forward."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -72,7 +72,7 @@ class Stage:
     dtype      torch.bfloat16 or float16 computes the losses under autocast; the weights stay float32. With float16
                losses are scaled, and a step whose gradient overflows leaves the weights as they are
     processes  that train it together; the first one writes
-    blocks     modules in it, of which the weights are whole one at a time, where processes share them
+    blocks     modules in it that FSDP gathers and frees one at a time
     keep       how many saved states there are at most
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
     number of steps and another learning rate are allowed: they hold from the saved step on.
@@ -187,7 +187,11 @@ class Stage:
         return total
 
     def save(self) -> None:
-        """Gathers the state in the first process, which begins to write it."""
+        """Gathers the state in the first process, which begins to write it once the write before has ended.
+
+        Raises what that one failed with.
+        """
+        self.processes.on_main(self.files.finish)  # first, so that there are not two copies in memory
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
@@ -195,7 +199,7 @@ class Stage:
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
         if self.scaler.is_enabled():
             metadata["scaler"] = json.dumps(self.scaler.state_dict())
-        tensors = self.processes.gathered(tensors)
+        tensors = self.processes.gathered(tensors, copy=True)
         self.processes.on_main(lambda: self.files.save(tensors, metadata, self.curve, self.settings))
 
     def averaged(self) -> dict[str, Tensor]:

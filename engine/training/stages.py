@@ -34,7 +34,7 @@ from engine.files import unreadable, write_atomically
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.presets import PRESETS
-from engine.processes import Processes
+from engine.processes import INSTALL, Processes
 from engine.training.adapter import Lora, require_peft
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
@@ -44,10 +44,9 @@ from engine.training.recipes import Recipe
 from engine.training.stage import StageOptions, run_lock
 from engine.training.tracking import Tracker, record_start
 
-# What else makes a run the same one, beside the settings that `Stage` checks.
+# What must be equal when a run is resumed, besides the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
 RUN_RECIPE = ("gamma", "skew", "first_caption", "captions_alike", "repeats", "augmentation")
-STAGE_OPTIONS = ("save_every", "keep", "compile", "grad_checkpointing")  # that `StageOptions` has too
 
 
 def train(options: TrainOptions) -> None:
@@ -57,8 +56,7 @@ def train(options: TrainOptions) -> None:
     ModuleNotFoundError without matplotlib; what a broken matplotlib or gensim raises.
     """
     if find_spec("matplotlib") is None:
-        install = "pip install 'psunet-engine[train]'"
-        raise ModuleNotFoundError(f"matplotlib, which plots the loss curves, is not installed; use {install}")
+        raise ModuleNotFoundError(f"matplotlib, which plots the loss curves, is not installed; use {INSTALL}")
     if options.lora:
         require_peft()
     for module in ("matplotlib.figure", "gensim.models"):  # now: a broken one would be found after hours
@@ -98,8 +96,16 @@ def train(options: TrainOptions) -> None:
             processes.on_main(tracker.start)
             if processes.is_main:
                 stack.callback(tracker.end)
-        same = {key: getattr(options, key) for key in STAGE_OPTIONS}
-        how = StageOptions(device, dtype, processes=processes, tracker=tracker, **same)
+        how = StageOptions(
+            device,
+            dtype,
+            save_every=options.save_every,
+            keep=options.keep,
+            compile=options.compile,
+            grad_checkpointing=options.grad_checkpointing,
+            tracker=tracker,
+            processes=processes,
+        )
         _run_stages(data, record, options, how, image, init)
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
@@ -150,10 +156,17 @@ def _latents(
     codec = load_codec(run / "checkpoint", config.codecs[name], config.model.modality(name), how.device)
     folder = _codec_folder(run, config, name)
     fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
-    changes = {"augmentation": options.recipe.augmentation, "seed": options.seed, "record": record}
     with errors_named("data"):
         return cache_latents(
-            data, codec.encode_pixels, run / "latents", fingerprint, codec.size, **changes, processes=how.processes
+            data,
+            codec.encode_pixels,
+            run / "latents",
+            fingerprint,
+            codec.size,
+            options.recipe.augmentation,
+            options.seed,
+            record,
+            processes=how.processes,
         )
 
 

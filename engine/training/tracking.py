@@ -1,4 +1,4 @@
-"""What a run reports while it trains (`--log`), and what its folder needs so that it can be repeated."""
+"""What a run reports while it trains (`--log`), and what it records so that it can be repeated."""
 
 import json
 import os
