@@ -35,16 +35,16 @@ PLAIN = {  # settings of peft that change what the tensors mean, and what they h
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Of a network's weights; the same for those that were saved in float32 and in float16."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(weights):
-        found.update(name.encode() + weights[name].detach().cpu().half().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode() + weights[name].detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def read_adapter(folder: str | PathLike, model: ModelConfig, base: Path | None = None) -> Adapter:
+def read_adapter(folder: str | PathLike, model: ModelConfig, base: str | None = None) -> Adapter:
     """An adapter of a model's blocks, its tensors on the CPU in the dtype they were saved in.
 
-    base  the checkpoint folder whose weights it has to have been trained on, if it says on which; None: any
+    base  the fingerprint of the weights that it has to have been trained on, if it says on which; None: any
     Raises InputError about "adapter", naming the file.
     """
     if not isinstance(folder, str | PathLike) or not is_folder(folder, "adapter"):
@@ -65,10 +65,9 @@ def read_adapter(folder: str | PathLike, model: ModelConfig, base: Path | None =
         raise InputError("adapter", path, "give one that was trained on this model", problem)
     if not all_finite(tensors):
         raise InputError("adapter", path, "copy it again", "holds values that are not finite floats of 16 bits or more")
-    trained_on = metadata.get(BASE)
-    if base and trained_on and trained_on != fingerprint(checkpoint.read_network(base, model).state_dict()):
+    if base is not None and metadata.get(BASE, base) != base:
         remedy = "give the checkpoint that it was trained on"
-        raise InputError("adapter", path, remedy, f"was trained on other weights than those of {base}")
+        raise InputError("adapter", path, remedy, "was trained on other weights than the checkpoint's")
     return Adapter({name: (p["A.weight"], scaling * p["B.weight"]) for name, p in pairs.items()})
 
 
@@ -84,7 +83,8 @@ def merge_adapter(source: str | PathLike, adapter: str | PathLike, out: str | Pa
     The weights keep their dtype. Raises InputError about "checkpoint", "adapter" or "out", which may not exist yet.
     """
     loaded = checkpoint.load(source)
-    _write_merged(loaded, read_adapter(adapter, loaded.config.model, loaded.folder), Path(out), scale)
+    base = fingerprint(loaded.network.state_dict())
+    _write_merged(loaded, read_adapter(adapter, loaded.config.model, base), Path(out), scale)
 
 
 def unmerge_adapter(source: str | PathLike, adapter: str | PathLike, out: str | PathLike, scale: float = 1.0) -> None:

@@ -12,8 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from engine.adapters import read_adapter
-from engine.checkpoint import BUILT_IN, Checkpoint, load
+from engine.adapters import fingerprint, read_adapter
+from engine.checkpoint import BUILT_IN, Checkpoint, load, read_network
 from engine.codecs.codec import Codec, Decoded, Given
 from engine.decoding import Decoder, on_arrival, results_of, sample_of
 from engine.device import check_quantization, resolve_device, resolve_dtype
@@ -48,7 +48,7 @@ class Engine:
         self.codecs: dict[str, Codec] = {name: loaded.codec(name, device) for name in loaded.config.codecs}
         self._lock, self._seconds, self._built = threading.Lock(), [0.0, 0.0, 0.0], False
         self._adapters: dict[str, Adapter] = {}
-        self._folder = loaded.folder  # adapters name the weights in it
+        self._folder, self._fingerprint = loaded.folder, ""  # of the weights; made when an adapter is loaded
         network = loaded.network.to(device, dtype)
         set_up(network, device, compile, attention, quantize)
         cuda = device.type == "cuda"
@@ -146,7 +146,9 @@ class Engine:
         """
         if not isinstance(name, str) or not name:
             raise InputError("name", name, "give a string of one character or more", "is not a name")
-        self._adapters[name] = read_adapter(folder, self.config.model, self._folder)
+        # Of the file's weights: those of the network may be of another dtype, or in 8 bits.
+        self._fingerprint = self._fingerprint or fingerprint(read_network(self._folder, self.config.model).state_dict())
+        self._adapters[name] = read_adapter(folder, self.config.model, self._fingerprint)
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; requests that were submitted before keep it. Raises InputError if there is none."""

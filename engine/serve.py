@@ -172,6 +172,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, key)
         if value is not None and not lowest <= value <= 10_000:  # also NaN
             raise InputError(key, value, f"use a number from {lowest} to 10000")
+    names = [name for name, _ in options.adapter]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError("adapter", repeated[0], "give each adapter another name", "is given twice")
     for origin in options.cors:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise InputError("cors", origin, "give scheme, host and port, such as https://example.org")

@@ -1,6 +1,7 @@
 """LoRA adapters in an engine: each sample has its own or none, whatever it shares a step with."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,14 @@ def test_an_adapter_that_is_replaced_or_unloaded_stays_with_the_requests_that_ha
             engine.unload_adapter("style")
 
 
+def test_a_checkpoint_that_is_replaced_later_keeps_its_adapters(tiny_checkpoint, folders, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "own")
+    with Engine.from_pretrained(tmp_path / "own", dtype="float32", adapters={"a": folders["a"]}) as engine:
+        shutil.rmtree(tmp_path / "own")
+        engine.load_adapter("b", folders["b"])
+        assert engine.adapters == ["a", "b"]
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_adapters_come_and_go_in_their_places(tiny_checkpoint, tmp_path, quantized):
     loaded = load(tiny_checkpoint)
@@ -215,7 +224,10 @@ REFUSED = {
     "half of a pair": (tensors_with(lambda t: t.pop(min(t))), "does not hold lora_A and lora_B of"),
     "nothing": (tensors_with(lambda t: t.clear()), "holds no layers"),
     "not finite": (tensors_with(lambda t: t[min(t)].fill_(float("nan"))), "holds values that are not finite"),
-    "other base": (tensors_with(lambda t: None, **{BASE: "0" * 64}), "was trained on other weights than those of"),
+    "other base": (
+        tensors_with(lambda t: None, **{BASE: "0" * 64}),
+        "was trained on other weights than the checkpoint's",
+    ),
 }
 
 
@@ -239,7 +251,7 @@ def test_what_is_no_folder_and_no_name_is_refused(adapted, tmp_path):
 
 def test_a_merged_checkpoint_takes_no_adapter_of_its_base_and_overwrites_nothing(tiny_checkpoint, folders, tmp_path):
     merge_adapter(tiny_checkpoint, folders["a"], tmp_path / "merged")
-    with pytest.raises(InputError, match="^adapter: .* was trained on other weights than those of"):
+    with pytest.raises(InputError, match="^adapter: .* was trained on other weights than the checkpoint's"):
         merge_adapter(tmp_path / "merged", folders["b"], tmp_path / "both")
     with pytest.raises(InputError, match=f"^out: {tmp_path / 'merged'} exists already"):
         merge_adapter(tiny_checkpoint, folders["b"], tmp_path / "merged")

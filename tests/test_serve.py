@@ -146,6 +146,8 @@ async def test_leaving_a_connection_ends_its_request(live):
         ["--token-file", "missing"],
         ["--token-file", "empty"],
         ["--limit", "speed=5"],
+        ["--adapter", "style"],
+        ["--adapter", "style=a", "--adapter", "style=b"],
         ["--limit", "num"],
         ["--limit", "num=0"],
         ["--limit", "num=1.5"],

@@ -1,13 +1,14 @@
 """`engine.train --lora`: adapters of a checkpoint, which change only what asks for them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from engine_cases import assert_same, difference
-from safetensors.torch import load_file
-from train_cases import captioned_images
+from safetensors.torch import load_file, save_file
+from train_cases import captioned_images, trained
 
 from engine import Engine, Request, train
 from engine.adapters import CONFIG, WEIGHTS, merge_adapter
@@ -18,6 +19,15 @@ SHORT = ["--preset", "tiny", "--steps", "2", "--save-every", "2", "--dtype", "fl
 LORA = ["--lora", "2", "--lora-alpha", "4", "--learning-rate", "0.5"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_sample_sheets():
+    """Most of a tiny run's time would be that of its sample sheets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "PROMPTS", 1)
+        patch.setattr(denoiser, "JOINT_SAMPLES", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run of all weights, and one of an adapter of its checkpoint."""
@@ -25,17 +35,50 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     (root / "data").mkdir()
     data = captioned_images(root / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoiser, "PROMPTS", 1)
-        patch.setattr(denoiser, "JOINT_SAMPLES", 1)
-        common = [*SHORT, "--data", str(data), "--out"]
-        assert train.main([*common, str(root / "base"), "--autoencoder-steps", "1", "--learning-rate", "0.3"]) == 0
-        lora = [*common, str(root / "style"), "--init", str(root / "base" / "checkpoint"), *LORA]
-        assert train.main(lora) == 0
-        before = load_file(root / "style" / "adapter" / WEIGHTS)
-        assert train.main(lora) == 0  # again, which finds it done
-        torch.testing.assert_close(load_file(root / "style" / "adapter" / WEIGHTS), before, rtol=0, atol=0)
+    common = [*SHORT, "--data", str(data), "--out"]
+    assert train.main([*common, str(root / "base"), "--autoencoder-steps", "1", "--learning-rate", "0.3"]) == 0
+    lora = [*common, str(root / "style"), "--init", str(root / "base" / "checkpoint"), *LORA]
+    assert train.main(lora) == 0
+    before = load_file(root / "style" / "adapter" / WEIGHTS)
+    assert train.main(lora) == 0  # again, which finds it done
+    torch.testing.assert_close(load_file(root / "style" / "adapter" / WEIGHTS), before, rtol=0, atol=0)
     return root
+
+
+def command(runs, out, *options) -> list[str]:
+    base = str(runs / "base" / "checkpoint")
+    return [*SHORT, *LORA, "--data", str(runs / "data"), "--init", base, "--out", str(out), *options]
+
+
+def train_lora(runs, out, *options) -> int:
+    return train.main(command(runs, out, *options))
+
+
+def assert_same_adapter(run, other, **tolerance):
+    found, expected = (load_file(folder / "adapter" / WEIGHTS) for folder in (run, other))
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize("options", [[], ["--grad-checkpointing"]], ids=str)
+def test_a_run_that_is_interrupted_ends_in_the_same_adapter(runs, tmp_path, options):
+    for steps in ("1", "2"):
+        assert train_lora(runs, tmp_path / "run", "--steps", steps, *options) == 0
+    assert_same_adapter(tmp_path / "run", runs / "style", rtol=0, atol=0 if not options else 1e-6)
+
+
+def test_two_processes_train_the_adapter_of_one(runs, tmp_path):
+    pytest.importorskip("accelerate")
+    assert trained(2, command(runs, tmp_path / "run"), tmp_path / "log") == [0, 0]
+    assert_same_adapter(tmp_path / "run", runs / "style", rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_is_not_resumed_on_another_checkpoint_of_the_same_name(runs, tmp_path, capsys):
+    base = shutil.copytree(runs / "base" / "checkpoint", tmp_path / "base")
+    assert train_lora(runs, tmp_path / "run", "--steps", "1", "--init", str(base)) == 0
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, base / "model.safetensors")
+    assert train_lora(runs, tmp_path / "run", "--init", str(base)) == 2
+    assert "--out: " in capsys.readouterr().err
 
 
 def test_a_trained_adapter_changes_its_requests_alone_and_equals_the_merged_checkpoint(runs, tmp_path):

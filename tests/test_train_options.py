@@ -97,6 +97,11 @@ def test_values_out_of_range_are_refused_with_a_remedy(argument, value, remedy):
     assert error.value.argument == argument and repr(error.value.value) == repr(value)
 
 
+def test_adapters_are_not_shared_among_processes(tmp_path):
+    with pytest.raises(InputError, match="^fsdp: True conflicts with lora; leave out one of them"):
+        options(init=tmp_path, lora=8, fsdp=True)
+
+
 def test_a_preset_without_an_autoencoder_needs_a_trained_one(tmp_path):
     with pytest.raises(InputError, match="^preset: 'coco256' needs a trained autoencoder; give autoencoder"):
         options(preset="coco256")

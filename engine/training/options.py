@@ -96,6 +96,8 @@ class TrainOptions:
                 raise InputError("lora_alpha", self.lora_alpha, "give lora, the rank, too", "needs lora")
             return
         self._require_whole("lora", 1, MAX_RANK)
+        if self.fsdp:
+            raise InputError("fsdp", self.fsdp, "leave out one of them", "conflicts with lora")
         if not self.init_has_codecs:
             remedy = "give the checkpoint to adapt as init"
             raise InputError("lora", self.lora, remedy, "needs a checkpoint, and trains no other weights")

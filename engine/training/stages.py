@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint
+from engine.adapters import fingerprint
 from engine.codecs.codec import Codec, codec_folder, load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
@@ -75,6 +76,7 @@ def train(options: TrainOptions) -> None:
     if options.lora and init.config != config.model:
         problem = "holds a model of another kind than the preset, which cannot be adapted"
         raise InputError("init", options.init, "use the preset it was trained with", problem)
+    base = fingerprint(init.state_dict()) if options.lora else None
     with ExitStack() as stack:
 
         def begin() -> tuple[dict[str, list], ImageCodec | None]:
@@ -86,7 +88,7 @@ def train(options: TrainOptions) -> None:
                     image = _given_autoencoder(options.autoencoder, config)
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_lock(run))
-            _require_same_run(options)
+            _require_same_run(options, base)
             record = _require_same_data(data, options)
             record_start(options, device, dtype, processes.count)
             return record, image
@@ -221,13 +223,17 @@ def _given_autoencoder(source: str, config: Config) -> ImageCodec:
     return codec
 
 
-def _require_same_run(options: TrainOptions) -> None:
-    """Refuses to resume a run of other settings; `Stage` checks those of the optimiser. Records the settings."""
+def _require_same_run(options: TrainOptions, base: str | None) -> None:
+    """Refuses to resume a run of other settings; `Stage` checks those of the optimiser. Records the settings.
+
+    base  the fingerprint of the weights that adapters are trained for, which no saved state has
+    """
     file = options.out / "run.json"
     recorded = _recorded(file, lambda setting: isinstance(setting, str))
     settings = {key: str(getattr(options, key)) for key in RUN_OPTIONS}
     settings |= {key: str(getattr(options.recipe, key)) for key in RUN_RECIPE}
-    settings |= {key: str(getattr(options, key)) for key in ("lora", "lora_alpha") if options.lora}
+    if base is not None:
+        settings |= {"lora": str(options.lora), "lora_alpha": str(options.lora_alpha), "base": base[:16]}
     if options.config != PRESETS[options.preset]:
         settings["config"] = hashlib.sha256(json.dumps(options.config.to_dict()).encode()).hexdigest()[:16]
     if recorded not in (None, settings):
