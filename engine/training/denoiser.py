@@ -79,8 +79,14 @@ def train_denoiser(
         checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, config, recipe.denoiser.seed, options)
+        if evaluations is not None and evaluations.is_due(step, stage.done):
+            evaluations.run(step, run / "checkpoint", options.device, options.dtype, options.tracker)
 
-    if stage.done:
+    evaluations = options.evaluations
+    if evaluations is not None:
+        evaluations.begin(stage.step)
+    missing = evaluations is not None and evaluations.is_due(stage.step, stage.done)  # the run was killed before it
+    if stage.done or options.processes.from_main(missing):
         weights = stage.averaged()
         options.processes.on_main(lambda: export(stage.step, weights))
     stage.run(draw, losses, options.save_every, export, report)

@@ -43,6 +43,7 @@ class TrainOptions:
     autoencoder_steps: int | None = None  # optimiser steps of the autoencoder; None: the recipe's, like the next one
     autoencoder_learning_rate: float | None = None
     save_every: int = 250  # steps between saves of the state, with sample images
+    evaluate_every: int | None = None  # steps between scores on the data's test split, a multiple of save_every
     keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
     fsdp: bool = False  # processes share weights, gradients and optimiser state (FSDP2); each has all without it
@@ -71,6 +72,10 @@ class TrainOptions:
             self._require_whole(key, 1, MAX_BATCH, optional=True)
         for key in ("save_every", "keep"):
             self._require_whole(key, 1, MAX_STEPS)
+        self._require_whole("evaluate_every", 1, MAX_STEPS, optional=True)
+        if self.evaluate_every is not None and self.evaluate_every % self.save_every:
+            remedy = f"use a multiple of {self.save_every}, or change save_every"
+            raise InputError("evaluate_every", self.evaluate_every, remedy, "is not a multiple of save_every")
         self._require_whole("seed", 0, MAX_SEED)
         for key in ("learning_rate", "autoencoder_learning_rate"):
             rate = getattr(self, key)
@@ -83,7 +88,9 @@ class TrainOptions:
         self._check_lora()
         object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
-        image_and_text(self.config)
+        if image_and_text(self.config)[0] is None and self.evaluate_every is not None:
+            problem = "needs a model of images and texts"
+            raise InputError("evaluate_every", self.evaluate_every, "leave it out", problem)
 
     @property
     def init_has_codecs(self) -> bool:

@@ -39,6 +39,7 @@ from engine.processes import INSTALL, Processes
 from engine.training.adapter import Lora, require_peft
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
+from engine.training.evaluations import Evaluations
 from engine.training.initial import initial_network
 from engine.training.options import TrainOptions, image_and_text
 from engine.training.recipes import Recipe
@@ -79,21 +80,22 @@ def train(options: TrainOptions) -> None:
     base = fingerprint(init.state_dict()) if options.lora else None
     with ExitStack() as stack:
 
-        def begin() -> tuple[dict[str, list], ImageCodec | None]:
+        def begin() -> tuple[dict[str, list], ImageCodec | None, Evaluations | None]:
             several = f" in {processes.count} processes" if processes.count > 1 else ""
             print(f"{options.data}: {data.summary()}; on {device} in {dtype}{several}")
             image = None
             if options.autoencoder and not _codec_folder(run, config, image_name).exists():
                 with errors_named("autoencoder"):
                     image = _given_autoencoder(options.autoencoder, config)
+            evaluations = Evaluations(options, data) if options.evaluate_every else None
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_lock(run))
             _require_same_run(options, base)
             record = _require_same_data(data, options)
             record_start(options, device, dtype, processes.count)
-            return record, image
+            return record, image, evaluations
 
-        record, image = processes.on_main(begin) or (None, None)
+        record, image, evaluations = processes.on_main(begin) or (None, None, None)
         if tracker is not None:
             processes.on_main(tracker.start)
             if processes.is_main:
@@ -106,6 +108,7 @@ def train(options: TrainOptions) -> None:
             compile=options.compile,
             grad_checkpointing=options.grad_checkpointing,
             tracker=tracker,
+            evaluations=evaluations,
             processes=processes,
         )
         _run_stages(data, record, options, how, image, init)
