@@ -181,7 +181,9 @@ def test_lora_layers_are_added_saved_and_loaded(sample, tmp_path):
     other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     assert same(other, model, sample)
     other.disable_lora()
-    assert same(other, plain, sample)
+    with torch.no_grad():  # oneDNN does not join a wrapped layer with its GELU
+        found, expected = (model(sample, 500).sample for model in (other, plain))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_word_tokenizers_keep_words_and_vectors(tmp_path):
