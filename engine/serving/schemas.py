@@ -299,6 +299,7 @@ class ModelCard(BaseModel):
     words: int | None = Field(None, description="of a text at most")
     vocabulary_size: int | None = None
     tasks: list[str]
+    adapters: list[str] = Field(description="names that `adapter` may have")
     defaults: ModelDefaults
     limits: dict[str, float] = Field(description="of one request; queue: of the service")
 
