@@ -17,6 +17,11 @@ def _codecs(size: int, patch: int) -> dict[str, CodecConfig]:
     return {"image": CodecConfig("image", settings={"size": size, "patch": patch}), "text": CodecConfig("text")}
 
 
+def _with_sketch(codecs: dict[str, CodecConfig]) -> dict[str, CodecConfig]:
+    """The same, and for sketches the image's codec, whose files are there once."""
+    return {**codecs, "sketch": CodecConfig("image", folder="image", settings=codecs["image"].settings)}
+
+
 def _uvit(modalities: tuple[Modality, ...], blocks: int, dim: int, uvit: UViTConfig | None = None) -> ModelConfig:
     """A U-ViT, by default U-ViT-multi: a time token per modality, all of them predicted."""
     names = tuple(m.name for m in modalities)
@@ -39,7 +44,12 @@ CONDITIONAL = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "condit
 MASKED = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked")
 COSINE_INDEPENDENT = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent")
 
+# 64 px emoji, their names, and drawings of them, which have the images' autoencoder.
+DRAWN_EMOJI = tuple(Modality(name, 16, 32, depth=2) for name in ("image", "text", "sketch"))
+TINY_DRAWN = Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1), Modality("sketch", 16, 4, depth=1)
+
 TEXT_FIRST = SamplingConfig(GUIDANCE, order=("text", "image"))
+SKETCH_LAST = SamplingConfig(GUIDANCE, order=("text", "image", "sketch"))
 TOGETHER = SamplingConfig(GUIDANCE)
 
 PRESETS: dict[str, Config] = {
@@ -64,6 +74,10 @@ PRESETS: dict[str, Config] = {
     # The shapes of the published U-ViT-S/2 and U-ViT-S/2 (Deep) on MS-COCO.
     "uvit-t2i-coco256": Config(_uvit(COCO_CLIP, 13, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
     "uvit-t2i-deep-coco256": Config(_uvit(COCO_CLIP, 17, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
+    # The same with a third modality.
+    "emoji-sketch": Config(
+        ModelConfig(DRAWN_EMOJI, shared_depth=7, dim=192), MASKED, _with_sketch(_codecs(64, 2)), SKETCH_LAST
+    ),
     # As many blocks and skips as `emoji`, all of them shared.
     "uvit-emoji": Config(_uvit(EMOJI, 15, 192), COSINE_INDEPENDENT, _codecs(64, 2), TEXT_FIRST),
     # For tests: trained in seconds.
@@ -73,5 +87,8 @@ PRESETS: dict[str, Config] = {
         MASKED,
         _codecs(32, 1),
         TEXT_FIRST,
+    ),
+    "tiny-sketch": Config(
+        ModelConfig(TINY_DRAWN, shared_depth=3, dim=64), MASKED, _with_sketch(_codecs(32, 1)), SKETCH_LAST
     ),
 }

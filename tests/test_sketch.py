@@ -58,7 +58,7 @@ def test_drawings_of_tensors_are_the_same():
 
 @pytest.mark.parametrize(
     ("left", "right", "seen"),
-    [((0, 0, 0), (1, 1, 1), True), ((0.5, 0, 0), (0, 0.25, 0), True), ((0.5, 0.5, 0.5), (0.55, 0.55, 0.55), False)],
+    [((0, 0, 0), (1, 1, 1), True), ((0, 0, 0.5), (0, 0, 0), True), ((0.5, 0.5, 0.5), (0.55, 0.55, 0.55), False)],
 )
 def test_edges_are_one_pixel_wide_and_of_any_colours(left, right, seen):
     image = np.empty((20, 30, 3), np.float32)

@@ -455,6 +455,37 @@ def test_a_run_starts_from_a_checkpoint(images, run, tmp_path):
         torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=0)
 
 
+def test_a_third_modality_is_added_to_a_checkpoint_and_taken_away(images, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(denoiser, "SKETCHES", 1)
+    source, new, back = run / "checkpoint", tmp_path / "new", tmp_path / "back"
+    options = ["--preset", "tiny-sketch", "--learning-rate", "1e-9", "--steps", "2", "--init"]
+    assert train_main(images, new, *options, str(source)) == 0
+    assert "init: not copied: branch sketch: the checkpoint has none\n" in capsys.readouterr().out
+    loaded = checkpoint.load(new / "checkpoint")
+    assert loaded.config == PRESETS["tiny-sketch"] and loaded.codec("sketch") is loaded.codec("image")
+    assert not (new / "checkpoint" / "sketch").exists() and (new / "denoiser" / "samples-0000002.png").exists()
+    rows = [json.loads(line) for line in (new / "denoiser" / CURVE).read_text().splitlines()]
+    assert all(row["sketch"] > 0 for row in rows)
+    before, after = (checkpoint.load(folder).network.state_dict() for folder in (source, new / "checkpoint"))
+    assert len(after) > len(before)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=0)
+
+    options[1] = "tiny"
+    assert train_main(images, back, *options, str(new / "checkpoint")) == 0
+    assert "init: not copied: branch sketch of the checkpoint: the model has none\n" in capsys.readouterr().out
+    for name, weight in checkpoint.load(back / "checkpoint").network.state_dict().items():
+        torch.testing.assert_close(weight, before[name], atol=1e-5, rtol=0)
+
+
+def test_the_autoencoder_is_trained_on_sketches_too(images, tmp_path, monkeypatch):
+    calls, drawn = [], autoencoder.sketch_levels
+    monkeypatch.setattr(autoencoder, "sketch_levels", lambda *a: calls.append(a) or drawn(*a))
+    monkeypatch.setattr(denoiser, "SKETCHES", 1)
+    assert train_main(images, tmp_path, "--preset", "tiny-sketch", "--steps", "1") == 0
+    assert 0 < len(calls) < 3 * 8
+
+
 def test_a_checkpoint_of_another_shape_is_refused_as_a_start(images, run, tmp_path, capsys):
     options = ["--preset", "emoji", "--data", str(images), "--out", str(tmp_path / "new")]
     assert train.main([*options, "--init", str(run / "checkpoint")]) == 2

@@ -3,10 +3,10 @@
     folder/index.json                  what the shards were made from; for anything else they are replaced
     folder/latents-00000.safetensors   latents [n, 1 + V, L, C], items int64 [n]; metadata: skipped images, the reasons
 
-The first latents of an image are its own; the V others are those of the image as `engine.data.augment` changes it. A
-shard holds a fixed part of the data set's items and is renamed when complete, so a killed run resumes after its last
-complete shard, and several processes share the work. Shards are memory-mapped: only the latents of a batch are read
-from disk.
+The first latents of an image are its own; the V others are those of the image as `engine.data.augment` changes it. With
+sketches, S drawings of the image and one of each changed image follow, [n, 1 + V + S + V, L, C]. A shard holds a fixed
+part of the data set's items and is renamed when complete, so a killed run resumes after its last complete shard, and
+several processes share the work. Shards are memory-mapped: only the latents of a batch are read from disk.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from engine.config import Augmentation
 from engine.data.augment import augment
 from engine.data.coco import CocoCaptions
 from engine.data.record import record_of
+from engine.data.sketch import sketch_levels
 from engine.errors import InputError
 from engine.files import save_tensors
 from engine.images import fit_image, to_levels
@@ -39,6 +40,7 @@ class LatentCache:
 
     shards: list[Tensor]  # [n, 1 + V, L, C] each, of images in order
     captions: list[list[str]]  # of each image, at least one
+    sketches: int = 0  # S
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -46,7 +48,14 @@ class LatentCache:
     @property
     def versions(self) -> int:
         """1 + V, of each image; the first is the image itself."""
-        return self.shards[0].shape[1]
+        columns = self.shards[0].shape[1]
+        return 1 + (columns - 1 - self.sketches) // 2 if self.sketches else columns
+
+    def sketch_latents(self, images: list[int], versions: list[int], drawings: list[int]) -> Tensor:
+        """[B, L, C] float32 of a drawing of that version of each image; drawings are 0 … S - 1, used for version 0."""
+        first = self.versions
+        drawn = zip(versions, drawings, strict=True)
+        return self.latents(images, [first + d if v == 0 else first + self.sketches + v - 1 for v, d in drawn])
 
     def latents(self, images: list[int], versions: list[int]) -> Tensor:
         """[B, L, C] float32 of one version of each of these images."""
@@ -69,6 +78,7 @@ def cache_latents(
     shard_size: int = 2048,
     dtype: torch.dtype = torch.float16,
     processes: Processes | None = None,
+    sketches: int = 0,
 ) -> LatentCache:
     """Encodes a data set's images, or maps the latents that an earlier run has encoded.
 
@@ -83,6 +93,7 @@ def cache_latents(
     shard_size    images per file
     dtype         of the shards; the error of half precision is far below an autoencoder's own
     processes     that encode together, each its share of the shards
+    sketches      S, how many drawings there are of each image, see `engine.data.sketch`; 0: none, nor of its versions
     Raises InputError about `dataset` if no image can be read.
     """
     folder = Path(folder)
@@ -99,6 +110,8 @@ def cache_latents(
             "shard_size": shard_size,
             "dtype": str(dtype),
         }
+        if sketches:
+            origin["sketches"] = _digest([sketches, seed])
         _drop_shards_of_other_origin(folder, origin)
 
     processes.on_main(drop_stale_shards)
@@ -109,7 +122,7 @@ def cache_latents(
     with tqdm(total=total, desc="latents", unit="image", disable=hidden) as bar:
         for n, i in enumerate(own, 1):
             if not _is_complete(paths[i]):
-                images = _versions(dataset, i * shard_size, (i + 1) * shard_size, size, augmentation, seed)
+                images = _versions(dataset, i * shard_size, (i + 1) * shard_size, size, augmentation, seed, sketches)
                 _write_shard(paths[i], dataset, encode, images, dtype, bar)
             bar.update(min(n * shard_size, total) - bar.n)  # also for images that were there or are left out
     processes.wait()
@@ -118,13 +131,20 @@ def cache_latents(
     if not shards:
         problem = f"has no readable image ({dataset.summary()})"
         raise InputError("dataset", dataset.items[0].path.parent, "give a data set with intact images", problem)
-    return LatentCache(shards, [list(dataset.items[i].captions) for _, items in read for i in items.tolist()])
+    captions = [list(dataset.items[i].captions) for _, items in read for i in items.tolist()]
+    return LatentCache(shards, captions, sketches)
 
 
 def _versions(
-    dataset: CocoCaptions, start: int, stop: int, size: int, augmentation: Augmentation | None, seed: int
+    dataset: CocoCaptions,
+    start: int,
+    stop: int,
+    size: int,
+    augmentation: Augmentation | None,
+    seed: int,
+    sketches: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(place in the data set, uint8 [1 + V, 3, S, S]) of each readable image of `items[start:stop]`."""
+    """(place in the data set, uint8 [1 + V (+ S + V), 3, size, size]) of each readable image of `items[start:stop]`."""
     place_of = {item.image_id: start + i for i, item in enumerate(dataset.items[start:stop])}
     for item, image in dataset.images(start, stop):
         levels, place = [fit_image(image, size)], place_of[item.image_id]
@@ -132,6 +152,9 @@ def _versions(
             random = np.random.default_rng((seed, place, version))
             changed = augment(image, size, augmentation, random, augmentation.may_flip(item.captions))
             levels.append(to_levels(changed))
+        if sketches:
+            sources = [levels[0]] * sketches + levels[1:]
+            levels += [sketch_levels(x, np.random.default_rng((seed, place, i, 1))) for i, x in enumerate(sources)]
         yield place, torch.stack(levels)
 
 

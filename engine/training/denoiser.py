@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine import checkpoint
@@ -22,12 +23,12 @@ from engine.runtime import Engine
 from engine.sampling.graphs import compile_blocks
 from engine.training.examples import Examples, shortened
 from engine.training.initial import start_from
-from engine.training.options import image_and_text
+from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
 from engine.training.stage import Stage, StageOptions, plot_curve
 from engine.training.tracking import Report
 
-PROMPTS, JOINT_SAMPLES = 24, 16  # in the sample sheets
+PROMPTS, JOINT_SAMPLES, SKETCHES = 24, 16, 8  # in the sample sheets
 
 
 def train_denoiser(
@@ -85,7 +86,7 @@ def train_denoiser(
     def export(step: int) -> None:
         checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), DTYPES[recipe.weights_dtype])
         plot_curve(stage.curve, stage.folder / "curve.png")
-        _sample(run, step, prompts, config, recipe.denoiser.seed, options)
+        _sample(run, step, prompts, cache, config, recipe.denoiser.seed, options)
 
     if stage.done:
         options.processes.on_main(lambda: export(stage.step))
@@ -98,19 +99,37 @@ def _prompts(cache: LatentCache, words: int) -> list[str]:
     return [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
 
 
-def _sample(run: Path, step: int, prompts: list[str], config: Config, seed: int, options: StageOptions) -> None:
-    """Writes a grid of what RUN/checkpoint generates from prompts, and of joint samples, as far as it can do both."""
-    (image, text), predicted = image_and_text(config), config.model.predicted
+def _drawings(cache: LatentCache, engine: Engine, sketch: str) -> list[Image.Image]:
+    """Sketches of some images."""
+    codec, chosen = engine.codecs[sketch], list(range(0, len(cache), max(1, len(cache) // SKETCHES))[:SKETCHES])
+    codec.build()
+    first = [0] * len(chosen)
+    given = [codec.read(None, sketch)] * len(chosen)
+    return [decoded.value for decoded in codec.decode(cache.sketch_latents(chosen, first, first), given)]
+
+
+def _sample(
+    run: Path, step: int, prompts: list[str], cache: LatentCache, config: Config, seed: int, options: StageOptions
+) -> None:
+    """Writes a grid of what RUN/checkpoint generates from prompts, and of joint samples, as far as it can do both.
+
+    Of a model with sketches also of what it generates from some of the data's; each image has its sketch beside it.
+    """
+    (image, text), sketch, predicted = image_and_text(config), sketch_of(config), config.model.predicted
     requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
     if image in predicted and text in predicted:
         requests.append(Request(num=JOINT_SAMPLES))
     if not requests:
         return
+    images = [name for name in (image, sketch) if name is not None]
     dtype = str(options.dtype).removeprefix("torch.")
     with Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=dtype) as engine:
+        if sketch is not None:
+            requests += [Request(inputs={sketch: drawing}, seed=seed) for drawing in _drawings(cache, engine, sketch)]
         outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
     captions = [values[text] for values in outputs]
-    sheet = grid([values[image] for values in outputs], captions, columns=8)
+    titles = [title for caption in captions for title in (caption, "")[: len(images)]]
+    sheet = grid([values[name] for values in outputs for name in images], titles, columns=8)
     write_atomically(run / "denoiser" / f"samples-{step:07d}.png", lambda p: sheet.save(p, "PNG"))
     if options.tracker is not None:
         options.tracker.log_samples(step, sheet, captions)

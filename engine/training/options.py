@@ -15,6 +15,7 @@ from engine.training.recipes import RECIPES, Recipe
 MAX_STEPS, MAX_BATCH = 1_000_000_000, 65_536  # of a stage, of a step: far above anything useful
 MAX_SEED = (1 << 32) - 1  # gensim takes no more than 32 bits
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SKETCH = "sketch"  # the modality that is drawn from the image, see `engine.data.sketch`
 TRACKERS = ("tensorboard", "wandb", "trackio")
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # how names of files of weights end
 
@@ -146,12 +147,23 @@ def _check_init(init: Path) -> None:
 def image_and_text(config: Config) -> tuple[str, str]:
     """Names of the two modalities of a model of captioned images: the one with the image codec, and the text's.
 
-    Raises InputError for a config with other codecs: the data sets have nothing else to train on.
+    Beside them there may be a sketch, see `sketch_of`. Raises InputError for a config with other codecs: the data sets
+    have nothing else to train on.
     """
-    kinds = {name: codec.kind for name, codec in config.codecs.items()}
+    drawn = sketch_of(config)
+    kinds = {name: codec.kind for name, codec in config.codecs.items() if name != drawn}
     if sorted(kinds.values()) != ["image", "text"]:
         codecs = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        remedy = "use a model with exactly one image codec and one text codec"
+        remedy = f"use a model of one image and one text, with or without a {SKETCH} in the image's codec"
         raise InputError("config", codecs, remedy, "cannot be trained on images with captions")
     by_kind = {kind: name for name, kind in kinds.items()}
     return by_kind["image"], by_kind["text"]
+
+
+def sketch_of(config: Config) -> str | None:
+    """Name of the modality that is a drawing of another one: it is called sketch and has the codec of that image."""
+    if SKETCH not in config.codecs:
+        return None
+    folders = {name: (codec.kind, codec.folder or name, codec.settings) for name, codec in config.codecs.items()}
+    shared = [name for name in folders if name != SKETCH and folders[name] == folders[SKETCH]]
+    return SKETCH if shared and config.codecs[SKETCH].kind == "image" else None

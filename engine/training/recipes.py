@@ -85,7 +85,9 @@ RECIPES: dict[str, Recipe] = {
     "uvit-t2i-coco256": COCO256,
     "uvit-t2i-deep-coco256": COCO256,
     "emoji": EMOJI,
+    "emoji-sketch": EMOJI,
     "uvit-emoji": EMOJI,
     "tiny": TINY,
+    "tiny-sketch": TINY,
     "uvit-tiny": TINY,
 }

@@ -26,6 +26,7 @@ from engine.config import Config
 from engine.data.coco import CocoCaptions
 from engine.data.latents import cache_latents
 from engine.data.record import differences, record_of
+from engine.data.sketch import VARIANTS
 from engine.device import DTYPES, resolve_device, resolve_dtype
 from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
@@ -36,7 +37,7 @@ from engine.processes import Processes
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
 from engine.training.initial import initial_network
-from engine.training.options import TrainOptions, image_and_text
+from engine.training.options import TrainOptions, image_and_text, sketch_of
 from engine.training.recipes import Recipe
 from engine.training.stage import StageOptions, run_lock
 from engine.training.tracking import Tracker, record_start
@@ -128,7 +129,8 @@ def _run_stages(
     text = load_codec(run / "checkpoint", config.codecs[text_name], config.model.modality(text_name))
 
     fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
-    changes = {"augmentation": recipe.augmentation, "seed": options.seed, "record": record}
+    sketches = VARIANTS if sketch_of(config) is not None else 0
+    changes = {"augmentation": recipe.augmentation, "seed": options.seed, "record": record, "sketches": sketches}
     with errors_named("data"):
         cache = cache_latents(
             data, codec.encode_pixels, run / "latents", fingerprint, codec.size, **changes, processes=how.processes
@@ -155,9 +157,13 @@ def _require_enough_samples(recipe: Recipe, processes: Processes) -> None:
 
 
 def copy_codecs(source: Path, run: Path, config: Config) -> None:
-    """Copies the codecs of the checkpoint folder `source` into RUN/checkpoint, except for those it already has."""
-    for name, codec in checkpoint.read_config(source / "config.json").codecs.items():
-        folder = _codec_folder(run, config, name)
+    """Copies the codecs of the checkpoint folder `source` into RUN/checkpoint, except for those it already has.
+
+    Left out are those of modalities that the config lacks.
+    """
+    codecs = checkpoint.read_config(source / "config.json").codecs
+    for name in config.codecs.keys() & codecs.keys():
+        codec, folder = codecs[name], _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             unfinished.mkdir(parents=True, exist_ok=True)
