@@ -143,9 +143,9 @@ class Request:
 
     def _check_choices(self) -> None:
         choices = {"task": TASKS, "infill": INFILLS, "unknown_words": ("error", "fill")}
-        for key, allowed in (("solver", SOLVERS), ("guidance_kind", GUIDANCE_KINDS), ("spacing", SPACINGS)):
+        for key, known in (("solver", SOLVERS), ("guidance_kind", GUIDANCE_KINDS), ("spacing", SPACINGS)):
             if getattr(self, key) is not None:
-                choices[key] = allowed
+                choices[key] = known
         for key, allowed in choices.items():
             value = getattr(self, key)
             if not isinstance(value, str) or value not in allowed:  # an array is compared element by element
@@ -175,12 +175,12 @@ class Request:
             raise InputError(key, getattr(self, key), f"use at most {most}", "makes too many steps")
         if self.resample > 1 and self.jump >= self.steps:
             raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
-        for key, (lowest, highest) in NUMBERS.items():
+        for key, (least, greatest) in NUMBERS.items():
             value = _plain(getattr(self, key))
             if key == "guidance" and value is None:
                 continue
-            if not _is_number(value) or not lowest <= value <= highest:  # also NaN
-                raise InputError(key, value, f"use a number from {lowest} to {highest}")
+            if not _is_number(value) or not least <= value <= greatest:  # also NaN
+                raise InputError(key, value, f"use a number from {least} to {greatest}")
             object.__setattr__(self, key, float(value))
         if self.eta != 0 and self.solver != "ddim":
             raise InputError("eta", self.eta, f"use solver ddim; {self.solver or 'the default'} has no eta")

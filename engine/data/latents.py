@@ -110,9 +110,7 @@ def cache_latents(
             "shard_size": shard_size,
             "dtype": str(dtype),
         }
-        if sketches:
-            origin["sketches"] = _digest([sketches, seed])
-        _drop_shards_of_other_origin(folder, origin)
+        _drop_shards_of_other_origin(folder, origin | ({"sketches": [sketches, seed]} if sketches else {}))
 
     processes.on_main(drop_stale_shards)
     paths = [folder / f"latents-{i:05d}.safetensors" for i in range(-(-len(dataset.items) // shard_size))]
