@@ -1,4 +1,4 @@
-"""What gets installed; pyproject.toml says everything else."""
+"""What gets installed; pyproject.toml has everything else."""
 
 from setuptools import setup
 

@@ -5,8 +5,10 @@
     masking         infilling with growing shares of the image, of the text, or of both masked
     guidance        quality against diversity over the guidance scale, for all kinds of guidance and conditioning
     approximations  quality against time: fewer steps, a step cache, a guidance interval
+    autoregression  diffusion of long texts against an autoregressive transformer
 
     python -m benchmarks.experiments architecture --data data/emoji --steps 2000 --seeds 0 1
+    python -m benchmarks.experiments autoregression --preset text --data data/texts --steps 2000
 
 On emoji the metrics are those of `engine.evaluate`; with `--features` (photos) a Fréchet distance, BLEU-4 and word F1.
 `python -m benchmarks.report` adds the table and its plots to RESULTS.md.
@@ -24,7 +26,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import autoregression, machine
 from benchmarks.options import ExperimentOptions
 from benchmarks.sweeps import approximation_sweep, guidance_sweep, masking_sweep, reconditioned
 from benchmarks.trials import Data, compare_models, read_data, trained
@@ -143,7 +145,10 @@ def run(options: ExperimentOptions, command: str) -> dict:
     # Before the work, which puts load on the machine and whose results change files.
     before = machine.facts(options.device) | {"dtype": str(options.dtype).removeprefix("torch.")}
     commit = _commit()
-    measured = EXPERIMENTS[options.experiment](read_data(options), options)
+    if options.experiment == "autoregression":
+        measured = autoregression.compare(options)
+    else:
+        measured = EXPERIMENTS[options.experiment](read_data(options), options)
     stored = {
         "experiment": options.experiment, **measured, "command": command, "commit": commit,
         "date": datetime.now(timezone.utc).isoformat(), "machine": before,
@@ -164,9 +169,15 @@ def _commit() -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
-    add("experiment", choices=list(EXPERIMENTS))
-    add("--data", type=path, required=True, metavar="DIR", help="images and captions, MS-COCO captions layout")
-    add("--preset", choices=["emoji", "coco256", "tiny"], default="emoji", help="default: %(default)s")
+    add("experiment", choices=[*EXPERIMENTS, "autoregression"])
+    add("--data", type=path, required=True, metavar="DIR", help="images and captions, MS-COCO captions layout; "
+        "autoregression: texts that `python -m engine.data text` has written")  # fmt: skip
+    add(
+        "--preset",
+        choices=["emoji", "coco256", "tiny", "text", "text-tiny"],
+        default="emoji",
+        help="default: %(default)s",
+    )
     add("--size", type=int, help="pixels a side, if not the preset's")
     add("--autoencoder", type=name, metavar="DIR", help="a diffusers autoencoder, used with word vectors trained on "
         "--data; default: both of the built-in model")  # fmt: skip
@@ -177,7 +188,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="of training; default: the preset's")
     add("--points", type=int, default=4, help="of training at which errors are measured (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0])
-    add("--count", type=int, default=96, help="held-out images to measure on (default: %(default)s)")
+    add(
+        "--count",
+        type=int,
+        default=96,
+        help="held-out images or texts to measure on, and texts to generate (default: %(default)s)",
+    )
     add("--sampling-steps", type=int, default=25)
     add("--ratios", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 1.0], help="of masking")
     add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0], help="of guidance")

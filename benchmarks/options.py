@@ -7,7 +7,7 @@ import torch
 
 from engine.errors import InputError
 
-TRAINING = ("architecture", "depths")  # experiments that always train
+TRAINING = ("architecture", "depths", "autoregression")  # experiments that always train
 LOWEST = {"count": 2, "sampling_steps": 1, "steps": 1, "batch": 1, "size": 8, "points": 1}
 
 
@@ -16,7 +16,7 @@ class ExperimentOptions:
     """One run of an experiment; raises InputError for values that cannot be used."""
 
     experiment: str  # a key of `benchmarks.descriptions.DESCRIPTIONS`
-    data: Path  # folder of images and captions, MS-COCO captions layout
+    data: Path  # folder of images and captions, MS-COCO captions layout; autoregression: of texts, with a test split
     preset: str
     size: int | None  # pixels a side; None: the preset's
     autoencoder: str | None  # diffusers autoencoder; None: the built-in model's, with its word vectors
@@ -41,6 +41,9 @@ class ExperimentOptions:
             object.__setattr__(self, key, tuple(getattr(self, key)))
         if self.experiment in TRAINING and self.steps is None:
             raise InputError("steps", None, "say how many steps to train, 1 or more", "is missing")
+        if (self.experiment == "autoregression") != self.preset.startswith("text"):
+            remedy = "use text with the experiment autoregression, another preset with the others"
+            raise InputError("preset", self.preset, remedy, f"does not fit the experiment {self.experiment}")
         if self.features is not None and not self.autoencoder:
             remedy = "give the folder of one with --features, which is for photos"
             raise InputError("autoencoder", None, remedy, "is missing")

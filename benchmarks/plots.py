@@ -33,6 +33,8 @@ def plot_run(run: dict, groups: dict[str, list[dict]], stem: Path) -> list[Path]
 def plot_experiment(stored: dict, stem: Path) -> list[Path]:
     """Writes STEM*.png for an experiment, and returns their paths."""
     rows, experiment = stored["rows"], stored["experiment"]
+    if experiment == "autoregression":
+        return []  # a few numbers, which its table has
     if experiment in ("architecture", "depths"):
         metrics = [key.removeprefix("± ") for key in rows[0] if key.startswith("± ")]
         panels = [(stored["curve"], metric) for metric in metrics if metric in stored["curve"][0]]

@@ -32,10 +32,9 @@ RESIDUAL = f"gated residual + {NORM}"
 STEP = "cfg_step, 1 rows of 1024"
 GATHERED = "PyTorch, times gathered before (less work)"
 
-Place = tuple[str, str]  # (group, contender)
-
-
 ON_ANOTHER_PROCESSOR = 2.0  # times the tolerance: what products cost beside the rest depends on their instructions
+
+Place = tuple[str, str]  # (group, contender)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 def _flops(name: str, args: Sequence, result) -> float:
     """Of a matrix product or an attention; 0 for all others."""
     if name.startswith(("linear", "addmm", "_addmm_activation", "mm", "bmm")):
-        matrix = args[0] if name.startswith(("mm", "bmm")) else args[1]  # whose rows have the inner dimension
+        ours = name == "linear" and len(args) > 3  # engine.kernels.linear: x, a second input, the weight, …
+        matrix = args[2 if ours else 0 if name.startswith(("mm", "bmm")) else 1]  # whose rows have the inner dimension
         return 2 * matrix.shape[-1] * prod(result.shape)
     if name.startswith(("attention", "scaled_dot_product_attention")):
         packed = name.startswith("attention")  # [R, L, 3, H, d], else queries [R, H, L, d]

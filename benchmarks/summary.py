@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from benchmarks.descriptions import DESCRIPTIONS, INTRODUCTION
 from benchmarks.questions import QUESTIONS, Answer, Question, answers
 from benchmarks.stored import rows_by_group
-from benchmarks.tables import table
+from benchmarks.tables import experiment_table, table
 
 # How names of groups begin, beside those of kernels.
 BENCHMARKS = (
@@ -24,6 +24,7 @@ def first_page(runs: dict[str, dict], tables: str) -> str:
     for device in dict.fromkeys(_machine(run)["device"] for run in timed.values()):
         parts += _of_device(device, {n: run for n, run in timed.items() if _machine(run)["device"] == device})
     parts += _quality(runs)
+    parts += _long_texts(runs)
     if missing:
         parts += ["## What was not measured", "\n".join(f"* {sentence}" for sentence in missing)]
     parts += ["## Runs", table(["run", "measured", "date", "commit", "device"], list(_runs(runs, tables)))]
@@ -91,6 +92,22 @@ def _quality(runs: dict[str, dict]) -> list[str]:
         return []
     text = "Ratios of the errors after as many steps of training; below 1, PS-U-Net is better."
     return ["## Quality", text, table(["compared", *QUALITY, "steps", "run"], lines)]
+
+
+def _long_texts(runs: dict[str, dict]) -> list[str]:
+    """What the experiment on autoregression found: its table, and texts drawn at random."""
+    parts = []
+    for name, run in runs.items():
+        if run.get("experiment") == "autoregression":
+            description = DESCRIPTIONS["autoregression"]
+            parts += [
+                f"## {description.title}",
+                f"{description.text} The run is {name}.",
+                experiment_table(run["rows"]),
+            ]
+            for kind, texts in run["samples"].items():
+                parts += [f"Drawn at random, {kind}:", "\n".join(f"* {text or '(no word)'}" for text in texts)]
+    return parts
 
 
 def _runs(runs: dict[str, dict], tables: str) -> Iterator[list[str]]:

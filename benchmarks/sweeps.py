@@ -17,7 +17,7 @@ from engine import Engine, Request
 from engine.checkpoint import Checkpoint
 from engine.codecs.words import tokenize
 from engine.config import Config
-from engine.data.coco import CaptionedImage
+from engine.data.captioned import CaptionedImage
 from engine.data.emoji import base_name
 from engine.diffusion.schedule import NoiseSchedule
 from engine.evaluation import Gallery, pixels_of, word_f1

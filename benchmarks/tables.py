@@ -174,8 +174,6 @@ def _number(value) -> str:
 def experiment_markdown(name: str, stored: dict, plots: list[str]) -> str:
     """The section of one experiment: what was run, its table, its plots."""
     machine, description = stored["machine"], DESCRIPTIONS[stored["experiment"]]
-    header = list(dict.fromkeys(key for row in stored["rows"] for key in row))
-    rows = [[_number(row.get(key, "n/a")) for key in header] for row in stored["rows"]]
     return "\n\n".join([
         f"## {name}: {description.title}",
         f"`{stored['command']}`, commit `{stored['commit'][:10]}`"
@@ -184,6 +182,12 @@ def experiment_markdown(name: str, stored: dict, plots: list[str]) -> str:
         + ", ".join(f"{k} {machine[k]}" for k in ("dtype", "threads", "load before", "torch") if k in machine)
         + ".",
         description.text,
-        table(header, rows),
+        experiment_table(stored["rows"]),
         *(f"![{description.title}]({plot})" for plot in plots),
     ])  # fmt: skip
+
+
+def experiment_table(rows: list[dict]) -> str:
+    """All columns that any row has."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    return table(header, [[_number(row.get(key, "n/a")) for key in header] for row in rows])

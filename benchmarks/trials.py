@@ -22,8 +22,9 @@ from engine.codecs.codec import load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.config import CodecConfig, Config
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.latents import cache_latents
+from engine.data.sources import open_captioned
 from engine.errors import errors_named
 from engine.evaluation import Gallery, evaluate, pixels_of, spread, word_f1
 from engine.files import write_atomically
@@ -44,7 +45,7 @@ class Data:
     """What all models of one experiment are trained on and measured with."""
 
     config: Config  # the preset's, with the tokens and channels of the codecs
-    train: CocoCaptions
+    train: CaptionedImages
     test: Pairs  # held out
     gallery: Gallery
     codecs: Path  # a folder with a folder for each codec, as in a checkpoint
@@ -58,7 +59,7 @@ def read_data(options: ExperimentOptions) -> Data:
     if options.size is not None:
         settings["size"] = options.size
     with errors_named("data"):
-        train = CocoCaptions.open(options.data)
+        train = open_captioned(options.data)
     codecs = BUILT_IN if options.autoencoder is None else _own_codecs(train, config, settings, options)
     image = ImageCodec(SavedAutoencoder.open(codecs / "image"), **settings)
     modalities = tuple(
@@ -77,14 +78,14 @@ def read_data(options: ExperimentOptions) -> Data:
         train = replace(train, items=tuple(item for item in train.items if item not in held_out))
     else:
         with errors_named("data"):
-            test = CocoCaptions.open(options.data, split)
+            test = open_captioned(options.data, split)
     pairs = list(test.read(image.size))
     features = features_of(options.features, options.device) if options.features else None
     gallery = Gallery.of(pairs if features else [*train.read(image.size), *pairs])
     return Data(config, train, spread(pairs, options.count), gallery, codecs, features)
 
 
-def _own_codecs(train: CocoCaptions, config: Config, settings: dict, options: ExperimentOptions) -> Path:
+def _own_codecs(train: CaptionedImages, config: Config, settings: dict, options: ExperimentOptions) -> Path:
     """Writes the given autoencoder, and word vectors of the captions, unless an earlier run has."""
     codecs = options.out / f"codecs-{settings['size']}"
     if not (codecs / "text").exists():
@@ -163,7 +164,7 @@ def measured(
 def scores(engine: Engine, data: Data, steps: int, seed: int) -> dict[str, float]:
     """The metrics of one model on held-out images."""
     if data.features is None:
-        found = evaluate(engine, data.test, data.gallery, steps, seed)
+        found = evaluate(engine, data.test, data.gallery, Request(steps=steps, seed=seed))
         return {
             "retrieval@1": found.retrieval_base,
             "word F1": found.word_f1,

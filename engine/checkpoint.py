@@ -73,15 +73,14 @@ def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     folder  a path, or "owner/name" or "owner/name@revision" on the hub, see `engine.hub.local_folder`
     Autoencoders stay in their folders until they are built. Raises InputError about "checkpoint", naming the file.
     """
-    if not isinstance(folder, str | os.PathLike):
-        raise InputError("checkpoint", folder, REMEDY, "is not the name of a folder")
-    if folder:  # not for "", which Path takes as the current folder
-        folder = local_folder(folder, revision=revision)
-    if not is_folder(folder, "checkpoint"):
+    if not isinstance(folder, str | os.PathLike) or folder == "":  # Path takes "" as the current folder
         raise InputError("checkpoint", folder, REMEDY, "is not a folder")
-    config = read_config(folder / "config.json")
-    network = _read_network(folder, config.model)
-    checkpoint = Checkpoint(config, network, folder)
+    path = local_folder(folder, revision=revision)
+    if not is_folder(path, "checkpoint"):
+        raise InputError("checkpoint", path, REMEDY, "is not a folder")
+    config = read_config(path / "config.json")
+    network = _read_network(path, config.model)
+    checkpoint = Checkpoint(config, network, path)
     for modality in config.model.modalities:
         checkpoint.codec(modality.name)  # now, so that damage is reported before minutes of work
     return checkpoint
@@ -117,15 +116,17 @@ def push_to_hub(
     "evaluation", or about "repo_id" if the hub refuses.
     """
     config, folder = load(folder).config, Path(folder)
+    remedy = "give what engine.evaluate --json prints"
     if isinstance(evaluation, str | os.PathLike):
-        remedy = "give what engine.evaluate --json prints"
-        evaluation = read_json(Path(evaluation), "evaluation", remedy, remedy)
+        scores = read_json(Path(evaluation), "evaluation", remedy, remedy)
+    else:
+        scores = evaluation
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     wanted = patterns(config)
     files = {name: folder / name for name in sorted(paths) if any(fnmatchcase(name, pattern) for pattern in wanted)}
-    readme = folder / "README.md"
-    if evaluation is not None or not readme.exists():
-        readme = model_card(config, repo_id, evaluation).encode()
+    readme: Path | bytes = folder / "README.md"
+    if scores is not None or not (folder / "README.md").exists():
+        readme = model_card(config, repo_id, scores).encode()
     return upload(repo_id, {**files, "README.md": readme}, message, revision, private, token)
 
 

@@ -1,4 +1,4 @@
-"""What the command lines share: `Parser`, `refuse` (errors in one line), `run` (exit without tracebacks), path checks.
+"""What the command lines share: `Parser`, options, `refuse` (one-line errors), `run` (no tracebacks), path checks.
 
 Imports no torch, so that --help and bad options answer at once.
 """
@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from engine.errors import InputError, cut, shown
 from engine.interrupts import INTERRUPTED, answer
+from engine.request import QUANTIZATIONS
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +41,7 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
     options  names of the command's options, as Python spells them: an argument that is one is printed as "--steps"
     """
     if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, OSError):
-        return 2  # the first process that torchrun has started on this machine says the same
+        return 2  # the first process that torchrun has started on this machine prints the same
     message, argument = str(error), getattr(error, "argument", None)
     if argument is not None:
         names, options = argument.split(", "), set(options)
@@ -152,6 +153,20 @@ def name(text: str) -> str:
 def path(text: str) -> Path:
     """A path: an argparse type. Refuses the empty name, which `Path` would take as the current folder."""
     return Path(name(text))
+
+
+def add_model(add: Callable) -> None:
+    """Adds --checkpoint, --device and --dtype; `add` is `add_argument` of a parser or of a group."""
+    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
+    add("--checkpoint", type=path, metavar="DIR", help=text)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
+
+
+def add_quantize(add: Callable) -> None:
+    """Adds --quantize."""
+    text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
+    add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
 
 
 def check_writable(out: Path, files: Iterable[str] = ()) -> None:

@@ -51,8 +51,8 @@ import argparse
 import json
 from dataclasses import asdict, fields, replace
 
-from engine.command import Parser, path, refuse, run
-from engine.data.coco import CocoCaptions
+from engine.command import Parser, add_model, path, refuse, run
+from engine.data.sources import open_captioned
 from engine.device import resolve_device
 from engine.errors import InputError, errors_named
 from engine.evaluation import (
@@ -69,7 +69,7 @@ from engine.evaluation import (
     spread,
 )
 from engine.metrics.report import MeasureOptions, measure
-from engine.request import Request
+from engine.request import SOLVERS, SPACINGS, Request
 from engine.runtime import Engine
 
 COMMAND = "python -m engine.evaluate"
@@ -78,17 +78,16 @@ COMMAND = "python -m engine.evaluate"
 def _parser() -> Parser:
     parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
-    text = "a folder, or owner/name[@revision] on the hub (default: the built-in model)"
-    add("--checkpoint", type=path, metavar="DIR", help=text)
+    add_model(add)
     add("--data", type=path, required=True, help="folder of images, captions.json and captions_test.json")
     add("--count", type=int, default=0, help="names of each split, evenly spaced (default: as many as are held out)")
     add("--joint-count", type=int, default=JOINT_SAMPLES, help="joint samples, 0 for none (default: %(default)s)")
     add("--disturbed", action=argparse.BooleanOptionalAction, default=True,
         help="describe changed images too, which takes most of the time (default: yes)")  # fmt: skip
     add("--steps", type=int, default=25, help="steps of the solver (default: %(default)s)")
+    add("--solver", choices=SOLVERS, help="default: the model's")
+    add("--spacing", choices=SPACINGS, help="of the steps' times (default: the schedule's)")
     add("--seed", type=int, default=0, help="of the first sample of every task (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     _add_samples(parser.add_argument_group("a folder of samples").add_argument)
     return parser
@@ -149,28 +148,28 @@ def _run(options: argparse.Namespace) -> dict:
     for key in ("count", "joint_count"):
         if getattr(options, key) < 0:
             raise InputError(key, getattr(options, key), "use a whole number from 0", "is out of range")
-    Request(steps=options.steps, seed=options.seed)  # checks both before the model is loaded
+    how = Request(steps=options.steps, solver=options.solver, spacing=options.spacing, seed=options.seed)
     with Engine.from_pretrained(options.checkpoint, device=options.device, dtype=options.dtype) as engine:
         size = engine.config.codecs[evaluated_modalities(engine.config)[0]].settings["size"]
         with errors_named("data"):
-            data = {split: CocoCaptions.open(options.data, split) for split in ("train", "test")}
+            data = {split: open_captioned(options.data, split) for split in ("train", "test")}
         splits = {split: list(dataset.read(size)) for split, dataset in data.items()}
         for split, pairs in splits.items():
             if not pairs:
                 raise InputError("data", options.data, "render or copy it again", f"has no readable {split} image")
         gallery = Gallery.of([pair for pairs in splits.values() for pair in pairs])
-        count, steps, seed = options.count or len(splits["test"]), options.steps, options.seed
+        count = options.count or len(splits["test"])
         report = {}
         for split, pairs in splits.items():
             chosen = spread(pairs, count)
-            report[split] = asdict(evaluate(engine, chosen, gallery, steps, seed))
-            sketches = evaluate_sketches(engine, chosen, gallery, steps, seed)
+            report[split] = asdict(evaluate(engine, chosen, gallery, how))
+            sketches = evaluate_sketches(engine, chosen, gallery, how)
             if sketches is not None:
                 report[split]["sketch"] = asdict(sketches)
             if options.disturbed:
                 images = list(replace(data[split], items=tuple(item for item, _ in chosen)).images())
-                report[split]["disturbed"] = evaluate_disturbed(engine, images, steps, seed)
-        joint = evaluate_joint(engine, gallery, steps, seed, options.joint_count) if options.joint_count else None
+                report[split]["disturbed"] = evaluate_disturbed(engine, images, how)
+        joint = evaluate_joint(engine, gallery, how, options.joint_count) if options.joint_count else None
         return report | {"joint": asdict(joint) if joint else None, "skipped": skipped_tasks(engine.config)}
 
 

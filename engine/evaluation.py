@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from engine.codecs.words import tokenize
 from engine.config import Config
-from engine.data.coco import CaptionedImage
+from engine.data.captioned import CaptionedImage
 from engine.data.disturb import DISTURBANCES
 from engine.data.emoji import base_name, name_class
-from engine.data.sketch import sketch_levels
+from engine.data.sketch import draw_sketch
 from engine.errors import InputError
-from engine.images import to_image, to_levels
+from engine.images import to_levels
 from engine.request import Request, Sample
 from engine.runtime import Engine
 from engine.training.options import sketch_of
@@ -131,32 +131,35 @@ def skipped_tasks(config: Config) -> dict[str, str]:
     return skipped
 
 
-def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, steps: int, seed: int) -> Scores:
-    """Scores of images and their names, against a gallery that contains them; sample i has the seed seed + i."""
+def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Scores:
+    """Scores of images and their names, against a gallery that contains them.
+
+    how  steps, solver and spacing; sample i has the seed how.seed + i
+    """
     (image, text), skipped = evaluated_modalities(engine.config), skipped_tasks(engine.config)
     size = engine.config.codecs[image].settings["size"]
     names = [item.captions[0] for item, _ in pairs]
     prompts = [" ".join(tokenize(name)) for name in names]
-    images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for _, pixels in pairs]
+    images = [_image(pixels) for _, pixels in pairs]
     flat = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
     values: dict[str, list[float]] = {}  # by score, one of each name
 
     if "text-to-image" not in skipped:
         # "fill": a held-out name may have a word that the training set does not.
         requests = ({"inputs": {text: prompt}, "unknown_words": "fill"} for prompt in prompts)
-        samples = _samples(engine, "text-to-image", requests, steps, seed)
+        samples = _samples(engine, "text-to-image", requests, how)
         nearest = gallery.nearest(torch.stack([pixels_of(s.outputs[image]) for s in samples]).flatten(1))
         values["retrieval_base"] = [base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)]
         values["retrieval_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
     if "image-to-text" not in skipped:
-        values |= _described(engine, "image-to-text", images, names, steps, seed)
+        values |= _described(engine, "image-to-text", images, names, how)
     infill_rmse = None
     if "infill" not in skipped:
         left = np.where(np.arange(size) < size // 2, 255, 0).astype(np.uint8)[None].repeat(size, 0)  # [S, S]
         masks = {image: Image.fromarray(left)}
         inputs = ({text: p, image: i} for p, i in zip(prompts, images, strict=True))
         requests = ({"inputs": i, "masks": masks, "unknown_words": "fill"} for i in inputs)
-        samples = _samples(engine, "infill", requests, steps, seed)
+        samples = _samples(engine, "infill", requests, how)
         filled = torch.stack([pixels_of(s.outputs[image]) for s in samples])  # [n, 3, S, S]
         infill_rmse = float((filled - flat)[..., : size // 2].square().mean().sqrt() * 127.5)
 
@@ -169,11 +172,12 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, steps: int, seed: i
 
 
 def evaluate_disturbed(
-    engine: Engine, images: list[tuple[CaptionedImage, Image.Image]], steps: int, seed: int
+    engine: Engine, images: list[tuple[CaptionedImage, Image.Image]], how: Request
 ) -> dict[str, dict[str, float]] | None:
     """word_f1 and caption_exact of images changed by each of `DISTURBANCES`; None for a model that describes none.
 
-    images  as `open_image` gives them; sample i has the seed seed + i
+    images  as `open_image` gives them
+    how     as for `evaluate`
     """
     if "image-to-text" in skipped_tasks(engine.config):
         return None
@@ -181,25 +185,27 @@ def evaluate_disturbed(
     names = [item.captions[0] for item, _ in images]
     scores = {}
     for label, change in DISTURBANCES.items():
-        values = _described(engine, label, [change(image, size) for _, image in images], names, steps, seed)
+        values = _described(engine, label, [change(image, size) for _, image in images], names, how)
         scores[label] = {key: _mean(of_names) for key, of_names in values.items()}
     return scores
 
 
-def evaluate_sketches(engine: Engine, pairs: Pairs, gallery: Gallery, steps: int, seed: int) -> SketchScores | None:
-    """Scores of sketches, two of each image; None for a model that has or predicts none. Sample i has seed + i."""
+def evaluate_sketches(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> SketchScores | None:
+    """Scores of sketches, two of each image; None for a model that has or predicts none.
+
+    how  as for `evaluate`; the drawings are decided by its seed too
+    """
     (image, text), sketch = evaluated_modalities(engine.config), sketch_of(engine.config)
     if sketch is None or not {image, text, sketch} <= set(engine.config.model.predicted):
         return None
     names = [item.captions[0] for item, _ in pairs]
+    images = [_image(pixels) for _, pixels in pairs]
     given, other = (
-        [to_image(sketch_levels(x, np.random.default_rng((seed, i, k))) / 127.5 - 1) for i, (_, x) in enumerate(pairs)]
-        for k in range(2)
+        [draw_sketch(x, np.random.default_rng((how.seed, i, k))) for i, x in enumerate(images)] for k in range(2)
     )
-    made = _samples(engine, "sketch-to-image+text", ({"inputs": {sketch: drawing}} for drawing in given), steps, seed)
+    made = _samples(engine, "sketch-to-image+text", ({"inputs": {sketch: drawing}} for drawing in given), how)
     nearest = gallery.nearest(torch.stack([pixels_of(s.outputs[image]) for s in made]).flatten(1))
-    images = (to_image(pixels / 127.5 - 1) for _, pixels in pairs)
-    drawn = _samples(engine, "image-to-sketch", ({"inputs": {image: i}} for i in images), steps, seed)
+    drawn = _samples(engine, "image-to-sketch", ({"inputs": {image: i}} for i in images), how)
     return SketchScores(
         len(pairs),
         retrieval_base=_mean(base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)),
@@ -226,30 +232,28 @@ def edge_f1(drawing: Image.Image, reference: Image.Image) -> float:
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
-def evaluate_joint(
-    engine: Engine, gallery: Gallery, steps: int, seed: int, count: int = JOINT_SAMPLES
-) -> JointScores | None:
-    """Scores of `count` ≥ 1 joint samples with seeds seed, seed + 1, …; None for a model that has no joint samples."""
+def evaluate_joint(engine: Engine, gallery: Gallery, how: Request, count: int = JOINT_SAMPLES) -> JointScores | None:
+    """Scores of `count` ≥ 1 joint samples with seeds how.seed, …; None for a model that has no joint samples."""
     if "joint" in skipped_tasks(engine.config):
         return None
     image, text = evaluated_modalities(engine.config)
     firsts = range(0, count, CHUNK)
-    requests = [Request(num=min(CHUNK, count - i), steps=steps, seed=seed + i) for i in firsts]
+    requests = [replace(how, num=min(CHUNK, count - i), seed=how.seed + i) for i in firsts]
     results = _generate(engine, "joint", requests, chunk=1)
     samples = [sample for result in results for sample in result.samples]
     nearest, distances = gallery.nearest_with_distances(
         torch.stack([pixels_of(s.outputs[image]) for s in samples]).flatten(1)
     )
     f1 = _mean(word_f1(s.outputs[text], gallery.names[i]) for s, i in zip(samples, nearest, strict=True))
-    return JointScores(count, seed, results[0].order, f1, len(set(nearest)), _mean(distances))
+    return JointScores(count, how.seed, results[0].order, f1, len(set(nearest)), _mean(distances))
 
 
 def _described(
-    engine: Engine, label: str, images: list[Image.Image], names: list[str], steps: int, seed: int
+    engine: Engine, label: str, images: list[Image.Image], names: list[str], how: Request
 ) -> dict[str, list[float]]:
     """By score, one value of each image: how its generated text compares with its name."""
     image, text = evaluated_modalities(engine.config)
-    samples = _samples(engine, label, ({"inputs": {image: i}} for i in images), steps, seed)
+    samples = _samples(engine, label, ({"inputs": {image: i}} for i in images), how)
     pairs = [(sample.outputs[text], name) for sample, name in zip(samples, names, strict=True)]
     return {
         "word_f1": [word_f1(text, name) for text, name in pairs],
@@ -257,9 +261,9 @@ def _described(
     }
 
 
-def _samples(engine: Engine, label: str, requests: Iterable[dict], steps: int, seed: int) -> list[Sample]:
-    """One sample of each request; sample i has the seed seed + i."""
-    numbered = [Request(**r, steps=steps, seed=seed + i) for i, r in enumerate(requests)]
+def _samples(engine: Engine, label: str, requests: Iterable[dict], how: Request) -> list[Sample]:
+    """One sample of each request; sample i has the seed how.seed + i."""
+    numbered = [replace(how, **r, seed=how.seed + i) for i, r in enumerate(requests)]
     return [result.samples[0] for result in _generate(engine, label, numbered)]
 
 
@@ -278,6 +282,11 @@ def _psnr(engine: Engine, image: str, pixels: Tensor) -> float:
     decoded = [codec.decode_pixels(codec.encode_pixels(p.to(engine.device))).cpu() for p in pixels.split(64)]
     error = ((torch.cat(decoded) - pixels) / 2).square().mean((1, 2, 3))  # [n], of levels 0..1
     return float(-10 * error.log10().mean())
+
+
+def _image(levels: Tensor) -> Image.Image:
+    """uint8 [3, S, S] as an RGB image."""
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
 def pixels_of(image: Image.Image) -> Tensor:

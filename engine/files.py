@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def cache_folder() -> Path | None:
-    """Where the engine keeps measurements and compiled packages: below XDG_CACHE_HOME or ~/.cache; None: no home."""
+    """Where the engine keeps what it can make again, below XDG_CACHE_HOME or ~/.cache; None without a home folder."""
     folder = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(folder or Path.home() / ".cache") / "psunet-engine"

@@ -18,8 +18,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from engine.device import processor
 from engine.files import cache_folder
+from engine.kernels.linear import onednn_computes
 
-LIMIT = 256 << 20  # bytes of the folder; the entries that were not used for longest are removed
+LIMIT = 256 << 20  # bytes of the folder; beyond it the least recently used entries are removed
 ABANDONED = 24 * 3600  # seconds after which the folder of a build that was killed is removed
 LABEL = "psunet-engine"  # of the entry's description among a package's metadata
 DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
@@ -59,7 +60,7 @@ class Source:
 
     @cached_property
     def description(self) -> str:
-        """Everything that makes a package this one and no other."""
+        """All that identifies a package, in JSON."""
         inputs = [
             None if x is None else [str(x.dtype), *(sizes.get(i, n) for i, n in enumerate(x.shape))]
             for x, sizes in zip(self.inputs, self.dynamic, strict=True)
@@ -83,7 +84,7 @@ class Package:
         run, ordered = self._loader.run, [weights[name] for name in sorted(weights)]
 
         def forward(*inputs: Tensor | None) -> Tensor:
-            # The compiled code takes its examples' layout for granted.
+            # The compiled code assumes the layout of its examples.
             return run([*(x.contiguous() for x in inputs if x is not None), *ordered])[0]
 
         return forward
@@ -92,8 +93,8 @@ class Package:
 def package(source: Source, build: bool = False) -> Package | None:
     """The package compiled from this; None where there is none and none is to be built, or it cannot be kept or loaded.
 
-    What is damaged or of another origin is announced, once, and with `build` built again. Raises what PyTorch raises
-    where a compiler fails or is missing.
+    Damaged entries and those built from something else are announced, once, and with `build` built again.
+    Raises what PyTorch raises where a compiler fails or is missing.
     """
     folder = _folder()
     found = _stored(folder / source.file, source.description) if folder else None
@@ -169,12 +170,48 @@ def compile_package(source: Source, path: Path) -> None:
         "aot_inductor.metadata": {LABEL: source.description},
         "cpp.dynamic_threads": True,  # as many as there are when it runs, not as there were here
     }
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), _onednn_gelu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         exported = torch.export.export(
             _Stateless(source.module(), names), (example, weights), dynamic_shapes=(dynamic, [None] * len(names))
         )
+        join_gelu(exported.graph)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
+
+
+def join_gelu(graph: torch.fx.Graph) -> None:
+    """Replaces products followed by GELU by oneDNN's product with GELU, where it computes in their dtype."""
+    aten = torch.ops.aten
+    for gelu in graph.find_nodes(op="call_function", target=aten.gelu.default):
+        product = gelu.args[0]
+        joined = product.target is aten.linear.default and len(product.users) == 1
+        if not joined or not onednn_computes(gelu.meta["val"].dtype):
+            continue
+        x, weight, bias = (*product.args, None)[:3]
+        arguments = (x, weight, bias, "gelu", [], gelu.kwargs.get("approximate", "none"))
+        gelu.target, gelu.args, gelu.kwargs = torch.ops.mkldnn._linear_pointwise.default, arguments, {}
+        graph.erase_node(product)
+
+
+@contextmanager
+def _onednn_gelu() -> Iterator[None]:
+    """Within it, Inductor compiles oneDNN's product with GELU for any weight; by itself it does for constants only."""
+    from torch._inductor import compile_fx, ir, lowering, mkldnn_ir  # noqa: F401 - the first registers lowerings
+
+    def lower(x, weight, bias, attribute, scalars, algorithm):
+        product = mkldnn_ir.LinearUnary.create(x, weight, bias, attribute, scalars, algorithm)
+        return ir.TensorBox.create(product)
+
+    operation, of_inductor = torch.ops.mkldnn._linear_pointwise.default, lowering.lowerings
+    before = of_inductor.get(operation)
+    of_inductor[operation] = lower
+    try:
+        yield
+    finally:
+        if before is None:
+            del of_inductor[operation]
+        else:
+            of_inductor[operation] = before
 
 
 class _Stateless(nn.Module):
@@ -182,14 +219,14 @@ class _Stateless(nn.Module):
 
     def __init__(self, module: nn.Module, names: Sequence[str]):
         super().__init__()
-        self._module, self._names = [module], list(names)  # in a list: it is no submodule, whose weights are exported
+        self._module, self._names = [module], list(names)  # in a list, so that weights are not registered
 
     def forward(self, inputs: tuple[Tensor | None, ...], weights: list[Tensor]) -> Tensor:
         return torch.func.functional_call(self._module[0], dict(zip(self._names, weights, strict=True)), inputs)
 
 
 def _shrink(folder: Path, keep: str) -> None:
-    """Removes entries that were not used for longest until the folder is within its limit, and abandoned builds."""
+    """Removes the least recently used entries until the folder is within its limit, and abandoned builds."""
     entries = []
     for path in folder.iterdir():
         with suppress(OSError):  # another process may have removed it

@@ -45,7 +45,7 @@ ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mask
 
 @dataclass
 class PSUNetPipelineOutput(BaseOutput):
-    """What a call returns, one of each for every image, prompt by prompt; None for a model without."""
+    """What a call returns, one of each for every image, prompt by prompt; None for a modality that the model lacks."""
 
     images: list[Image] | np.ndarray | Tensor | None  # PIL, [B, S, S, 3] or [B, 3, S, S] in 0…1, latents [B, c, h, w]
     text: list[str] | None
@@ -92,10 +92,10 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
 
         None    the built-in checkpoint
         kwargs  of a pipeline's folder those of `DiffusionPipeline.from_pretrained`; of a checkpoint components to use
-                instead, dtype (or torch_dtype, default float32), and what says how to download
+                instead, dtype (or torch_dtype, default float32), and those of the download
         Raises InputError.
         """
-        hub = {key: kwargs.pop(key) for key in OF_HUB if kwargs.get(key) is not None}
+        hub = {key: value for key in OF_HUB if (value := kwargs.pop(key, None)) is not None}
         source = BUILT_IN if pretrained_model_name_or_path is None else pretrained_model_name_or_path
         folder = local_folder(source, variants=kwargs.get("variant") is not None, **hub)
         if (folder / cls.config_name).is_file():
@@ -130,7 +130,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
                     components[component] = autoencoder.requires_grad_(True)
         for key in [key for key in kwargs if key in ("transformer", "scheduler", *FOLDERS.values())]:
             components[key] = kwargs.pop(key)
-        for key in ("use_safetensors", "low_cpu_mem_usage"):  # both are always so
+        for key in ("use_safetensors", "low_cpu_mem_usage"):  # both always apply
             kwargs.pop(key, None)
         if kwargs:
             key, value = next(iter(kwargs.items()))
@@ -174,7 +174,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which ends the call with what there is after this step."""
+        """Whether a callback has set `_interrupt`, which ends the call after this step, with its states."""
         return self._interrupt
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         prompt, image, mask_image  one or a batch of each; `_` in a prompt is one word to be filled in, white in a mask
             what is regenerated, see `Request`. Arrays and tensors as in `engine.pipeline_values.listed_images`
         num_inference_steps        of the solver, for each modality where one is generated after the other
-        guidance_scale             1 is no guidance; None: the checkpoint's default for the task
+        guidance_scale             1 disables guidance; None: the checkpoint's default for the task
         generator                  one for all images or a list of one for each, see `engine.pipeline_values.seeds_of`:
             one fresh from `manual_seed(s)` gives the images of `Request(seed=s)`
         output_type                of images: "pil", "np", "pt" or "latent"
@@ -266,12 +266,12 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
 
     def _encode(self, prepared: list[PreparedRequest], codecs: Mapping[str, Codec]) -> Tensor:
         """Known values, packed, [P, N] float32 on the CPU; zero where nothing is given."""
-        parts = []
-        for m in self.engine_config.model.modalities:
+        parts, config = [], self.engine_config
+        for m in config.model.modalities:
             values = torch.zeros(len(prepared), m.tokens, m.channels)
             partly = [i for i, p in enumerate(prepared) if not p.given[m.name].generate.all()]
             if partly:
-                if m.name in _named(self.engine_config, "image"):
+                if config.codecs[m.name].kind == "image":
                     _bring_to_its_device(self.vae)
                 values[partly] = codecs[m.name].encode([prepared[i].given[m.name] for i in partly])
             parts.append(values.flatten(1))
@@ -307,7 +307,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
     def _decode(
         self, states: Tensor, of_images: list[PreparedRequest], seeds: list[int], codecs: Mapping, output_type: str
     ) -> tuple:
-        """(images, text) of final states [B, N]; None for what the model has not."""
+        """(images, text) of final states [B, N]; None for a modality that the model lacks."""
         config, outputs = self.engine_config, {}
         for kind in FOLDERS:
             named = _named(config, kind)

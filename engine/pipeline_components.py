@@ -118,8 +118,8 @@ class PSUNetScheduler(SchedulerMixin, ConfigMixin):
 class WordTokenizer(SchedulerMixin):
     """A vocabulary and its word vectors, in the files of `engine.codecs.text.TextCodec`.
 
-    diffusers saves and loads components of a few base classes only. A scheduler is the one that is no network: the
-    vectors have to stay float32 on the CPU wherever the pipeline goes.
+    diffusers saves and loads components of a few base classes only. This one is a scheduler because it must not be a
+    network: the vectors stay float32 on the CPU wherever the pipeline is moved.
 
     vocabulary  V distinct words; the first is "</s>"
     vectors     [V, C] float32

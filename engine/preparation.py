@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -150,7 +151,7 @@ def _table(
     request: Request, guidance: float, stages: Stages, generate: Tensor, config: Config, solver: str, spacing: str
 ) -> StepTable:
     N, model, anything_known = config.diffusion.timesteps, config.model, not generate.all()
-    options = {"eta": request.eta, "step_cache": request.step_cache, "order": stages}
+    options: dict[str, Any] = {"eta": request.eta, "step_cache": request.step_cache, "order": stages}
     if request.infill == "langevin":
         options |= {"inner_steps": request.inner_steps, "step_size": request.step_size}
     elif request.resample > 1:

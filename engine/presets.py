@@ -48,6 +48,7 @@ COSINE_INDEPENDENT = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "i
 DRAWN_EMOJI = tuple(Modality(name, 16, 32, depth=2) for name in ("image", "text", "sketch"))
 TINY_DRAWN = Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1), Modality("sketch", 16, 4, depth=1)
 
+TEXT = {"text": CodecConfig("text")}
 TEXT_FIRST = SamplingConfig(GUIDANCE, order=("text", "image"))
 SKETCH_LAST = SamplingConfig(GUIDANCE, order=("text", "image", "sketch"))
 TOGETHER = SamplingConfig(GUIDANCE)
@@ -80,7 +81,14 @@ PRESETS: dict[str, Config] = {
     ),
     # As many blocks and skips as `emoji`, all of them shared.
     "uvit-emoji": Config(_uvit(EMOJI, 15, 192), COSINE_INDEPENDENT, _codecs(64, 2), TEXT_FIRST),
+    # Text alone, of up to 64 words; small enough for a CPU.
+    "text": Config(
+        ModelConfig((Modality("text", 64, 64, depth=1),), shared_depth=3, dim=128), MASKED, TEXT, SamplingConfig()
+    ),
     # For tests: trained in seconds.
+    "text-tiny": Config(
+        ModelConfig((Modality("text", 12, 8, depth=1),), shared_depth=1, dim=64), MASKED, TEXT, SamplingConfig()
+    ),
     "uvit-tiny": Config(_uvit(TINY, 3, 64), COSINE_INDEPENDENT, _codecs(32, 1), TEXT_FIRST),
     "tiny": Config(
         ModelConfig((Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1)), shared_depth=3, dim=64),

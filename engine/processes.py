@@ -1,11 +1,12 @@
 """`Processes`: the processes of a run under `torchrun` or `accelerate launch`; without a launcher there is one.
 
-accelerate, which starts and wraps them, is imported only where there are several.
+Each has all weights (DDP), or they share them (FSDP2): then a parameter is a DTensor, of which each process has a part
+of the rows. accelerate, which connects them, is imported only where there are several.
 """
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
@@ -25,19 +26,22 @@ class Processes:
     """This process's place among all; by default the only one.
 
     accelerator  the `accelerate.Accelerator` that connects several processes; None: there is one
+    fsdp         whether several processes share the weights, instead of each having all
     """
 
-    def __init__(self, accelerator=None):
+    fsdp = False
+
+    def __init__(self, accelerator=None, fsdp: bool = False):
         self.accelerator, self.rank, self.count = accelerator, 0, 1
         if accelerator is not None and accelerator.num_processes > 1:
             from torch import distributed
 
-            self.rank, self.count = accelerator.process_index, accelerator.num_processes
+            self.rank, self.count, self.fsdp = accelerator.process_index, accelerator.num_processes, fsdp
             # For waiting and for values on the host; the other group gives up after minutes.
             self._hosts = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     @classmethod
-    def started(cls, device: str) -> "Processes":
+    def started(cls, device: str, fsdp: bool = False) -> "Processes":
         """The processes that the launcher has started, connected; `device` as in `engine.device.resolve_device`.
 
         Raises ModuleNotFoundError if there are several and no accelerate; InputError about `device` if it is not one
@@ -51,7 +55,8 @@ class Processes:
         for backend in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if os.environ.get(f"ACCELERATE_USE_{backend}", "").lower() == "true":
                 problem = "is asked for by accelerate's configuration"
-                raise InputError("processes", backend, "use one of several CPUs or GPUs, or torchrun", problem)
+                remedy = "use engine.train's --fsdp" if backend == "FSDP" else "use one of several CPUs or GPUs"
+                raise InputError("processes", backend, f"{remedy}, or torchrun", problem)
         import torch
         from accelerate import Accelerator
 
@@ -61,7 +66,7 @@ class Processes:
         if not on_cpu and local > torch.cuda.device_count():
             problem = f"has {torch.cuda.device_count()} CUDA devices for {local} processes"
             raise InputError("device", device, "start one process per device, or use cpu", problem)
-        return cls(Accelerator(cpu=on_cpu, mixed_precision="no"))  # autocast is `Stage`'s
+        return cls(Accelerator(cpu=on_cpu, mixed_precision="no"), fsdp)  # autocast is `Stage`'s
 
     @property
     def is_main(self) -> bool:
@@ -123,12 +128,63 @@ class Processes:
         k, of = i * self.count + self.rank, parts * self.count
         return slice(size * k // of, size * (k + 1) // of)
 
-    def parallel(self, module: "nn.Module") -> "nn.Module":
-        """The module, of which a backward pass averages the gradients over the processes."""
+    def parallel(self, module: "nn.Module", blocks: Iterable["nn.Module"] = ()) -> "nn.Module":
+        """The module, of which a backward pass averages the gradients over the processes.
+
+        blocks  modules in it that FSDP gathers and frees one at a time
+        """
+        if self.fsdp:
+            return self.share(module, blocks)
         return self.accelerator.prepare_model(module) if self.count > 1 else module
 
+    def share(self, module: "nn.Module", blocks: Iterable["nn.Module"] = ()) -> "nn.Module":
+        """Shards the module's parameters over the processes, where they share them."""
+        if self.fsdp:
+            from torch.distributed import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(self.device.type, (self.count,))
+            for part in (*blocks, module):
+                fully_shard(part, mesh=mesh)
+        return module
+
+    def like(self, tensor: "Tensor", parameter: "Tensor") -> "Tensor":
+        """Shards a tensor that all processes have as `parameter` is, if it has the same shape."""
+        if not self.fsdp or tensor.shape != parameter.shape:
+            return tensor
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = tensor.to(parameter.device)
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def own(self, tensor: "Tensor") -> "Tensor":
+        """The part of a tensor that this process has."""
+        return tensor.to_local() if self.fsdp else tensor
+
+    def whole(self, tensor: "Tensor") -> "Tensor":
+        """The full tensor of one that may be shared; all processes call this."""
+        return getattr(tensor, "full_tensor", lambda: tensor)() if self.fsdp else tensor
+
+    def gathered(self, tensors: Mapping[str, "Tensor"], copy: bool = False) -> dict[str, "Tensor"]:
+        """Whole tensors in the first process, on the CPU where they are shared. All call this; the others get none.
+
+        copy  whether all are copies on the CPU, which training does not change
+        """
+        if not self.fsdp:
+            found = tensors.items() if self.is_main else ()
+            return {name: tensor.detach().to("cpu", copy=True) if copy else tensor for name, tensor in found}
+        gathered = {}
+        for name, tensor in tensors.items():  # one at a time on the device
+            whole = self.whole(tensor.detach())
+            if self.is_main:
+                is_shared = hasattr(tensor, "full_tensor")  # then it was put together: a copy already
+                gathered[name] = whole.to("cpu", copy=copy and not is_shared)
+        return gathered
+
     def without_averaging(self, module: "nn.Module") -> AbstractContextManager:
-        """Backward passes of what `parallel` returned keep their gradients to themselves."""
+        """Turns off the averaging of gradients in backward passes of what `parallel` returned."""
+        if self.fsdp:
+            return _without_reducing(module)
         return self.accelerator.no_sync(module) if self.count > 1 else nullcontext()
 
     def end(self) -> None:
@@ -136,3 +192,10 @@ class Processes:
             from torch import distributed
 
             distributed.destroy_process_group()
+
+
+@contextmanager
+def _without_reducing(module):
+    module.set_requires_gradient_sync(False)
+    yield
+    module.set_requires_gradient_sync(True)

@@ -52,7 +52,7 @@ class Request:
     jump      steps of such a stretch
     infill    how known parts that are renoised are fitted in: "repaint" by `resample` and `jump`; "langevin" by
               `inner_steps` Langevin steps at every time but the first, each a call of the model
-    inner_steps, step_size  of "langevin"; the size is in units of the noise's variance
+    inner_steps, step_size  of "langevin"; the size is in units of the noise's variance; above 0.1 it narrows results
     spacing   of the times: "even", or "power", shorter towards the end; None: the better one for the model's schedule
     unknown_words  "error": words outside the vocabulary are refused; "fill": they are filled in like `_`
     guidance_interval  (start, end) of the steps that are guided, as fractions 0 … 1 of the way; None: all
@@ -142,10 +142,9 @@ class Request:
         return {name: value for name, value in [*named.items(), *short.items()] if value is not None}
 
     def _check_choices(self) -> None:
-        choices = {"task": TASKS, "infill": INFILLS, "unknown_words": ("error", "fill")}
-        for key, known in (("solver", SOLVERS), ("guidance_kind", GUIDANCE_KINDS), ("spacing", SPACINGS)):
-            if getattr(self, key) is not None:
-                choices[key] = known
+        choices: dict[str, tuple[str, ...]] = {"task": TASKS, "infill": INFILLS, "unknown_words": ("error", "fill")}
+        optional: dict[str, tuple[str, ...]] = {"solver": SOLVERS, "guidance_kind": GUIDANCE_KINDS, "spacing": SPACINGS}
+        choices |= {key: allowed for key, allowed in optional.items() if getattr(self, key) is not None}
         for key, allowed in choices.items():
             value = getattr(self, key)
             if not isinstance(value, str) or value not in allowed:  # an array is compared element by element
@@ -306,8 +305,8 @@ class Result:
     task: str  # what the request was: joint, text-to-image, image-to-text, …, or infill
     guidance: float  # the scale that was used
     order: tuple[str, ...]  # in which modalities were generated; (): together
-    solver: str  # that was used, and so on
-    spacing: str
+    solver: str  # that was used
+    spacing: str  # that was used
     samples: tuple[Sample, ...]
 
     @property

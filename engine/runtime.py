@@ -40,14 +40,14 @@ class Engine:
 
     def __init__(
         self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype, max_rows: int = 64, graphs: bool = True,
-        compile: bool = False, **computing: str,
+        compile: bool = False, attention: str = "auto", quantize: str = "none",
     ):  # fmt: skip
-        """computing  attention and quantize, as in `from_pretrained`"""
+        """Arguments after `dtype` as in `from_pretrained`."""
         self.config, self.device, self.dtype, self.max_rows = loaded.config, device, dtype, max_rows
         self.codecs: dict[str, Codec] = {name: loaded.codec(name, device) for name in loaded.config.codecs}
         self._lock, self._seconds, self._built = threading.Lock(), [0.0, 0.0, 0.0], False
         network = loaded.network.to(device, dtype)
-        set_up(network, device, compile, **computing)
+        set_up(network, device, compile, attention, quantize)
         cuda = device.type == "cuda"
         if compile and not cuda:
             for codec in self.codecs.values():
@@ -104,7 +104,7 @@ class Engine:
         def make() -> Engine:
             loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
             what = resolve_dtype(dtype, where, loaded.config.model)
-            return cls(loaded, where, what, int(max_rows), graphs, compile, attention=attention, quantize=quantize)
+            return cls(loaded, where, what, int(max_rows), graphs, compile, attention, quantize)
 
         return in_own_thread(make)
 
@@ -257,7 +257,7 @@ class Engine:
     def _preview(self, found: list[Preview], owners, codecs: dict[str, Codec], show: Callable):
         """Decodes samples in progress for the caller's `preview`; a generator like `_flow`."""
         outputs: dict[int, dict[str, Decoded]] = {}
-        found = [p for p in found if p.x0.isfinite().all()]  # what is not finite, the future reports
+        found = [p for p in found if p.x0.isfinite().all()]  # the future reports the others
         for m in self.config.model.modalities:
             begun = [p for p in found if m.name in p.modalities]
             pairs = [(p.x0, owners[p.position][1].given[m.name]) for p in begun]

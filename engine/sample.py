@@ -10,14 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from engine.command import Parser, check_writable, path, refuse, run
+from engine.command import Parser, add_model, add_quantize, check_writable, path, refuse, run
 from engine.errors import InputError, shown
 from engine.request import (
     ATTENTIONS,
     GUIDANCE_KINDS,
     INFILLS,
     MAX_NUM,
-    QUANTIZATIONS,
     SOLVERS,
     SPACINGS,
     TASKS,
@@ -54,7 +53,8 @@ def _add_request(add) -> None:
     add("--input-mask", action="append", type=_named, default=[], metavar="NAME=FILE", help=text)
     add("--task", choices=TASKS, default="auto", help="checks the task that the other options make (default: auto)")
     text = f"samples of each prompt, at most {MAX_NUM} (default: 1; joint: {JOINT_NUM}); of a bulk run, all in all"
-    add("--num", type=int, metavar="N", help=text)
+    # torchrun takes --num for the beginning of one of its own options, also behind the module's name.
+    add("--num", "--count", type=int, metavar="N", help=text)
     add("--seed", type=int, default=0, help="of each prompt's first sample, the others count up (default: 0)")
     add("--unknown-words", choices=("error", "fill"), default="error", help="fill: treat them like _ (default: error)")
 
@@ -78,22 +78,18 @@ def _add_solver(add) -> None:
     add("--jump", type=int, default=5, metavar="J", help="RePaint: steps of a stretch (default: 5)")
     text = "langevin: fit known parts in by inner steps, for models that renoise them (default: repaint)"
     add("--infill", choices=INFILLS, default=Request.infill, help=text)
-    text = f"Langevin: calls of the model more for each step (default: {Request.inner_steps})"
+    text = f"Langevin: further calls of the model at each step (default: {Request.inner_steps})"
     add("--inner-steps", type=int, default=Request.inner_steps, metavar="K", help=text)
     text = f"Langevin: in units of the noise's variance (default: {Request.step_size:g})"
     add("--step-size", type=float, default=Request.step_size, metavar="SIZE", help=text)
 
 
 def _add_engine(add) -> None:
-    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
-    add("--checkpoint", type=path, metavar="DIR", help=text)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
+    add_model(add)
     add("--attention", choices=ATTENTIONS, default="auto")
     text = "compile the model: on a CPU once, for all later runs too, with --compile or without"
     add("--compile", action="store_true", help=text)
-    text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
-    add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
+    add_quantize(add)
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")
     text = "where the images go, in place of those of an earlier run (default: samples)"
     add("--out", type=path, default=Path("samples"), metavar="DIR", help=text)

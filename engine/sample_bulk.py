@@ -1,8 +1,8 @@
 """Thousands of samples for evaluation, by one process or several: `python -m engine.sample --prompts FILE --num N`.
 
 Sample i has the seed SEED + i and its own files, see `engine.data.sample_files`. The processes of a run (RANK and
-WORLD_SIZE, as torchrun sets them) each make a part, do not talk to each other, and skip what is there: a run that is
-repeated makes what is missing, with any number of processes.
+WORLD_SIZE, as torchrun sets them) each make a part without communicating (so not as `engine.processes`), and skip
+finished samples: the same command again makes those that are missing, with any number of processes.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from tqdm import tqdm
 from engine.checkpoint import BUILT_IN
 from engine.codecs.words import HOLE, tokenize
 from engine.command import check_writable
-from engine.data.coco import CocoCaptions
 from engine.data.prompts import read_prompts
 from engine.data.sample_files import FileWriter, SampleFiles, ShardWriter
+from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
 from engine.images import images_up_to_the_limit, open_image
 from engine.request import MAX_SEED, NotFiniteSamplesError, Request, Result
@@ -40,9 +40,9 @@ SETTINGS = ("steps", "solver", "eta", "order", "guidance", "guidance_kind", "gui
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one sample is to be made from, and what its .json tells of it."""
+    """What one sample is made from, and what its .json records of that."""
 
-    given: dict  # arguments of Request
+    given: dict  # arguments of Request; an image as `CaptionedImage`
     facts: dict
 
 
@@ -162,12 +162,12 @@ def _prompts(options: argparse.Namespace, engine: Engine) -> Source:
 def _images(options: argparse.Namespace) -> Source:
     """A text of each image, evenly spaced ones of all if fewer are wanted."""
     with errors_named("images"):
-        data = CocoCaptions.open(options.images, options.split)
+        data = open_captioned(options.images, options.split)
     count = options.num or len(data.items)
     items = [data.items[i * len(data.items) // count] for i in range(count)]  # several texts of one if more are wanted
 
     def wanted(i: int) -> Wanted:
-        return Wanted({"image": items[i].path}, {"image_id": items[i].image_id, "file_name": items[i].path.name})
+        return Wanted({"image": items[i]}, {"image_id": items[i].image_id, "file_name": items[i].path.name})
 
     ids = hashlib.sha256(json.dumps([item.image_id for item in items]).encode()).hexdigest()
     return Source({"images": ids}, count, wanted)
@@ -208,7 +208,7 @@ class _Making:
         for i, what in wanted.items():
             try:
                 with images_up_to_the_limit():
-                    given = {k: open_image(v) if k == "image" else v for k, v in what.given.items()}
+                    given = {k: open_image(v.source()) if k == "image" else v for k, v in what.given.items()}
             except InputError as error:  # a damaged image of a data set
                 errors[i] = str(error)
                 continue

@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine.command import Parser, name, path, refuse, run
+from engine.command import Parser, add_model, add_quantize, name, path, refuse, run
 from engine.errors import InputError
-from engine.request import QUANTIZATIONS
 
 COMMAND = "python -m engine.serve"
 INSTALL = "pip install 'psunet-engine[{}]'"
@@ -29,17 +28,13 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0: any free one (default: 8000)")
-    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
-    add("--checkpoint", type=path, metavar="DIR", help=text)
+    add_model(add)
     add("--name", type=name, help="the model's name for clients (default: the checkpoint folder's)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")
     add("--compile", action="store_true", help="compile the model before the first request")
-    text = "keep the weights of the large products in 8 bits; needs an NVIDIA GPU that has such products"
-    add("--quantize", choices=QUANTIZATIONS, default="none", help=text)
+    add_quantize(add)
     add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
-    text = "samples in the largest batch to warm up for, 0 for no warm-up (default: 1; with --compile: --max-rows)"
+    text = "samples in the largest batch to warm up for, 0: none (default: 1; with --compile on a GPU: --max-rows)"
     add("--warmup", type=int, metavar="N", help=text)
     text = "a file of tokens, one a line; clients must send one of them (Authorization: Bearer …)"
     add("--token-file", type=path, metavar="FILE", help=text)
@@ -91,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 @contextmanager
 def _application(options: argparse.Namespace, model: str, limits, tokens: list[str]):
     common = {"model": model, "limits": limits, "tokens": tokens, "origins": options.cors, "drain": options.drain}
-    warmup = options.warmup if options.warmup is not None else options.max_rows if options.compile else 1
+    warmup = _warmup(options) if options.warmup is None else options.warmup
     engine = {
         key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows", "quantize")
     }
@@ -119,6 +114,16 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
         )
         with running(settings) as app:
             yield app
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    """Samples to warm up for: on a GPU each batch size is compiled separately, on a CPU one package serves them all."""
+    from engine.device import resolve_device
+
+    on_gpu = options.replica_gpus > 0  # Ray hides the GPUs from replicas that ask for none
+    if options.replicas is None:
+        on_gpu = resolve_device(options.device).type == "cuda"
+    return options.max_rows if options.compile and on_gpu else 1
 
 
 def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -> None:

@@ -22,7 +22,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(COMMAND, description=__doc__)
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="emoji", help="what to train (default: %(default)s)")
-    add("--data", type=path, required=True, metavar="DIR", help="images and captions.json, MS-COCO captions layout")
+    add("--data", type=path, required=True, metavar="DIR", help="images and captions.json, MS-COCO captions layout "
+        "(captions.json alone for a model of text), or WebDataset's tar files, or a pattern")  # fmt: skip
+    add("--split", type=name, default="train", help="of the data, as Karpathy's train+restval (default: %(default)s)")
     add("--out", type=path, required=True, metavar="RUN", help="folder of the run; an interrupted run is resumed")
     add("--autoencoder", type=name, metavar="DIR", help="a trained diffusers autoencoder: a folder or a hub id")
     add("--init", type=path, metavar="DIR",
@@ -39,6 +41,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--keep", type=int, default=1, metavar="K", help="saved states that are kept (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
     add("--grad-checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")
+    add("--fsdp", action="store_true", help="share weights and optimiser state among the processes: less memory")
     add("--log", choices=TRACKERS, help="report the denoiser's training there; tensorboard writes to RUN/log")
     add("--seed", type=int, default=0, help="32 bits, as gensim's generator (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

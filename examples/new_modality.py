@@ -38,7 +38,7 @@ class ColourCodec(Codec):
     def save(self, folder, dtype=torch.float32) -> None:
         Path(folder).mkdir(parents=True)  # nothing to keep
 
-    def build(self) -> None:
+    def build(self, compile: bool = False) -> None:
         pass
 
     def read(self, value, argument, mask=None, unknown_words="error", feather=0, mask_argument="mask") -> Given:
@@ -106,7 +106,8 @@ def train(folder: Path, steps: int) -> None:
 
     for step in range(steps):
         x0 = data[torch.randint(len(data), (64,), generator=generator)]  # [B, N]
-        losses = loss(denoise, x0, generator)
+        noise = torch.randn(x0.shape, generator=generator)  # [B, N]
+        losses = loss(denoise, x0, noise, loss.draw(len(x0), generator))
         torch.stack([*losses.values()]).sum().backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -3,8 +3,8 @@
     python examples/new_solver.py --prompt "red heart"
 
 writes `heun.png`: four samples of Heun's method at a few steps beside four of DDIM at as many evaluations, from the
-same noise. A solver is a function of a denoiser, a state and a schedule. One that needs no more than the last x̂0 is a
-row of coefficients instead (`engine.diffusion.solver_table`), and then shares its steps with all other requests.
+same noise. A solver is a function of a denoiser, a state and a schedule. One that needs no more than the last three x̂0
+is a row of coefficients instead (`engine.diffusion.solvers`), and then shares its steps with all other requests.
 """
 
 import argparse

@@ -60,12 +60,12 @@ def _tiles(dim: int) -> dict:
     return {"TOKENS": max(1, 4096 // block), "BLOCK": block, "num_warps": 4, **COMPILER_OPTIONS}
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x itself if its channels are contiguous (as in slices of a longer sequence), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
+def strides(x: Tensor | None) -> tuple[int, int]:
     """(between rows, between tokens)"""
     return (0, 0) if x is None else x.stride()[:2]
 
@@ -75,14 +75,14 @@ def _adaln(
     x: Tensor, y: Tensor | None, table: Tensor, index: Tensor, vector: Tensor, gate: int, shift: int, scale: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x', h, mean, rstd): x' is empty without y, the others without a shift."""
-    x, index = _rows(x), _rows(index)
-    y = None if y is None else _rows(y)
-    table, vector = _rows(table), vector.contiguous()
+    x, index = as_rows(x), as_rows(index)
+    y = None if y is None else as_rows(y)
+    table, vector = as_rows(table), vector.contiguous()
     stream, h, mean, rstd = _outputs(x, y, shift)
     b, n, dim = x.shape
     tiles = _tiles(dim)
     adaln_forward[(triton.cdiv(b * n, tiles["TOKENS"]),)](
-        x, y, table, index, vector, stream, h, mean, rstd, b * n, *_strides(x), *_strides(y), index.stride(0),
+        x, y, table, index, vector, stream, h, mean, rstd, b * n, *strides(x), *strides(y), index.stride(0),
         table.stride(0), EPS, GATE=gate, SHIFT=shift, SCALE=scale, L=n, D=dim, **tiles,
     )  # fmt: skip
     return stream, h, mean, rstd
@@ -115,13 +115,14 @@ def _adaln_backward(
     scale: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dy, dtable, dvector); dy is empty without y."""
-    dstream, dh, stream, index, table = dstream.contiguous(), dh.contiguous(), _rows(stream), _rows(index), _rows(table)
-    y, vector = None if y is None else _rows(y), vector.contiguous()
+    dstream, dh, vector = dstream.contiguous(), dh.contiguous(), vector.contiguous()
+    stream, index, table = as_rows(stream), as_rows(index), as_rows(table)
+    y = None if y is None else as_rows(y)
     b, n, dim = stream.shape
     dx, dy, dtable, dvector = _gradients(stream, y, table, vector)
     tiles = _tiles(dim)
     adaln_backward_tokens[(triton.cdiv(b * n, tiles["TOKENS"]),)](
-        dstream, dh, stream, mean, rstd, table, index, vector, dx, dy, b * n, *_strides(stream), index.stride(0),
+        dstream, dh, stream, mean, rstd, table, index, vector, dx, dy, b * n, *strides(stream), index.stride(0),
         table.stride(0), GATE=gate, SCALE=scale, L=n, D=dim, **tiles,
     )  # fmt: skip
     sums = _table_sums(dx, dh, stream, y, mean, rstd, index, table.shape[0], gate != NONE, scale != NONE)  # [T, 3, D]
@@ -142,7 +143,7 @@ def _table_sums(
     slices, block = 16, min(128, triton.next_power_of_2(dim))  # enough programs even where few times have most tokens
     partial = torch.empty(slices, times, 3, dim, dtype=torch.float32, device=stream.device)
     adaln_backward_table[times, slices, triton.cdiv(dim, block)](
-        dx, dh, stream, y, mean, rstd, index, partial, b * n, *_strides(stream), *_strides(y), index.stride(0),
+        dx, dh, stream, y, mean, rstd, index, partial, b * n, *strides(stream), *strides(y), index.stride(0),
         triton.cdiv(b * n, slices), dim, GATED=gated, NORMED=normed, L=n, TOKENS=32, BLOCK=block, num_warps=4,
         **COMPILER_OPTIONS,
     )  # fmt: skip

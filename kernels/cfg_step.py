@@ -54,7 +54,7 @@ def write_inputs(constants: BatchConstants, state: SamplerState) -> None:
 
 
 def _torch_step(prediction: Tensor, constants: BatchConstants, state: SamplerState) -> None:
-    f_0, *f_extra = prediction.float().reshape(-1, *state.state.shape)  # [B, N] each
+    f_0, *f_extra = prediction.detach().float().reshape(-1, *state.state.shape)  # [B, N] each
     coefficients, indices = at_step(constants, state)
     guides = (indices[..., StepColumn.PASS : StepColumn.PASS + len(f_extra)] & PassKind.GUIDES) != 0  # [B, M, P' − 1]
     guidance = torch.where(guides, coefficients[..., Coefficient.W, None] - 1, 0.0)  # u_k·(w − 1)

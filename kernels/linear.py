@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.adaln import gated_residual
+from engine.kernels.adaln import as_rows, gated_residual, strides
+from engine.kernels.adaln_kernels import NONE
 from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
-from engine.kernels.linear_kernels import NONE, linear_forward
+from engine.kernels.linear_kernels import linear_forward
 
 E4M3_MAX = 448.0  # the largest float8_e4m3fn
 PROGRAMS = 264  # as many keep an H100's 132 multiprocessors busy: two each
@@ -59,10 +60,10 @@ def _torch_linear(x: Tensor, weight: Tensor | Weight8, bias: Tensor | None) -> T
 
 
 def _torch_gelu(x: Tensor, weight: Tensor | Weight8, bias: Tensor, approximate: str) -> Tensor:
-    inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if inference and x.is_cpu and isinstance(weight, Tensor) and x.dtype == weight.dtype and onednn_computes(x.dtype):
-        # oneDNN applies the GELU to each tile of the product; PyTorch's takes 40 % of the product's time. Inductor
-        # calls this operation where weights are frozen.
+        # oneDNN applies the GELU to each tile of the product; PyTorch's is a pass of its own. `engine.packages`
+        # does the same in what it compiles.
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
     return F.gelu(_torch_linear(x, weight, bias), approximate=approximate)
 
@@ -87,23 +88,11 @@ def _blocks(tokens: int, columns: int, dtype: torch.dtype, gated: bool) -> dict:
     """
     if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "BK": 32, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
-    own = 128 if triton.cdiv(tokens, 128) * triton.cdiv(columns, 128) >= PROGRAMS else 64
-    wide = next(
-        (n for n in ((64,) if gated else (128, 64)) if triton.cdiv(tokens, own) * triton.cdiv(columns, n) >= PROGRAMS),
-        32,
-    )
-    warps = 8 if own == wide == 128 else 4
-    return {"BM": own, "BN": wide, "BK": 64, "PRECISION": "tf32", "num_warps": warps, "num_stages": 3}
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x itself if its channels are contiguous (as in slices of a longer sequence), else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    """(between rows, between tokens)"""
-    return (0, 0) if x is None else x.stride()[:2]
+    block_m = 128 if triton.cdiv(tokens, 128) * triton.cdiv(columns, 128) >= PROGRAMS else 64
+    programs_m, wide = triton.cdiv(tokens, block_m), (64,) if gated else (128, 64)
+    block_n = next((n for n in wide if programs_m * triton.cdiv(columns, n) >= PROGRAMS), 32)
+    warps = 8 if block_m == block_n == 128 else 4
+    return {"BM": block_m, "BN": block_n, "BK": 64, "PRECISION": "tf32", "num_warps": warps, "num_stages": 3}
 
 
 @torch.library.custom_op("psunet::linear", mutates_args=())
@@ -122,15 +111,15 @@ def _linear(
 ) -> Tensor:
     """[B, L, N]; the arguments after `gelu` are those of the gated residual, or None with the gate NONE."""
     tensors = x, second, weight, stream, table, index
-    x, second, weight, stream, table, index = (None if t is None else _rows(t) for t in tensors)
+    x, second, weight, stream, table, index = (None if t is None else as_rows(t) for t in tensors)
     b, n, k = x.shape
     columns = weight.shape[0]
     out = x.new_empty(b, n, columns)
     blocks = _blocks(b * n, columns, x.dtype, gate != NONE)
     grid = triton.cdiv(b * n, blocks["BM"]) * triton.cdiv(columns, blocks["BN"])
     linear_forward[(grid,)](
-        x, second, weight, scales, bias, stream, table, index, vector, out, b * n, *_strides(x),
-        *_strides(second), weight.stride(0), *_strides(stream), 0 if index is None else index.stride(0),
+        x, second, weight, scales, bias, stream, table, index, vector, out, b * n, *strides(x),
+        *strides(second), weight.stride(0), *strides(stream), 0 if index is None else index.stride(0),
         0 if table is None else table.stride(0), L=n, K=k, K2=weight.shape[1] - k, N=columns, GELU=gelu, GATE=gate,
         FP8=scales is not None, GROUP=8, **blocks, **COMPILER_OPTIONS,
     )  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
+from engine.data.sources import open_captioned
 from engine.errors import InputError
 
 
@@ -36,7 +37,7 @@ def folder(tmp_path):
 
 
 def test_unusable_images_are_recorded_and_skipped(folder):
-    dataset = CocoCaptions.open(folder)
+    dataset = open_captioned(folder)
     for _ in range(2):  # a second epoch counts nothing twice
         images = [(item.path.name, item.captions, image.shape) for item, image in dataset.read(32)]
         assert images == [
@@ -60,18 +61,18 @@ def test_unusable_images_are_recorded_and_skipped(folder):
 
 def test_a_split_has_its_own_captions_and_folder(folder):
     (folder / "captions.json").rename(folder / "captions_val.json")
-    assert CocoCaptions.open(folder, "val").items[0].path.parent == folder / "images"
+    assert open_captioned(folder, "val").items[0].path.parent == folder / "images"
     (folder / "images").rename(folder / "val")
-    assert CocoCaptions.open(folder, "val").items[0].path.parent == folder / "val"
+    assert open_captioned(folder, "val").items[0].path.parent == folder / "val"
     with pytest.raises(InputError, match=r"has no captions_train\.json or captions\.json"):
-        CocoCaptions.open(folder)
+        open_captioned(folder)
 
 
 def test_a_data_set_without_a_usable_image_is_refused(folder):
     for path in (folder / "images").iterdir():
         path.unlink()
     with pytest.raises(InputError, match="0 usable images; skipped 6 no such file .*1 no captions"):
-        CocoCaptions.open(folder)
+        open_captioned(folder)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_a_data_set_without_a_usable_image_is_refused(folder):
 def test_a_captions_file_without_a_usable_entry_is_named(folder, content, says):
     (folder / "captions.json").write_text(content)
     with pytest.raises(InputError, match=says) as error:
-        CocoCaptions.open(folder)
+        open_captioned(folder)
     assert error.value.argument == "folder" and error.value.value == folder / "captions.json"
 
 
@@ -106,7 +107,7 @@ def captioned(folder, images, annotations, file="captions.json", encoding="utf-8
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(path)
     (folder / file).write_text(json.dumps(content), encoding=encoding)
-    return CocoCaptions.open(folder)
+    return open_captioned(folder)
 
 
 def read_captions(dataset):
@@ -157,7 +158,7 @@ def test_annotations_without_captions_are_counted(tmp_path):
     content = json.loads((tmp_path / "captions.json").read_text())
     content["annotations"] += [{"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 3}, None, "x"]
     (tmp_path / "captions.json").write_text(json.dumps(content))
-    dataset = CocoCaptions.open(tmp_path)
+    dataset = open_captioned(tmp_path)
     assert read_captions(dataset) == {"a.png": ("ay",)}
     assert dataset.summary() == "1 usable images; ignored 8 annotations without a caption (annotations[1] first)"
 
@@ -176,7 +177,7 @@ def test_file_names_do_not_leave_the_folder(tmp_path, name):
     content = json.loads((tmp_path / "captions.json").read_text())
     content["images"].append({"id": 3, "file_name": name})
     (tmp_path / "captions.json").write_text(json.dumps(content))
-    dataset = CocoCaptions.open(tmp_path)
+    dataset = open_captioned(tmp_path)
     assert read_captions(dataset) == {"a.png": ("ay",), "b.png": ("bee",)}
     assert list(dataset.skipped.values()) == ["outside of the folder"] and "x.png first" in dataset.summary()
 
@@ -187,7 +188,7 @@ def test_names_from_the_folder_above_and_of_windows_are_found(tmp_path):
     text = (tmp_path / "captions.json").read_text()
     text = text.replace('"a.png"', '"images/a.png"').replace('"sub/b.png"', json.dumps("images\\sub\\b.png"))
     (tmp_path / "captions.json").write_text(text)
-    assert CocoCaptions.open(tmp_path).items == dataset.items
+    assert open_captioned(tmp_path).items == dataset.items
 
 
 @pytest.mark.parametrize(
@@ -204,34 +205,73 @@ def test_ms_coco_is_read_as_it_is_downloaded(tmp_path, name, images):
             (tmp_path / "annotations" / f"{kind}_{other}.json").write_text(json.dumps(content))
     (tmp_path / images).mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / images / f"{name}.jpg")
-    dataset = CocoCaptions.open(tmp_path, name[:-4])
+    dataset = open_captioned(tmp_path, name[:-4])
     assert [(item.path, item.captions) for item in dataset.items] == [(tmp_path / images / f"{name}.jpg", (name,))]
 
 
 def test_a_summary_is_one_printable_line(tmp_path):
     dataset = captioned(tmp_path, [(1, "a.png")], [(1, "ay")])
-    dataset = CocoCaptions(dataset.items, {Path(f"two\nlines\ud800{'x' * 300}"): "no such file"})
+    dataset = CaptionedImages(dataset.items, {Path(f"two\nlines\ud800{'x' * 300}"): "no such file"})
     assert dataset.summary().encode() and "\n" not in dataset.summary() and len(dataset.summary()) < 200
 
 
 def test_images_that_may_not_be_read_are_not_missing(tmp_path, forbid):
     captioned(tmp_path, [(1, "a.png"), (2, "b.png")], [(1, "ay"), (2, "bee")])
     forbid(tmp_path / "images" / "b.png")
-    assert CocoCaptions.open(tmp_path).skipped == {tmp_path / "images" / "b.png": "no permission to read"}
+    assert open_captioned(tmp_path).skipped == {tmp_path / "images" / "b.png": "no permission to read"}
 
 
 def test_names_too_long_for_the_file_system_are_missing_files(folder):
     content = json.loads((folder / "captions.json").read_text())
     content["images"][1]["file_name"] = "x" * 5000
     (folder / "captions.json").write_text(json.dumps(content))
-    assert CocoCaptions.open(folder).skipped[folder / "images" / ("x" * 5000)] == "no such file"
+    assert open_captioned(folder).skipped[folder / "images" / ("x" * 5000)] == "no such file"
     with pytest.raises(InputError, match="; give the folder of a data set"):
-        CocoCaptions.open("x" * 5000)
+        open_captioned("x" * 5000)
 
 
 @pytest.mark.parametrize(("name", "split"), [("flickr8k", "train"), ("flickr8k", "val"), ("coco", "train")])
 def test_real_photos_are_read(shared, name, split):
-    dataset = CocoCaptions.open(shared / "data" / name, split)
+    dataset = open_captioned(shared / "data" / name, split)
     images = [image for _, image in dataset.read(64, 0, 20)]
     assert len(dataset.items) > 200 and len(images) == 20
     assert 20 < torch.stack(images).float().mean() < 230
+
+
+KARPATHY = [
+    {"split": "train", "filepath": "train2014", "filename": "a.jpg", "cocoid": 5, "imgid": 0},
+    {"split": "restval", "filepath": "val2014", "filename": "b.jpg", "cocoid": 6, "imgid": 1},
+    {"split": "test", "filepath": "val2014", "filename": "c.jpg", "cocoid": 7, "imgid": 2},
+    {"split": "train", "filename": "d.jpg", "imgid": 3},  # as in the file for Flickr8k
+    {"split": "train", "filepath": "../..", "filename": "e.jpg", "cocoid": 8},
+    {"split": "train", "filepath": "train2014", "filename": "f.jpg", "cocoid": 9, "sentences": None},
+    {"split": "train", "filepath": "train2014", "cocoid": 10},
+    None,
+]
+
+
+@pytest.mark.parametrize("below", ["", "images"])
+def test_karpathys_split_is_read_beside_ms_cocos_own(tmp_path, below):
+    for folder, names in (("train2014", "af"), ("val2014", "bc"), ("images", "d")):
+        place = tmp_path / below / folder if folder != "images" else tmp_path / "images"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            Image.new("RGB", (4, 4)).save(place / f"{name}.jpg")
+    images = [image and {"sentences": [{"raw": f" {image.get('filename')} ", "tokens": []}, {}]} | image
+              for image in KARPATHY]  # fmt: skip
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    dataset = open_captioned(tmp_path)
+    assert read_captions(dataset) == {"a.jpg": ("a.jpg",), "d.jpg": ("d.jpg",)}
+    assert [item.image_id for item in dataset.items] == ["5", "3"]
+    assert dataset.summary() == (
+        "2 usable images; skipped 1 outside of the folder (e.jpg first), 1 no captions (f.jpg first); "
+        "ignored 1 images without cocoid or filename (images[6] first)"
+    )
+    assert list(read_captions(open_captioned(tmp_path, "train+restval"))) == ["a.jpg", "b.jpg", "d.jpg"]
+    assert list(read_captions(open_captioned(tmp_path, "test"))) == ["c.jpg"]
+    with pytest.raises(InputError, match=r"has no split 'train2014'; use restval, test, train"):
+        open_captioned(tmp_path, "train2014")
+    (tmp_path / "annotations").mkdir()
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "own"}]}
+    (tmp_path / "annotations" / "captions_train2014.json").write_text(json.dumps(content))
+    assert read_captions(open_captioned(tmp_path, "train2014")) == {"a.jpg": ("own",)}

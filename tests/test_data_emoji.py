@@ -7,8 +7,8 @@ from PIL import Image, features
 
 from engine.codecs.words import tokenize
 from engine.data.__main__ import main
-from engine.data.coco import CocoCaptions
 from engine.data.emoji import FONT, NAMES, Renderer, base_name, held_out_names, read_emoji, render_emoji
+from engine.data.sources import open_captioned
 from engine.errors import InputError
 
 needs_font = pytest.mark.skipif(not FONT.is_file(), reason="Debian's fonts-noto-color-emoji is not installed")
@@ -104,7 +104,7 @@ def test_the_data_set_is_in_coco_layout_and_can_be_rendered_again(tmp_path, few_
     for _ in range(2):
         assert main(arguments) == 0
         assert "4 training images, 0 held out" in capsys.readouterr().out
-        items = CocoCaptions.open(out).items
+        items = open_captioned(out).items
         assert [item.path.name for item in items] == [f"0000{i}.png" for i in range(4)]
         assert items[3].captions == ("flag: France", "flag")
         with Image.open(items[0].path) as image:

@@ -49,7 +49,7 @@ def test_the_commands_are_options_of_the_service(place):
     options = _parser().parse_args(commands()[place])
     _check(options)
     assert options.host == "0.0.0.0" and options.port == 8000
-    assert place == "Dockerfile" or options.token_file, "what listens beyond its machine asks for a token"
+    assert place == "Dockerfile" or options.token_file, "a service that other machines reach needs a token"
 
 
 def test_the_image_is_built_from_all_that_the_package_needs():
@@ -63,7 +63,7 @@ def test_the_image_is_built_from_all_that_the_package_needs():
     assert {line[1:] for line in lines if line.startswith("!")} == copied
 
 
-def test_the_image_runs_the_service_as_nobody_in_particular_and_stops_it_in_order():
+def test_the_image_runs_the_service_without_root_and_stops_it_with_sigterm():
     names = dict(instructions())
     assert arguments("ENTRYPOINT") == [["python", "-m", "engine.serve"]]
     assert names["STOPSIGNAL"] == "SIGTERM" and names["USER"] not in ("root", "0")
@@ -89,7 +89,7 @@ async def test_probes_ask_routes_of_the_application(engine):
     assert asked in routes
 
 
-def test_nobody_is_killed_while_the_service_drains():
+def test_grace_periods_are_longer_than_the_drain():
     drains = {place: _parser().parse_args(command).drain for place, command in commands().items()}
     assert int(compose()["services"]["psunet"]["stop_grace_period"].removesuffix("s")) > drains["compose"]
     pod = kubernetes()["Deployment"]["spec"]["template"]["spec"]

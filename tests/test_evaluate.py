@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from engine.config import UViTConfig
-from engine.data.coco import CaptionedImage
+from engine.data.captioned import CaptionedImage
 from engine.data.disturb import DISTURBANCES
 from engine.errors import InputError
 from engine.evaluate import main
@@ -105,7 +105,7 @@ class OracleEngine:
 
 def test_perfect_answers_have_perfect_scores(pairs):
     engine = OracleEngine(pairs)
-    scores = evaluate(engine, pairs, Gallery.of(pairs), steps=3, seed=5)
+    scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=3, seed=5))
     assert (scores.count, scores.retrieval_base, scores.retrieval_exact) == (6, 1.0, 1.0)
     assert (scores.word_f1, scores.caption_exact, scores.infill_rmse) == (1.0, 1.0, 0.0)
     assert scores.autoencoder_psnr == pytest.approx(40, abs=1e-3), "an error of 0.02 in −1..1 is 0.01 of the range"
@@ -118,21 +118,21 @@ def test_a_variant_of_the_wanted_image_counts_for_its_base_name_only(pairs):
         return engine.images[{"cat red": "cat blue", "big dog": "flag"}.get(words, words)]
 
     engine = OracleEngine(pairs, swap)
-    scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
+    scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
     assert (scores.retrieval_base, scores.retrieval_exact) == (pytest.approx(5 / 6), pytest.approx(4 / 6))
 
 
 def test_the_nearest_image_of_the_gallery_is_found(pairs):
     """The gallery holds more than is evaluated, and the generated images differ a little from those in it."""
     engine = OracleEngine(pairs, lambda image, words: Image.eval(image, lambda level: level // 2 + 60))
-    scores = evaluate(engine, pairs[2:4], Gallery.of(pairs), steps=1, seed=0)
+    scores = evaluate(engine, pairs[2:4], Gallery.of(pairs), Request(steps=1, seed=0))
     assert (scores.count, scores.retrieval_exact) == (2, 1.0)
 
 
 def test_scores_are_also_means_over_each_class_of_names(pairs):
     """Of the names, two are compositions; "flag" without a colon is an object."""
     engine = OracleEngine(pairs, describe=lambda words: "cat red" if "cat" in words else "")
-    classes = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0).classes
+    classes = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0)).classes
     assert classes == {
         "compositions": NameScores(2, 1.0, 1.0, word_f1=0.75, caption_exact=0.5),
         "objects": NameScores(4, 1.0, 1.0, word_f1=0.0, caption_exact=0.0),
@@ -143,7 +143,7 @@ def test_changed_images_are_described_as_often_as_there_are_changes(pairs):
     """The oracle knows an image by its pixels, and says nothing of one that it does not know."""
     images = [(item, Image.fromarray(pixels.permute(1, 2, 0).numpy())) for item, pixels in pairs]
     engine = OracleEngine(pairs)
-    scores = evaluate_disturbed(engine, images, steps=3, seed=5)
+    scores = evaluate_disturbed(engine, images, Request(steps=3, seed=5))
     assert scores.keys() == DISTURBANCES.keys()
     unchanged = {"grey background", "bicubic"}  # of opaque images of the model's size
     for label, of_images in scores.items():
@@ -151,12 +151,12 @@ def test_changed_images_are_described_as_often_as_there_are_changes(pairs):
         assert of_images == {"word_f1": expected, "caption_exact": expected}, label
     assert [request.seed for request in engine.requests] == [5, 6, 7, 8, 9, 10] * len(DISTURBANCES)
     engine.config = predicting("image")
-    assert evaluate_disturbed(engine, images, steps=1, seed=0) is None
+    assert evaluate_disturbed(engine, images, Request(steps=1, seed=0)) is None
 
 
 def test_wrong_words_and_wrong_pixels_lower_the_scores(pairs):
     engine = OracleEngine(pairs, lambda image, _: Image.eval(image, lambda level: level ^ 8), lambda _: "cat")
-    scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
+    scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
     assert scores.infill_rmse == pytest.approx(8, abs=1e-3), "levels of 0…255"
     assert (scores.word_f1, scores.caption_exact) == (pytest.approx(2 * (2 / 3) / 6), 0.0)
 
@@ -168,7 +168,7 @@ def test_infilling_is_evaluated_inside_the_mask_only(pairs):
         return image
 
     engine = OracleEngine(pairs, spoil_the_right)
-    assert evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0).infill_rmse == 0.0
+    assert evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0)).infill_rmse == 0.0
     masks = [np.asarray(request.given_masks["image"]) for request in engine.requests if request.given_masks]
     assert len(masks) == 6
     assert all((mask[:, : SIZE // 2] == 255).all() and not mask[:, SIZE // 2 :].any() for mask in masks)
@@ -176,7 +176,7 @@ def test_infilling_is_evaluated_inside_the_mask_only(pairs):
 
 def test_joint_samples_whose_text_names_their_image_agree(pairs):
     engine = OracleEngine(pairs)
-    scores = evaluate_joint(engine, Gallery.of(pairs), steps=3, seed=2, count=4)
+    scores = evaluate_joint(engine, Gallery.of(pairs), Request(steps=3, seed=2), count=4)
     expected = {"count": 4, "seed": 2, "order": ("text", "image"), "word_f1": 1.0, "distinct_images": 4}
     assert vars(scores) == expected | {"nearest_rmse": pytest.approx(0, abs=0.1)}
     assert [(r.num, r.seed, r.steps, r.given) for r in engine.requests] == [(4, 2, 3, {})]
@@ -184,17 +184,17 @@ def test_joint_samples_whose_text_names_their_image_agree(pairs):
 
 def test_the_distance_of_joint_samples_to_the_nearest_image_is_in_levels(pairs):
     engine = OracleEngine(pairs, lambda image, _: Image.eval(image, lambda level: level ^ 8))
-    scores = evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0, count=6)
+    scores = evaluate_joint(engine, Gallery.of(pairs), Request(steps=1, seed=0), count=6)
     assert scores.nearest_rmse == pytest.approx(8, abs=0.05) and scores.distinct_images == 6
 
 
 def test_64_joint_samples_are_compared_unless_told_otherwise(pairs):
-    assert evaluate_joint(OracleEngine(pairs), Gallery.of(pairs), steps=1, seed=0).count == 64
+    assert evaluate_joint(OracleEngine(pairs), Gallery.of(pairs), Request(steps=1, seed=0)).count == 64
 
 
 def test_many_joint_samples_have_seeds_that_count_up(pairs):
     engine = OracleEngine(pairs)
-    scores = evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=7, count=600)
+    scores = evaluate_joint(engine, Gallery.of(pairs), Request(steps=1, seed=7), count=600)
     assert [(r.num, r.seed) for r in engine.requests] == [(256, 7), (256, 263), (88, 519)]
     assert (scores.count, scores.distinct_images) == (600, 6)
 
@@ -202,7 +202,7 @@ def test_many_joint_samples_have_seeds_that_count_up(pairs):
 def test_joint_samples_whose_text_names_another_image_disagree(pairs):
     """Each image is the first one, each text its own: they share words with "cat: red" by their own F1."""
     engine = OracleEngine(pairs, lambda image, _: next(iter(engine.images.values())))
-    scores = evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0, count=6)
+    scores = evaluate_joint(engine, Gallery.of(pairs), Request(steps=1, seed=0), count=6)
     expected = [word_f1(words, "cat: red") for words in engine.images]
     assert scores.word_f1 == pytest.approx(sum(expected) / 6) and 0 < scores.word_f1 < 0.5
     assert scores.distinct_images == 1
@@ -210,7 +210,7 @@ def test_joint_samples_whose_text_names_another_image_disagree(pairs):
 
 def test_joint_samples_are_compared_with_the_first_caption_of_the_nearest_image(pairs):
     engine = OracleEngine(pairs, describe=lambda _: "another caption")
-    assert evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0, count=6).word_f1 == 0.0
+    assert evaluate_joint(engine, Gallery.of(pairs), Request(steps=1, seed=0), count=6).word_f1 == 0.0
 
 
 def predicting(*predicted: str, modalities: tuple[str, ...] = ("image", "text")):
@@ -255,13 +255,13 @@ def test_what_a_model_cannot_do_is_skipped_with_the_reason(config, skipped):
 def test_skipped_tasks_are_not_requested_and_have_no_scores(pairs):
     engine = OracleEngine(pairs)
     engine.config = predicting("image")
-    scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
+    scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
     assert (scores.word_f1, scores.caption_exact) == (None, None)
     assert (scores.retrieval_exact, scores.infill_rmse, round(scores.autoencoder_psnr)) == (1.0, 0.0, 40)
     assert all("text" in request.given for request in engine.requests)
-    assert evaluate_joint(engine, Gallery.of(pairs), steps=1, seed=0) is None
+    assert evaluate_joint(engine, Gallery.of(pairs), Request(steps=1, seed=0)) is None
     engine.config = predicting("text")
-    scores = evaluate(engine, pairs, Gallery.of(pairs), steps=1, seed=0)
+    scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
     assert (scores.retrieval_base, scores.retrieval_exact, scores.infill_rmse) == (None, None, None)
     assert scores.word_f1 == 1.0
 

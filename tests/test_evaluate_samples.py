@@ -120,7 +120,7 @@ def test_statistics_of_the_data_are_kept_by_content(score, data, tmp_path, monke
     first = score("--samples", folder)
     (kept,) = (tmp_path / "cache" / "psunet-engine" / "references").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("engine.data.coco.CocoCaptions.images", lambda *_: pytest.fail("computed them again"))
+        patch.setattr("engine.data.captioned.CaptionedImages.images", lambda *_: pytest.fail("computed them again"))
         assert score("--samples", folder) == first
     kept.write_bytes(kept.read_bytes()[:-9])
     assert score("--samples", folder) == first, "a damaged file is computed again"
@@ -135,7 +135,7 @@ def test_statistics_of_the_data_are_kept_by_content(score, data, tmp_path, monke
 def test_features_are_a_torchscript_file_s_or_those_of_an_autoencoder(score, run, data, tmp_path, tiny_checkpoint):
     folder = samples(tmp_path / "run", data, ("image",), change=lambda image: Image.new("RGB", image.size))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         torch.jit.script(Mean()).save(tmp_path / "mean.pt")
         torch.jit.script(torch.nn.Identity()).save(tmp_path / "identity.pt")
     scores = score("--samples", folder, "--features", tmp_path / "mean.pt")["scores"]

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 
 from engine import checkpoint
 from engine.codecs.autoencoder import SavedAutoencoder
-from engine.data.coco import CocoCaptions
 from engine.data.emoji import read_emoji
+from engine.data.sources import open_captioned
 from engine.errors import InputError
 from engine.files import all_finite, is_file, is_folder, load_tensors, save_tensors, unreadable, write_atomically
 from engine.images import open_image
@@ -123,7 +123,7 @@ def test_parts_of_a_checkpoint_that_may_not_be_read_are_not_missing(tmp_path, ti
         lambda folder: TrainOptions(folder, folder, "tiny", init=folder / "nnet.pth"),
         lambda folder: SavedAutoencoder.open(folder / "image"),
         lambda folder: open_image(folder / "image.png"),
-        CocoCaptions.open,
+        open_captioned,
         read_emoji,
     ],
 )

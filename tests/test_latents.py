@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from engine.config import Augmentation
-from engine.data.coco import CocoCaptions
-from engine.data.latents import cache_latents
+from engine.data.captioned import CaptionedImages
+from engine.data.latents import cache_latents, default_shard_size
+from engine.data.sources import open_captioned
 from engine.errors import InputError
 from engine.processes import Processes
 
@@ -45,7 +46,7 @@ def dataset(tmp_path):
         "annotations": [{"image_id": 100 + i, "caption": f"grey {i}"} for i in range(7)],
     }
     (tmp_path / "captions.json").write_text(json.dumps(content))
-    return CocoCaptions.open(tmp_path)
+    return open_captioned(tmp_path)
 
 
 def everything(cache):
@@ -72,7 +73,7 @@ def test_latents_belong_to_their_captions(dataset, tmp_path, dtype):
 
 def test_images_are_encoded_once_and_skipped_ones_are_remembered(dataset, tmp_path):
     first = cache(dataset, tmp_path / "cache", Encoder())
-    again, encode = CocoCaptions.open(tmp_path), Encoder()
+    again, encode = open_captioned(tmp_path), Encoder()
     second = cache(again, tmp_path / "cache", encode)
     assert encode.images == 0
     assert torch.equal(everything(first), everything(second)) and first.captions == second.captions
@@ -104,7 +105,7 @@ def test_processes_share_the_images_and_all_have_the_same_latents(dataset, tmp_p
     encoders, barrier = [Encoder(), Encoder()], threading.Barrier(2, timeout=60)
     calls = [
         lambda rank=rank: cache(
-            CocoCaptions.open(tmp_path), tmp_path / "cache", encoders[rank], processes=Thread(rank, barrier)
+            open_captioned(tmp_path), tmp_path / "cache", encoders[rank], processes=Thread(rank, barrier)
         )  # fmt: skip
         for rank in range(2)
     ]
@@ -114,6 +115,11 @@ def test_processes_share_the_images_and_all_have_the_same_latents(dataset, tmp_p
     expected = cache(dataset, tmp_path / "other", Encoder())
     for one in caches:
         assert torch.equal(everything(one), everything(expected)) and one.captions == expected.captions
+
+
+@pytest.mark.parametrize(("images", "size"), [(1, 64), (4096, 64), (10_000, 157), (118_287, 1849), (1_000_000, 2048)])
+def test_processes_can_share_small_data_sets_too(images, size):
+    assert default_shard_size(images) == size
 
 
 def test_a_truncated_shard_is_replaced(dataset, tmp_path):
@@ -149,7 +155,7 @@ def test_shards_of_another_origin_are_replaced(dataset, tmp_path, capsys, change
     elif change == "dtype":
         options["dtype"] = torch.float32
     elif change == "images":
-        dataset = CocoCaptions(dataset.items[:2])
+        dataset = CaptionedImages(dataset.items[:2])
     else:
         (tmp_path / "cache" / "index.json").write_text('{"fingerprint": "a", ')
     encode = Encoder()

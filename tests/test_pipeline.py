@@ -7,6 +7,7 @@ test_pipeline_model.py.
 import inspect
 import json
 from dataclasses import replace
+from itertools import groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -445,7 +446,7 @@ def test_offloaded_components_are_brought_to_their_device_before_they_compute(pi
         module._hf_hook = SimpleNamespace(execution_device="cpu", pre_forward=lambda _, name=name: order.append(name))
     try:
         make(other, image=noise(1), mask_image=left_half())
-        assert order == ["vae", "transformer", "vae"]
+        assert [name for name, _ in groupby(order)] == ["vae", "transformer", "vae"]
     finally:
         for name in ("transformer", "vae"):
             del getattr(other, name)._hf_hook
@@ -497,7 +498,7 @@ def test_guidance_is_that_of_the_call_or_the_checkpoints(pipe, on_cpu):
         ({"output_type": "jpg"}, "output_type"),
         ({"callback_on_step_end": 5}, "callback_on_step_end"),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
 )
 def test_what_cannot_be_used_is_refused_by_its_name(pipe, arguments, argument):
     with pytest.raises(InputError) as error:

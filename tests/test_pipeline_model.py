@@ -79,10 +79,11 @@ def test_variants_are_saved_and_loaded_by_their_name(model, sample, tmp_path):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_weights_are_saved_and_loaded_in_parts(model, sample, tmp_path, variant):
+def test_weights_are_saved_and_loaded_in_parts(model, tmp_path, variant):
     model.save_pretrained(tmp_path, variant=variant, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
-    assert same(model, PSUNetModel.from_pretrained(tmp_path, variant=variant), sample)
+    loaded = PSUNetModel.from_pretrained(tmp_path, variant=variant).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from train_cases import captioned_images, started, trained
+import torch
+from safetensors.torch import load_file
+from test_data_shards import write_tar
+from train_cases import captioned_images, started, train_shared, trained
 
 from engine import train
+from engine.data.sources import open_captioned
 from engine.training import denoiser
 from engine.training.files import CURVE, STATE
 
@@ -51,11 +55,36 @@ def assert_same_curve(run, expected):
         assert row == pytest.approx(other, rel=2e-5)
 
 
-@pytest.mark.parametrize("count, options", [(2, []), (4, []), (3, ["--accumulate", "2"])], ids=str)
+def test_tar_files_train_as_a_folder_of_the_same_images_does(images, alone, tmp_path):
+    for shard in range(3):
+        files = {}
+        for item in open_captioned(images).items[4 * shard : 4 * shard + 4]:
+            key = f"{int(item.image_id):04d}"
+            files |= {f"{key}.png": item.read_bytes(), f"{key}.json": json.dumps({"captions": item.captions}).encode()}
+        write_tar(tmp_path / f"{shard}.tar", files)
+    options = ["--data", f"{tmp_path}/{{0..2}}.tar"]
+    assert trained(2, command(images, tmp_path / "run", *options), tmp_path / "log") == [0, 0]
+    assert_same_curve(tmp_path / "run", curve_of(alone))
+
+
+def assert_same_weights(run, other):
+    """Of the checkpoint; Adam's first steps take small differences of a gradient for large ones."""
+    found, expected = (load_file(r / "checkpoint" / "model.safetensors") for r in (run, other))
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "count, options",
+    [(2, []), (4, []), (3, ["--accumulate", "2"]), (2, ["--fsdp"]),
+     (3, ["--fsdp", "--accumulate", "2", "--grad-checkpointing"])],
+    ids=str,
+)  # fmt: skip
 def test_any_number_of_processes_has_the_same_losses(images, alone, tmp_path, count, options):
     """Also where it does not divide the batch, of 8."""
     assert trained(count, command(images, tmp_path / "run", *options), tmp_path / "log") == [0] * count
     assert_same_curve(tmp_path / "run", curve_of(alone))
+    assert_same_weights(tmp_path / "run", alone)
     printed = (tmp_path / "log").read_text()
     assert printed.count("usable images") == printed.count("checkpoint: ") == 1 and f"in {count} processes" in printed
 
@@ -102,6 +131,23 @@ def test_a_killed_run_resumes_with_another_number_of_processes(images, alone, tm
     assert all(victim.exitcode == -signal.SIGKILL for victim in victims)
     assert trained(3, command(images, run), tmp_path / "log") == [0, 0, 0]
     assert_same_curve(run, curve_of(alone))
+
+
+def test_processes_share_weights_average_and_moments_and_skip_an_overflow_in_the_part_of_one(tmp_path):
+    assert trained(2, tmp_path, tmp_path / "log", target=train_shared) == [0, 0], (tmp_path / "log").read_text()
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [one["values"] for one in found] == [[13] * 3, [8] * 3]  # of 4×3 + 4 and 1×4 + 1, by rows
+    assert all(one["changed"] == [True, True, False, True] and one["scale"] == 32768 for one in found)
+    assert found[0]["norm"] == found[1]["norm"]
+
+
+@pytest.mark.parametrize("first, then", [((2, "--fsdp"), (3, "--fsdp")), ((2,), (2, "--fsdp")), ((3, "--fsdp"), (1,))])
+def test_a_run_resumes_whether_its_processes_share_weights_or_not(images, alone, tmp_path, first, then):
+    for (count, *options), steps in ((first, "2"), (then, "6")):
+        part = command(images, tmp_path / "run", "--steps", steps, *options)
+        assert trained(count, part, tmp_path / "log") == [0] * count
+    assert_same_curve(tmp_path / "run", curve_of(alone))
+    assert_same_weights(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize(

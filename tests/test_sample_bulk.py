@@ -131,6 +131,17 @@ def test_numbers_of_processes_that_cannot_be_are_refused(run, prompts, monkeypat
     assert (done.code, done.err.count("\n"), done.folder.exists()) == (2, 1, False) and "use " in done.err
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_of_a_run(tiny_checkpoint, prompts, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "engine.sample"]
+    options = ["--checkpoint", tiny_checkpoint, "--prompts", prompts, "--count", 5, "--steps", 1, "--dtype", "float32"]
+    command = [*command, *options, "--out", tmp_path / "out", "--shards", 3]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "process 0 of 2: 3 samples made" in done.stdout and "process 1 of 2: 2 samples made" in done.stdout
+    assert [e["index"] for e in facts(tmp_path / "out")] == [*range(5)]
+
+
 def processes(folder: Path, *arguments) -> list[subprocess.Popen]:
     command = [sys.executable, "-m", "engine.sample", "--dtype", "float32", "--quiet", *map(str, arguments)]
     ranks = ({"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} for rank in range(2))

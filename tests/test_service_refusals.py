@@ -194,7 +194,7 @@ async def test_a_full_queue_is_a_429_and_a_deadline_a_504(tiny_checkpoint):
             await until(lambda: served.samples == 2)
             answer = await http.post(INFILL, content=body(), headers={"content-type": "application/json"})
             assert_error(answer, 429, "queue_full")
-            assert not read, "what there is no room for is not read"
+            assert not read, "the body was read although the queue is full"
             assert int(answer.headers["retry-after"]) > 0
             assert (await http.get("/ready")).status_code == 503
             for handle in list(served._handles.values()):

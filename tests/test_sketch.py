@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from engine.data.sketch import edges, sketch, sketch_levels
+from engine.data.sketch import draw_sketch, edges, sketch_levels
 from engine.images import to_levels
 
 
@@ -17,7 +17,7 @@ def square(size: int = 64, colour: str = "navy") -> Image.Image:
 
 def drawn(image: Image.Image, seed: int = 0) -> np.ndarray:
     """Levels [S, S] of a sketch: 0 ink, 255 paper."""
-    result = sketch(image, np.random.default_rng(seed))
+    result = draw_sketch(image, np.random.default_rng(seed))
     levels = np.asarray(result)
     assert (result.mode, result.size) == ("RGB", image.size) and (levels.min(2) == levels.max(2)).all()
     return levels[..., 0]

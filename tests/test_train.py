@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_run_records_what_repeats_it(images, run):
     rows = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     for row in rows:
         assert Config.from_dict(row["config"]) == PRESETS["tiny"] and row["recipe"]["denoiser"]["steps"] == 4
-        assert row["versions"]["torch"] == torch.__version__ and row["dtype"] == "float32" and row["processes"] == 1
+        assert row["versions"]["torch"] == version("torch") and row["dtype"] == "float32" and row["processes"] == 1
         assert row["command"] and row["folder"] == os.getcwd()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     if commit.returncode == 0:
@@ -389,7 +390,7 @@ def test_bad_options_are_refused_before_anything_is_written(images, tmp_path, ca
 def test_an_impossible_out_folder_is_refused_before_the_work(images, tmp_path, monkeypatch, capsys, out):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(stages.CocoCaptions, "open", lambda *_: pytest.fail("started to work"))
+    monkeypatch.setattr(stages, "open_captioned", lambda *_: pytest.fail("started to work"))
     line = refusal(capsys, *SHORT, "--data", str(images), "--out", out)
     assert "--out: " in line and out[:4] in line and "; give " in line
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -52,7 +52,14 @@ def test_a_config_and_a_recipe_can_be_given_instead_of_a_preset():
 def test_every_preset_has_a_recipe():
     assert PRESETS.keys() == RECIPES.keys()
     for preset in PRESETS:
-        assert options(preset=preset, autoencoder="folder").recipe.denoiser == RECIPES[preset].denoiser
+        autoencoder = "folder" if "image" in PRESETS[preset].codecs else None
+        assert options(preset=preset, autoencoder=autoencoder).recipe.denoiser == RECIPES[preset].denoiser
+
+
+def test_a_model_of_text_alone_needs_no_autoencoder_and_takes_none():
+    assert options(preset="text").recipe.autoencoder is None
+    with pytest.raises(InputError, match="^autoencoder: 'folder' is of no use to a model of text alone; leave it out"):
+        options(preset="text", autoencoder="folder")
 
 
 @pytest.mark.parametrize(
@@ -144,13 +151,14 @@ def with_codecs(**kinds: str):
 def test_the_image_and_the_text_are_found_by_their_codecs():
     assert image_and_text(TINY_CONFIG) == ("image", "text")
     assert image_and_text(with_codecs(words="text", photo="image")) == ("photo", "words")
+    assert image_and_text(with_codecs(words="text")) == (None, "words")
 
 
 @pytest.mark.parametrize(
     "kinds",
     [
         {"image": "image"},
-        {"text": "text"},
+        {"text": "text", "title": "text"},
         {"image": "image", "text": "text", "sketch": "image"},
         {"image": "image", "sketch": "image"},
         {"image": "image", "text": "sound"},
@@ -158,7 +166,7 @@ def test_the_image_and_the_text_are_found_by_their_codecs():
     ids=str,
 )
 def test_a_model_of_other_modalities_is_refused(kinds):
-    with pytest.raises(InputError, match="cannot be trained on images with captions; use a model of one image and one"):
+    with pytest.raises(InputError, match="cannot be trained on images with captions; use a model with exactly one"):
         options(config=with_codecs(**kinds))
 
 

@@ -192,7 +192,7 @@ def test_training_goes_on_while_the_state_is_written(tmp_path, uninterrupted, mo
 
 @pytest.mark.parametrize("failure", [Killed, FloatingPointError])
 def test_what_fails_after_a_save_does_not_lose_it(tmp_path, failure):
-    def failing(step):
+    def failing(step, weights):
         if step == 6:
             raise failure
 
@@ -287,7 +287,7 @@ def test_after_a_divergence_a_stage_resumes_with_a_lower_learning_rate(tmp_path,
     def diverging(batch, part):
         return {name: loss * (math.inf if stage.step == 5 else 1) for name, loss in losses(batch, part).items()}
 
-    def dying(step):
+    def dying(step, weights):
         raise Killed
 
     with pytest.raises(FloatingPointError, match="use a lower learning rate and resume"):

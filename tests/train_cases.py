@@ -29,36 +29,72 @@ def captioned_images(folder):
     return folder
 
 
-def started(count: int, arguments: list[str], log) -> list[multiprocessing.Process]:
-    """Starts `count` processes of one run; they write to the file `log`."""
+def started(count: int, arguments, log, target=None) -> list[multiprocessing.Process]:
+    """Starts `count` processes of one run, or of another function of `arguments`; they write to the file `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [SERVER.Process(target=_train, args=(rank, count, port, arguments, log)) for rank in range(count)]
+    calls = [(target or _train, rank, count, port, arguments, log) for rank in range(count)]
+    processes = [SERVER.Process(target=_run, args=call) for call in calls]
     for process in processes:
         process.start()
     return processes
 
 
-def trained(count: int, arguments: list[str], log, timeout: float = 300) -> list[int]:
+def trained(count: int, arguments, log, timeout: float = 300, target=None) -> list[int]:
     """The exit statuses of the processes of a run; None of one that does not end."""
-    processes = started(count, arguments, log)
+    processes = started(count, arguments, log, target)
     for process in processes:
         process.join(timeout)
         process.kill()
     return [process.exitcode for process in processes]
 
 
-def _train(rank: int, count: int, port: int, arguments: list[str], log) -> None:
+def _run(target, rank: int, count: int, port: int, arguments, log) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    torch.set_num_threads(1)
+    sys.exit(target(arguments))
+
+
+def _train(arguments: list[str]) -> int:
     from engine import train
     from engine.training import denoiser, tracking
 
-    torch.set_num_threads(1)
     tracking.EVERY = 3
     denoiser.PROMPTS, denoiser.JOINT_SAMPLES = 1, 1  # most of a tiny run's time would be that of its sample sheets
-    sys.exit(train.main(arguments))
+    return train.main(arguments)
+
+
+def train_shared(folder) -> int:
+    """Four steps of a stage of which processes share the weights; the third overflows in the first row of a matrix.
+
+    Writes what each process has of them, and what the third step changed, to FOLDER/RANK.json.
+    """
+    from test_training import CONFIG, SAMPLES, draw, losses_of, module
+
+    from engine.processes import Processes
+    from engine.training.stage import Stage
+
+    processes = Processes.started("cpu", fsdp=True)
+    stage, changed = Stage(folder, module(), CONFIG, SAMPLES, torch.float16, processes), []
+    losses = losses_of(stage.module)
+    for factor in (0, 0, 1e36, 0):
+
+        def overflowing(*of, factor=factor):
+            return {n: 1e-3 * x for n, x in losses(*of).items()} | {"row": factor * stage.module[0].weight[0].sum()}
+
+        before = [processes.own(p).clone() for p in stage.module.parameters()]
+        stage.train_step(draw, overflowing)
+        after = [processes.own(p) for p in stage.module.parameters()]
+        changed.append(any(not torch.equal(a, b) for a, b in zip(after, before, strict=True)))
+    moments = [state["exp_avg"] for state in stage.optimizer.state.values()]
+    held = (stage.module.parameters(), stage.average.parameters(), moments)
+    found = {"values": [sum(processes.own(p).numel() for p in values) for values in held], "changed": changed}
+    found |= {"scale": stage.scaler.get_scale(), "norm": stage.norm}
+    (folder / f"{processes.rank}.json").write_text(json.dumps(found))
+    processes.end()
+    return 0

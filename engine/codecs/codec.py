@@ -1,7 +1,7 @@
 """Codecs: a modality's values to tokens and back. The methods that every codec has, and their registry.
 
-A new kind of modality is a class with the methods of `Codec` and a line in `CODECS`. Codecs are
-independent of diffusion and tasks.
+A new kind of modality is a class with the methods of `Codec` and a line in `CODECS`. Codecs are independent of
+diffusion and tasks.
 """
 
 from collections.abc import Mapping, Sequence

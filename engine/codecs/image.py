@@ -99,7 +99,8 @@ class ImageCodec:
         Raises InputError naming a damaged file.
         """
         with self._lock:
-            if self._built is None and self._decode is None and torch.device(self.device).type == "cpu":
+            nothing, cpu = self._built is None and self._decode is None, torch.device(self.device).type == "cpu"
+            if self._saved is not None and nothing and cpu:
                 self._decode = self._saved.packaged_decoder(self.size // self.factor, compile)
         if self._decode is None:
             _ = self.autoencoder

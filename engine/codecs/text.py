@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.codecs.codec import Decoded, Given
 from engine.codecs.word_vectors import spread, word2vec
-from engine.codecs.words import END, HOLE, tokenize
+from engine.codecs.words import END, HOLE, caption_words, tokenize
 from engine.config import Modality
 from engine.errors import InputError, shown
 from engine.files import load_tensors, read_json, save_tensors, unreadable, write_atomically
@@ -51,7 +51,7 @@ class TextCodec:
         One worker and a fixed hash (Python's differs between processes) make it the same bit for bit wherever the
         same versions of gensim, numpy and torch run. Raises InputError if the captions hold no word.
         """
-        sentences = [[word for word in tokenize(caption) if word != HOLE] + [END] for caption in captions]
+        sentences = [[*caption_words(caption), END] for caption in captions]
         if all(sentence == [END] for sentence in sentences):
             problem = "captions without a single word"
             raise InputError("captions", len(sentences), "give captions with words", problem)

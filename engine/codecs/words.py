@@ -35,6 +35,11 @@ def tokenize(caption: str) -> list[str]:
     return [HOLE if token[0] == HOLE else token for token in pattern.findall(text)]
 
 
+def caption_words(caption: str) -> list[str]:
+    """The words of a data set's caption, in which a lone "_" is not a word to be filled in and is left out."""
+    return [word for word in tokenize(caption) if word != HOLE]
+
+
 @cache
 def _token() -> re.Pattern[str]:
     """ASCII_TOKEN for all of Unicode; made for the first text that needs it, since finding the marks takes 30 ms."""

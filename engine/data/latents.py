@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.config import Augmentation
 from engine.data.augment import augment
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.record import record_of
 from engine.data.sketch import sketch_levels
 from engine.errors import InputError
@@ -32,6 +32,7 @@ from engine.images import fit_image, to_levels
 from engine.processes import Processes
 
 BATCH = 64  # images encoded at a time
+SHARDS = 64  # of a data set of middle size, for as many processes to share
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class LatentCache:
 
 
 def cache_latents(
-    dataset: CocoCaptions,
+    dataset: CaptionedImages,
     encode: Callable[[Tensor], Tensor],
     folder: str | Path,
     fingerprint: str,
@@ -75,7 +76,7 @@ def cache_latents(
     augmentation: Augmentation | None = None,
     seed: int = 0,
     record: Mapping[str, list] | None = None,
-    shard_size: int = 2048,
+    shard_size: int | None = None,
     dtype: torch.dtype = torch.float16,
     processes: Processes | None = None,
     sketches: int = 0,
@@ -90,7 +91,7 @@ def cache_latents(
     augmentation  how many further versions of each image there are, and how they are changed; None: no further ones
     seed          of those changes; the image's place in the data set and the version's number are added to it
     record        of the data set, see `engine.data.record.record_of`, which is called if it is None
-    shard_size    images per file
+    shard_size    images per file; None: 2048, fewer for data sets that processes could not share then
     dtype         of the shards; the error of half precision is far below an autoencoder's own
     processes     that encode together, each its share of the shards
     sketches      S, how many drawings there are of each image, see `engine.data.sketch`; 0: none, nor of its versions
@@ -98,7 +99,7 @@ def cache_latents(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    processes = processes or Processes()
+    processes, shard_size = processes or Processes(), shard_size or default_shard_size(len(dataset.items))
 
     def drop_stale_shards() -> None:
         of_data = record_of(dataset) if record is None else record
@@ -116,7 +117,7 @@ def cache_latents(
     paths = [folder / f"latents-{i:05d}.safetensors" for i in range(-(-len(dataset.items) // shard_size))]
     own = range(len(paths))[processes.rank :: processes.count]
     total = sum(len(dataset.items[i * shard_size : (i + 1) * shard_size]) for i in own)
-    hidden = None if processes.is_main else True  # None: where standard error is no terminal
+    hidden = None if processes.is_main else True  # None: hidden unless standard error is a terminal
     with tqdm(total=total, desc="latents", unit="image", disable=hidden) as bar:
         for n, i in enumerate(own, 1):
             if not _is_complete(paths[i]):
@@ -124,6 +125,14 @@ def cache_latents(
                 _write_shard(paths[i], dataset, encode, images, dtype, bar)
             bar.update(min(n * shard_size, total) - bar.n)  # also for images that were there or are left out
     processes.wait()
+    return map_latents(paths, dataset, sketches)
+
+
+def map_latents(paths: list[Path], dataset: CaptionedImages, sketches: int = 0) -> LatentCache:
+    """Maps all shards of a data set, encoded with this number of sketches; their skipped images are added to its own.
+
+    Raises InputError about `dataset` if no image could be read.
+    """
     read = [_read_shard(path, dataset) for path in paths]
     shards = [latents for latents, items in read if len(items)]
     if not shards:
@@ -133,8 +142,13 @@ def cache_latents(
     return LatentCache(shards, captions, sketches)
 
 
+def default_shard_size(images: int) -> int:
+    """Images per file, the same for any number of processes, so that another number resumes."""
+    return min(2048, max(BATCH, -(-images // SHARDS)))
+
+
 def _versions(
-    dataset: CocoCaptions,
+    dataset: CaptionedImages,
     start: int,
     stop: int,
     size: int,
@@ -178,7 +192,9 @@ def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
     index.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, dataset: CocoCaptions, encode, images: Iterator[tuple[int, Tensor]], dtype, bar) -> None:
+def _write_shard(
+    path: Path, dataset: CaptionedImages, encode, images: Iterator[tuple[int, Tensor]], dtype, bar
+) -> None:
     before = set(dataset.skipped)
     places, latents, waiting = [], [torch.empty(0, dtype=dtype)], []
 
@@ -213,7 +229,7 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _read_shard(path: Path, dataset: CocoCaptions) -> tuple[Tensor, Tensor]:
+def _read_shard(path: Path, dataset: CaptionedImages) -> tuple[Tensor, Tensor]:
     with safe_open(path, framework="pt") as shard:
         for image, reason in json.loads(shard.metadata()["skipped"]).items():
             dataset.skipped.setdefault(Path(image), reason)

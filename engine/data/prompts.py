@@ -5,7 +5,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.codecs.words import HOLE, tokenize
+from engine.codecs.words import caption_words, tokenize
+from engine.data.captions import with_lists
 from engine.errors import InputError
 from engine.files import unreadable
 
@@ -70,15 +71,13 @@ def _captions(file: Path, content: bytes) -> Prompts:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError("prompts", file, REMEDY, f"is not readable JSON ({error})") from None
-    annotations = found.get("annotations") if isinstance(found, dict) else None
-    if not isinstance(annotations, list):
-        raise InputError("prompts", file, REMEDY, 'is not in MS-COCO captions layout (it has no list "annotations")')
+    annotations = with_lists(found, ("annotations",), "prompts", file, REMEDY)["annotations"]
     items = []
     for i, annotation in enumerate(annotations, start=1):
         entry = annotation if isinstance(annotation, dict) else {}
         caption, image_id = entry.get("caption"), entry.get("image_id")
         text = " ".join(caption.split()) if isinstance(caption, str) else ""
-        if any(word != HOLE for word in tokenize(text)):
+        if caption_words(text):
             items.append(Prompt(text, None if image_id is None else str(image_id), i))
     if not items:
         raise InputError("prompts", file, REMEDY, "holds no caption with a word")

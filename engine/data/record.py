@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from engine.data.coco import CaptionedImage, CocoCaptions
+from engine.data.captioned import CaptionedImage, CaptionedImages
+
+PART = 4096  # files that are given to the threads at a time
 
 
-def record_of(dataset: CocoCaptions, before: Mapping[str, list] | None = None) -> dict[str, list]:
+def record_of(dataset: CaptionedImages, before: Mapping[str, list] | None = None) -> dict[str, list]:
     """By image id: [size in bytes, time of modification in ns, digest of the file, digest of the captions].
 
     A file that cannot be read has the digest "". Values are those that JSON keeps.
@@ -20,16 +21,19 @@ def record_of(dataset: CocoCaptions, before: Mapping[str, list] | None = None) -
     def entry(item: CaptionedImage) -> list:
         captions = hashlib.sha256(json.dumps(item.captions).encode()).hexdigest()[:16]
         try:
-            status = os.stat(item.path)
-            facts = [status.st_size, status.st_mtime_ns]
+            facts = item.size_and_time()
             known = before.get(item.image_id, [None, None])
-            digest = known[2] if known[:2] == facts else hashlib.sha256(item.path.read_bytes()).hexdigest()
+            digest = known[2] if known[:2] == facts else hashlib.sha256(item.read_bytes()).hexdigest()
         except OSError:
             facts, digest = [0, 0], ""
         return [*facts, digest, captions]
 
+    record: dict[str, list] = {}
     with ThreadPoolExecutor() as threads:  # hashing and reading release Python's lock
-        return dict(zip((item.image_id for item in dataset.items), threads.map(entry, dataset.items), strict=True))
+        for start in range(0, len(dataset.items), PART):
+            part = dataset.items[start : start + PART]
+            record |= zip((item.image_id for item in part), threads.map(entry, part), strict=True)
+    return record
 
 
 def differences(before: Mapping[str, list], now: Mapping[str, list]) -> str:

@@ -95,7 +95,7 @@ class SampleFiles:
         unfinished = self.folder / f".{self.shard_file(shard).name}.unfinished"
         with open(unfinished, "ab") as stream, open(unfinished, "r+b") as file:
             _lock(stream.fileno(), self.folder, f"has a shard {shard} that another process is writing")
-            if self.shard_file(shard).exists():  # since just now
+            if self.shard_file(shard).exists():  # finished meanwhile
                 raise InputError("out", self.folder, "repeat the command", f"has got shard {shard} of another process")
             begin = self.shard_range(shard).start
             keys, end = _whole_samples(file)
@@ -206,7 +206,7 @@ def read_samples(folder: Path, argument: str = "samples") -> Iterator[tuple[str,
 
 
 def _read_shard(file: Path, argument: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a tar file, whose files stand side by side; nothing is unpacked to a place that a name tells."""
+    """The samples of a tar file, whose files stand side by side; nothing is unpacked to disk."""
     key, files = None, {}
     try:
         with tarfile.open(file, "r:") as tar:

@@ -19,7 +19,7 @@ REFERENCE = 64  # pixels a side of the images that the lengths below are given f
 VARIANTS = 8  # drawings of each image that training keeps
 
 
-def sketch(image: Image.Image, random: np.random.Generator) -> Image.Image:
+def draw_sketch(image: Image.Image, random: np.random.Generator) -> Image.Image:
     """A square RGB image → RGB of the same size: a line drawing of it.
 
     random  decides how much detail it has, how it trembles, how wide its lines are and where they break
@@ -45,7 +45,7 @@ def sketch(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 def sketch_levels(image: Tensor, random: np.random.Generator) -> Tensor:
     """The same for images as training has them, uint8 [3, S, S]."""
-    return to_levels(sketch(Image.fromarray(image.permute(1, 2, 0).numpy()), random))
+    return to_levels(draw_sketch(Image.fromarray(image.permute(1, 2, 0).numpy()), random))
 
 
 def edges(image: np.ndarray, sigma: float, threshold: float) -> np.ndarray:

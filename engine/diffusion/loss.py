@@ -88,16 +88,20 @@ class DenoisingLoss:
         counted = draws.generate.to(device).float()  # [B, L]
         if token_weights is not None:
             counted = counted * token_weights.to(device)
-        counted = self._per_element(counted)  # [B, N]
-        totals = {name: counted[:, columns].sum().clamp_min(1e-6) for name, columns in model.state_slices.items()}
-        counted, noise = counted[part], noise[part].to(device)  # [b, N]
-        times, dropped = (self._per_element(x[part]).to(device) for x in (draws.times, draws.dropped))  # [b, N]
+        # Of the whole batch: the losses of its parts then add up.
+        totals = {
+            m.name: (counted[:, model.token_slices[m.name]].sum() * m.channels).clamp_min(1e-6)
+            for m in model.modalities
+        }
+        token_times = draws.times[part].to(device)  # [b, L]
+        times, dropped = self._per_element(token_times), self._per_element(draws.dropped[part].to(device))  # [b, N]
+        counted, noise = self._per_element(counted[part]), noise[part].to(device)  # [b, N]
 
         alpha, sigma = self.alpha[times], self.sigma[times]  # [b, N]
         noisy = alpha * x0 + sigma * noise
         # Dropped tokens are pure noise: at time N the scaled-linear schedule still has 7 % of x0 in x_t.
         inputs = torch.where(dropped, noise, noisy)
-        prediction = denoise(inputs, draws.times[part].to(device))  # [b, N]
+        prediction = denoise(inputs, token_times)  # [b, N]
         v = self.config.diffusion.prediction == "v_prediction"
         target = alpha * noise - sigma * x0 if v else noise
 
@@ -118,7 +122,9 @@ class DenoisingLoss:
 
         Over the calls since `record_times` or this was called; the first quartile has the least noise.
         """
-        taken, self._by_time = self._by_time, torch.zeros_like(self._by_time)
+        taken = self._by_time
+        assert taken is not None, "record_times comes first"
+        self._by_time = torch.zeros_like(taken)
         return taken
 
     def _quartiles(self, error: Tensor, counted: Tensor, times: Tensor) -> Tensor:

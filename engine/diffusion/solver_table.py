@@ -108,7 +108,8 @@ def solver_table(
     lines = _Lines(diffusion, solver, guidance, modalities)
     for stage, moving in enumerate(stages):
         arrived = {m for before in stages[:stage] for m in before}
-        first, earlier = True, ()  # times of the steps before, latest first, as long as their x̂0 is of use
+        first = True
+        earlier: tuple[int, ...] = ()  # times of the steps before, latest first, as long as their x̂0 is of use
         for level, target, jump_to in walk:
             t, s = levels[level], levels[target]
             if s == t:
@@ -228,7 +229,8 @@ def _walk(steps: int, solver: SolverOptions):
 
     RePaint's algorithm 1 (arXiv 2201.09865): at the levels 0, jump, 2·jump, … up to the one before the noisiest
     stretch, jump back and repeat, `resample` − 1 times. (The released code does so at levels 1, jump + 1, … instead,
-    and so does not repeat the last step.) Langevin steps stay at their level; at the noisiest one nothing is seen.
+    and so does not repeat the last step.) Langevin steps stay at their level; the
+    noisiest has none, since its state is pure noise.
     """
     left = {level: solver.resample - 1 for level in range(0, steps - solver.jump, solver.jump)}
     level = steps

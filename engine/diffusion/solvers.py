@@ -82,7 +82,9 @@ def _unipc(schedule: NoiseSchedule, earlier: tuple[int, ...], t: int, s: int) ->
 def langevin(schedule: NoiseSchedule, step_size: float, t: int) -> Update:
     """A step of Langevin dynamics at time t, whose score is (α_t·x̂0 − x) / σ_t²; its step size is in units of σ_t².
 
-    Exact for a constant x̂0 (Ornstein–Uhlenbeck), so that any step size keeps x at the noise of time t. DDPM's step to s
+    Exact for a constant x̂0 (Ornstein–Uhlenbeck), so that no step size diverges. x̂0 does change with x, so large steps
+    settle on a distribution that is too narrow: for data of variance v, where λ = 0, a step of size h on
+    σ²·(1 − e^−2h) / (1 − m²) with m = e^−h + (1 − e^−h)·v/(v + 1), which is v·α² + σ² only for h → 0. DDPM's step to s
     followed by RePaint's jump back to t is the step of size 2·(λ_s − λ_t).
     """
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)

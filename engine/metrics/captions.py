@@ -6,7 +6,7 @@ Every score is computed from numbers of single captions, so that resamples of ca
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -124,5 +124,12 @@ def _all_n_grams(caption: str) -> Counter:
 
 def distinct(captions: Sequence[str], n: int) -> float:
     """Different n-grams as a part of all, 0…1 (Li et al. 2016, 1510.03055); 0 without any."""
-    grams = sum((n_grams(caption_words(caption), n) for caption in captions), Counter())
-    return len(grams) / grams.total() if grams else 0.0
+    return distinct_share(n_grams(caption_words(caption), n) for caption in captions)
+
+
+def distinct_share(grams: Iterable[Counter]) -> float:
+    """`distinct` of the n-grams of each caption."""
+    together: Counter = Counter()
+    for of_caption in grams:
+        together.update(of_caption)  # in place: `sum` would copy all n-grams for every caption
+    return len(together) / together.total() if together else 0.0

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from engine.checkpoint import BUILT_IN
 from engine.codecs.autoencoder import SavedAutoencoder
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.errors import InputError, errors_named
 from engine.files import is_folder, load_tensors, save_tensors, unreadable
 from engine.images import fit_image
@@ -88,7 +88,7 @@ def torchscript_features(file: Path, device: torch.device) -> FeatureNetwork:
     try:
         digest = _digest(file)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit as a whole; nothing else reads the files
+            warnings.simplefilter("ignore")  # torch.jit is deprecated as a whole; nothing else reads the files
             network = torch.jit.load(file, map_location=device).eval()
     except OSError as error:
         raise unreadable("features", file, error, "give a TorchScript file or a diffusers folder") from None
@@ -142,13 +142,14 @@ def feature_network(given: Path | None, device: torch.device) -> FeatureNetwork:
     return torchscript_features(given, device)
 
 
-def reference_statistics(network: FeatureNetwork, data: CocoCaptions, size: int, cache: Path | None) -> Statistics:
+def reference_statistics(network: FeatureNetwork, data: CaptionedImages, size: int, cache: Path | None) -> Statistics:
     """Of the features of a data set's images, cropped and resized to the samples' size.
 
     cache  a folder of statistics by the contents of the images, the network and the size; None: there is none
     """
-    readable = [item.path for item in data.items if item.path not in data.skipped]
-    key = hashlib.sha256(json.dumps([1, network.digest, size, [_digest(path) for path in readable]]).encode())
+    readable = (item for item in data.items if item.path not in data.skipped)
+    digests = [hashlib.sha256(item.read_bytes()).hexdigest() for item in readable]
+    key = hashlib.sha256(json.dumps([1, network.digest, size, digests]).encode())
     file = cache / f"features-{key.hexdigest()[:32]}.safetensors" if cache else None
     if file:
         with suppress(OSError, SafetensorError, KeyError, ValueError):  # there is none, or a damaged one

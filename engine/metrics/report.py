@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.sample_files import RUN, read_run, read_samples
+from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
+from engine.files import cache_folder
 from engine.images import images_up_to_the_limit, open_image, to_levels
-from engine.metrics.captions import bleu, bleu_counts, caption_words, cider, distinct, rouge_l
+from engine.metrics.captions import bleu, bleu_counts, caption_words, cider, distinct_share, n_grams, rouge_l
 from engine.metrics.features import (
     FeatureNetwork,
     feature_network,
@@ -29,7 +30,7 @@ from engine.metrics.language_models import causal_surprise, clip_scores
 from engine.metrics.n_gram import KneserNey
 from engine.metrics.scores import Bootstrap, Score
 
-FRECHET_REPLICATES = 20  # each takes an eigendecomposition of all features
+BIASED_REPLICATES = 20  # for standard errors; of a Fréchet distance each takes an eigendecomposition
 PAIRS = 8  # partners of each sample, for the mean distance of pairs
 RECALLS = (1, 5, 10)
 HELD_OUT = 10  # the references of each 10th image are not for the n-gram model to learn
@@ -83,11 +84,12 @@ def measure(options: MeasureOptions, device: torch.device) -> dict:
     """
     samples = load_samples(options.samples)
     with errors_named("data"):
-        data = CocoCaptions.open(options.data, options.split)
+        data = open_captioned(options.data, options.split)
     bootstrap, skipped, scores = Bootstrap(options.bootstrap, options.seed), {}, {}
+    cache = cache_folder() if options.cache else None  # None without a home, too
     if len(samples.captions) > 1:
         for network in _networks(options, device):
-            scores |= image_scores(network, samples, data, bootstrap, _cache_folder() if options.cache else None)
+            scores |= image_scores(network, samples, data, bootstrap, cache and cache / "references")
     else:
         skipped["images"] = "fewer than two samples have a generated image"
     scores |= _clip(options, samples, bootstrap, device, skipped)
@@ -140,7 +142,7 @@ def _image(files: dict[str, bytes]) -> bytes | None:
 
 
 def _facts(folder: Path, key: str, content: bytes | None) -> dict:
-
+    """What a sample's .json records, with "generated"; InputError about "samples" for a damaged one."""
     try:
         facts = json.loads(content or b"{}")
     except (ValueError, RecursionError) as error:
@@ -158,7 +160,7 @@ def _networks(options: MeasureOptions, device: torch.device) -> list[FeatureNetw
 
 
 def image_scores(
-    network: FeatureNetwork, samples: Samples, data: CocoCaptions, bootstrap: Bootstrap, cache: Path | None
+    network: FeatureNetwork, samples: Samples, data: CaptionedImages, bootstrap: Bootstrap, cache: Path | None
 ) -> dict[str, Score]:
     """The Fréchet distance of the images to a data set's, and the mean distance of pairs of them."""
     reference = reference_statistics(network, data, next(samples.images()).width, cache)
@@ -171,7 +173,7 @@ def image_scores(
     apart = pair_distances(features, PAIRS, torch.Generator().manual_seed(bootstrap.seed)).mean(1)  # [n]
     of_reference = math.sqrt(2 * reference.covariance.trace().item())  # √E‖x − y‖² of two reference images
     return {
-        network.name: bootstrap.score(len(features), distance, FRECHET_REPLICATES, biased=True),
+        network.name: bootstrap.score(len(features), distance, BIASED_REPLICATES, biased=True),
         f"diversity {network.name}": bootstrap.mean(apart.numpy() / of_reference),
     }
 
@@ -218,9 +220,11 @@ def text_scores(
         for name, listed in of_name.items():
             surprise = np.array([model.surprise(caption_words(text)) for text in listed])
             scores[f"perplexity of {N}-grams{name}"] = _perplexity(surprise, bootstrap)
+    words = [caption_words(text) for text in texts]
     for n in (1, 2):
+        grams = [n_grams(of_text, n) for of_text in words]
         scores[f"distinct-{n}"] = bootstrap.score(
-            len(texts), lambda indices, n=n: distinct([texts[i] for i in indices], n), FRECHET_REPLICATES, biased=True
+            len(texts), lambda indices, g=grams: distinct_share(g[i] for i in indices), BIASED_REPLICATES, biased=True
         )
     return scores
 
@@ -230,11 +234,3 @@ def _perplexity(surprise: np.ndarray, bootstrap: Bootstrap) -> Score:
     return bootstrap.score(
         len(surprise), lambda i: math.exp(min(700, surprise[i, 0].sum() / max(1, surprise[i, 1].sum())))
     )
-
-
-def _cache_folder() -> Path | None:
-    """Where statistics of references are kept; None without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "psunet-engine" / "references"
-    except RuntimeError:
-        return None

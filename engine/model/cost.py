@@ -46,8 +46,9 @@ def forward_bytes(
     Counted are the parameters of all modules that run, read once whatever the rows, and the activations: each of the
     following reads what it takes once and writes what it gives once. Embedding, head, join of a skip, norm, QKV,
     attention (its weights are never stored), projection, residual with the norm after it, first layer of the MLP with
-    its GELU, second layer, last residual. So elementwise steps are merged as the fused kernels merge them. Left out
-    are the table of times, concatenations and a U-ViT's last convolution (but not its weights).
+    its GELU, second layer, last residual, with adaLN part of that layer. So elementwise steps are merged as the fused
+    kernels merge them. Left out are the table of times, concatenations and a U-ViT's last convolution (but not its
+    weights).
     """
     wanted = _wanted(config, outputs)
     weights, activations = 0, 0  # values, and values per row
@@ -109,8 +110,11 @@ def _block_traffic(config: ModelConfig) -> int:
     """Values per token that a block without a skip reads and writes."""
     # Reads + writes in D: QKV, attention, projection, the MLP's two layers.
     layers = (1 + 3) + (3 + 1) + (1 + 1) + 2 * (1 + config.mlp_ratio)
-    # A first norm, a residual with the norm after it (both kept), a residual; or twice a residual with its norm.
-    norms = (2 + 1) + (2 + 1) if _is_post_norm(config) else (1 + 1) + (2 + 2) + (2 + 1)
+    if _is_post_norm(config):
+        norms = (2 + 1) + (2 + 1)  # twice a residual with its norm
+    else:  # a first norm, a residual with the norm after it (both kept), a residual: with adaLN the MLP's second layer
+        last = 1 if config.time_conditioning == "adaln" else 2 + 1  # reads the stream and adds to it
+        norms = (1 + 1) + (2 + 2) + last
     return (layers + norms) * config.dim
 
 

@@ -1,4 +1,4 @@
-"""The steps of samples: their batch in device memory, and one step of all that are in slots. Knows no threads."""
+"""The steps of samples: their batch in device memory, and one step of all that are in slots. Starts no threads."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from engine.sampling.step import denoise_step
 class Stepper:
     """Does steps of the samples in its scheduler's slots, on the thread that calls it.
 
-    What a sample becomes depends on its own seed, table and masks only (as far as the denoiser's arithmetic does), not
-    on its slot, the batch or its neighbours.
+    A sample's result depends only on its own seed, table and masks, up to rounding in the denoiser, not on its slot,
+    the batch or the other samples.
 
     buckets  numbers of slots that a batch may have, ascending; the smallest that holds the samples is used
     graphs   captures and replays the steps; None: they run eagerly
@@ -37,7 +37,8 @@ class Stepper:
         buckets: Sequence[int],
         graphs: StepGraphs | None = None,
     ):
-        self.denoiser, self.device, self.graphs = denoiser, torch.device(device), graphs
+        self.denoiser: Denoiser | None = denoiser  # None: closed
+        self.device, self.graphs = torch.device(device), graphs
         self.scheduler = Scheduler(model, buckets, keep=graphs is not None)
         self.plans: Counter[StepPlan] = Counter()  # steps done so far
         self.feature_rows: Counter[str] = Counter()  # rows of `Denoiser.branch_features` so far, by modality
@@ -124,14 +125,14 @@ class Stepper:
             batch.features[name].index_copy_(1, rows, features)  # [depth, P·B, L, D]
 
     def _arrive(self, batch: Batch) -> None:
-        """Replaces modalities that arrive with this step by what their samples make of them for the later ones."""
+        """Applies the samples' `on_arrival` to the modalities that this step completes."""
         arrived = self.scheduler.arriving()
         for (name, function), slots in arrived.items():
             m, part = self.scheduler.model.modality(name), self.scheduler.model.state_slices[name]
             at = upload(torch.tensor(slots), self.device)
             state, generate = batch.state.state[at, part], batch.constants.generate[at, part]  # [n, L·C] each
             tokens = function(state.unflatten(1, (m.tokens, m.channels)))  # [n, L, C]
-            # What is not finite stays, to be reported as such at the end.
+            # Values that are not finite stay, to be reported at the end.
             batch.state.state[at, part] = torch.where(generate & state.isfinite(), tokens.flatten(1), state)
         if arrived:
             write_inputs(batch.constants, batch.state)

@@ -110,7 +110,7 @@ def _add_sampling(app: FastAPI, service: Service) -> None:
     shape = "OpenAI's shape"
     add("/v1/infill", InfillBody, InfillAnswer, infill, "native", "Generate whatever is not given")
     add("/v1/images/generations", GenerationBody, ImagesAnswer, generations, shape, "Images from words")
-    add("/v1/images/edits", EditBody, ImagesAnswer, edits, shape, "A part of an image anew")
+    add("/v1/images/edits", EditBody, ImagesAnswer, edits, shape, "Regenerate a part of an image")
     add("/v1/captions", CaptionBody, CaptionsAnswer, captions, "native", "Words for an image")
 
     @app.delete("/v1/requests/{id}", tags=["native"], summary="Cancel a request", responses=ERRORS)
@@ -160,7 +160,7 @@ def _add_lists(app: FastAPI, service: Service) -> None:
 
 
 def _add_service(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["service"], summary="Whether the process lives")
+    @app.get("/health", tags=["service"], summary="Whether the process is alive")
     async def health() -> Response:
         alive = service.engine.alive
         return AsciiJSON({"status": "ok" if alive else "closed"}, 200 if alive else 503)

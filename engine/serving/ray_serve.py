@@ -50,7 +50,7 @@ class Settings:
     engine        arguments of `Engine.from_pretrained`
     model, drain  as for `create_app`
     warmup        samples in the largest batch to warm up for, before a replica gets requests
-    replicas      that there are at least; Ray adds some, up to max_replicas, where each has `max_rows` requests
+    replicas      at least; Ray adds replicas, up to max_replicas, while each has `max_rows` requests
     cpus, gpus    that Ray sets aside for each
     """
 
@@ -95,7 +95,7 @@ class Replica:
         await self._engine.drain(seconds)
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:
-        """The messages with which the application answers; leaving them cancels the request."""
+        """The messages with which the application answers; closing the iterator cancels the request."""
         messages: asyncio.Queue[dict | None] = asyncio.Queue()
         sent = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -160,7 +160,7 @@ class Front:
                 return None
             except RayActorError:  # the replica died, or cannot be reached
                 log.warning("a replica was lost that answered %s", scope["path"])
-                if not answer.can_begin_anew:
+                if not answer.can_restart:
                     raise
         await _closed("the replicas that had the request died").response()(scope, receive, answer.add)
 
@@ -194,14 +194,14 @@ class Front:
 
 
 class _Answer:
-    """An answer on its way to the client. It can begin anew if nothing was sent, or events, which are then repeated."""
+    """An answer to the client. It can restart if nothing was sent, or only events, which are then repeated."""
 
     def __init__(self, send):
         self._send, self._start = send, None
         self._begun = self._events = False
 
     @property
-    def can_begin_anew(self) -> bool:
+    def can_restart(self) -> bool:
         return self._events or not self._begun
 
     async def add(self, message: dict) -> None:
@@ -212,7 +212,7 @@ class _Answer:
         if not self._begun:
             self._begun, self._events = True, events
             await self._send(self._start)
-        elif self._events and not events:  # asked anew, a replica refuses
+        elif self._events and not events:  # the second replica refused
             text = server_sent("error", json.loads(message["body"])) + DONE
             message = {**message, "body": text.encode()}
         await self._send(message)

@@ -83,9 +83,9 @@ class InfillBody(Body):
     resample: int = _whole("resample", "RePaint: how often each stretch of `jump` steps is done")
     jump: int = _whole("jump", "steps of such a stretch")
     infill: Literal[INFILLS] = Field(Request.infill, description="langevin: for models that renoise known parts")
-    inner_steps: int = _whole("inner_steps", "of langevin, for each step: calls of the model more")
+    inner_steps: int = _whole("inner_steps", "of langevin: further calls of the model at each step")
     step_size: float = _number("step_size", "of langevin, in units of the noise's variance")
-    step_cache: int = _whole("step_cache", "an approximation: inner blocks at every so many steps only")
+    step_cache: int = _whole("step_cache", "an approximation: run inner blocks at every `step_cache`-th step only")
     order: list[str] | Literal["together"] | None = Field(None, description="modalities, first to last; or together")
     unknown_words: Literal["error", "fill"] = Request.unknown_words
     task: Literal[TASKS] = Request.task

@@ -10,7 +10,7 @@ from engine.codecs.autoencoder import autoencoder_class
 from engine.codecs.image import ImageCodec
 from engine.config import Config
 from engine.data.augment import augment
-from engine.data.coco import CocoCaptions
+from engine.data.captioned import CaptionedImages
 from engine.data.sketch import sketch_levels
 from engine.errors import InputError, errors_named
 from engine.files import write_atomically
@@ -27,7 +27,7 @@ SKETCHED = 0.25  # fraction of which a sketch is taken, if the model has sketche
 
 
 def train_autoencoder(
-    run: Path, data: CocoCaptions, config: Config, recipe: Recipe, options: StageOptions
+    run: Path, data: CaptionedImages, config: Config, recipe: Recipe, options: StageOptions
 ) -> ImageCodec:
     """Trains the autoencoder of `recipe` in RUN/autoencoder.
 
@@ -36,8 +36,9 @@ def train_autoencoder(
     torch.manual_seed(recipe.autoencoder.seed)
     network = autoencoder_class("AutoencoderDC")(**recipe.autoencoder_config)
     network.to(options.device, memory_format=torch.channels_last)  # the faster layout for convolutions
-    settings = config.codecs[image_and_text(config)[0]].settings
-    size, has_sketches = settings["size"], sketch_of(config) is not None
+    name, has_sketches = image_and_text(config)[0], sketch_of(config) is not None
+    settings, values = config.codecs[name].settings, config.model.modality(name).size  # values of an image's latents
+    size = settings["size"]
     plain, sources = [], []  # uint8 [3, S, S]; if there are to be changed versions, what these are made from
     for item, image in data.images():
         plain.append(fit_image(image, size))
@@ -66,8 +67,7 @@ def train_autoencoder(
     def draw(generator: torch.Generator, indices: list[int]) -> tuple[Tensor, Tensor]:
         random = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
         pixels = pixels_of(indices, random)
-        latents = config.model.modality(image_and_text(config)[0]).size  # values of an image's latents
-        return pixels, torch.randn(len(pixels), latents, generator=generator)
+        return pixels, torch.randn(len(pixels), values, generator=generator)
 
     def losses(drawn: tuple[Tensor, Tensor], part: slice) -> dict[str, Tensor]:
         pixels, noise = (x[part] for x in drawn)
@@ -75,7 +75,7 @@ def train_autoencoder(
         return {name: share * loss for name, loss in autoencoder_losses(network, pixels, noise).items()}
 
     @torch.inference_mode()
-    def preview(step: int) -> None:
+    def preview(step: int, _weights: dict[str, Tensor]) -> None:
         pixels = pixels_of(range(0, len(plain), max(1, len(plain) // 32))[:32])
         decoded = stage.average.decode(stage.average.encode(pixels).latent).sample
         sheet = grid([to_image(p) for pair in zip(pixels, decoded, strict=True) for p in pair], columns=16)

@@ -42,7 +42,7 @@ def train_denoiser(
 ) -> None:
     """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
 
-    cache  latents and captions of the images
+    cache  latents and captions of the images; captions alone for a model of text
     text   the codec of the captions
     init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
     Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
@@ -53,10 +53,11 @@ def train_denoiser(
     not_copied = start_from(init, network) if init is not None else []
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
-        settings = len(examples), options.dtype, options.processes, options.keep
-        stage = Stage(run / "denoiser", network, recipe.denoiser, *settings)
-    for line in not_copied if stage.step == 0 and options.processes.is_main else []:
-        print(f"init: not copied: {line}")
+        how = {"processes": options.processes, "keep": options.keep, "blocks": network.blocks()}
+        stage = Stage(run / "denoiser", network, recipe.denoiser, len(examples), options.dtype, **how)
+    if stage.step == 0 and options.processes.is_main:
+        for line in not_copied:
+            print(f"init: not copied: {line}")
     for block in network.blocks():
         block.gradient_checkpointing = options.grad_checkpointing
     if options.compile:
@@ -70,7 +71,8 @@ def train_denoiser(
 
     def draw(generator: torch.Generator, indices: list[int]) -> tuple:
         draws = loss.draw(len(indices), generator)
-        choice = examples.choose(indices, generator, loss.known(draws, image_name))
+        known = None if image_name is None else loss.known(draws, image_name)
+        choice = examples.choose(indices, generator, known)
         noise = torch.randn(len(indices), config.model.size, generator=generator)  # [B, N]
         return choice, noise, draws, examples.token_weights(choice)
 
@@ -80,16 +82,17 @@ def train_denoiser(
 
     prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
     if options.tracker is not None:
-        where = options.processes, options.device, options.dtype
-        report = Report(options.tracker, loss, recipe.denoiser.batch, *where).step
+        batch = recipe.denoiser.batch
+        report = Report(options.tracker, loss, batch, options.processes, options.device, options.dtype).step
 
-    def export(step: int) -> None:
-        checkpoint.save(run / "checkpoint", config, stage.average.state_dict(), DTYPES[recipe.weights_dtype])
+    def export(step: int, weights: dict[str, Tensor]) -> None:
+        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, cache, config, recipe.denoiser.seed, options)
 
     if stage.done:
-        options.processes.on_main(lambda: export(stage.step))
+        weights = stage.averaged()
+        options.processes.on_main(lambda: export(stage.step, weights))
     stage.run(draw, losses, options.save_every, export, report)
 
 
@@ -111,25 +114,30 @@ def _drawings(cache: LatentCache, engine: Engine, sketch: str) -> list[Image.Ima
 def _sample(
     run: Path, step: int, prompts: list[str], cache: LatentCache, config: Config, seed: int, options: StageOptions
 ) -> None:
-    """Writes a grid of what RUN/checkpoint generates from prompts, and of joint samples, as far as it can do both.
+    """Writes what RUN/checkpoint generates: from prompts and jointly, as far as it can do both; texts where it is of
+    text alone, else a grid of images.
 
-    Of a model with sketches also of what it generates from some of the data's; each image has its sketch beside it.
+    Of a model with sketches also what it generates from some of the data's; each image has its sketch beside it.
     """
     (image, text), sketch, predicted = image_and_text(config), sketch_of(config), config.model.predicted
     requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
-    if image in predicted and text in predicted:
+    if text in predicted and (image is None or image in predicted):
         requests.append(Request(num=JOINT_SAMPLES))
     if not requests:
         return
-    images = [name for name in (image, sketch) if name is not None]
     dtype = str(options.dtype).removeprefix("torch.")
     with Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=dtype) as engine:
         if sketch is not None:
             requests += [Request(inputs={sketch: drawing}, seed=seed) for drawing in _drawings(cache, engine, sketch)]
         outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
     captions = [values[text] for values in outputs]
-    titles = [title for caption in captions for title in (caption, "")[: len(images)]]
-    sheet = grid([values[name] for values in outputs for name in images], titles, columns=8)
-    write_atomically(run / "denoiser" / f"samples-{step:07d}.png", lambda p: sheet.save(p, "PNG"))
+    file, sheet = run / "denoiser" / f"samples-{step:07d}", None
+    if image is None:
+        write_atomically(file.with_suffix(".txt"), lambda p: p.write_text("\n".join(captions) + "\n", "utf-8"))
+    else:
+        images = [image] if sketch is None else [image, sketch]
+        titles = [title for caption in captions for title in (caption, "")[: len(images)]]
+        sheet = grid([values[name] for values in outputs for name in images], titles, columns=8)
+        write_atomically(file.with_suffix(".png"), lambda p: sheet.save(p, "PNG"))
     if options.tracker is not None:
         options.tracker.log_samples(step, sheet, captions)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.codecs.text import TextCodec, token_weights
-from engine.codecs.words import HOLE, tokenize
+from engine.codecs.words import caption_words
 from engine.config import Config
 from engine.data.latents import LatentCache
 from engine.errors import errors_named
@@ -30,11 +30,11 @@ class Choice(NamedTuple):
 
 
 class Examples:
-    """Captioned images as training data of the denoiser: latents on disk, captions in memory.
+    """Captioned images, or texts alone, as training data of the denoiser: latents on disk, captions in memory.
 
-    cache   latents and captions of the images
+    cache   latents and captions of the images; of texts alone, captions without latents
     text    the codec of the captions
-    config  the checkpoint's `Config`, of an image, a text and, if the cache has them, sketches of the images
+    config  the checkpoint's `Config`, of a text and perhaps an image, and of sketches if the cache has them
     recipe  tells how often images and captions are used and how captions are weighted
     Raises InputError about `data` if a caption has a word outside the codec's vocabulary.
     """
@@ -79,13 +79,12 @@ class Examples:
     def read(self, choice: Choice, part: slice = slice(None)) -> Tensor:
         """x0 [b, N] float32 of the samples of `part`, on the CPU."""
         images, versions = choice.images[part], choice.versions[part]
-        data = {
-            self.image_name: self.cache.latents(images, versions),  # [b, L, C]
-            self.text_name: self.vectors[self.captions[choice.captions[part]]],  # [b, L, C]
-        }
+        parts = {self.text_name: self.vectors[self.captions[choice.captions[part]]]}  # [b, L, C]
+        if self.image_name is not None:
+            parts[self.image_name] = self.cache.latents(images, versions)  # [b, L, C]
         if self.sketch_name is not None:
-            data[self.sketch_name] = self.cache.sketch_latents(images, versions, choice.sketches[part])  # [b, L, C]
-        return self._joined({name: tokens.flatten(1) for name, tokens in data.items()})  # [b, N]
+            parts[self.sketch_name] = self.cache.sketch_latents(images, versions, choice.sketches[part])  # [b, L, C]
+        return self._joined({name: tokens.flatten(1) for name, tokens in parts.items()})  # [b, N]
 
     def token_weights(self, choice: Choice) -> Tensor | None:
         """[B, L] float32 on the CPU; None: the recipe weights all tokens alike."""
@@ -106,12 +105,12 @@ def with_repeats(captions: list[str], repeats: int) -> list[int]:
     own ("ghost") is shown `repeats` times, and one of hundreds of "firefighter" images once. The square root, as in
     sampling languages for translation, is a compromise between showing all images and all words equally often.
     """
-    words = [set(tokenize(caption)) - {HOLE} for caption in captions]
-    captions_with = Counter(word for caption_words in words for word in caption_words)
-    rarest = [min((captions_with[word] for word in caption_words), default=len(captions)) for caption_words in words]
+    # Split into words twice: sets of the words of a million captions would take a gigabyte.
+    captions_with = Counter(word for caption in captions for word in set(caption_words(caption)))
+    rarest = (min(map(captions_with.get, caption_words(c)), default=len(captions)) for c in captions)
     return [i for i, n in enumerate(rarest) for _ in range(max(1, round(repeats / math.sqrt(n))))]
 
 
 def shortened(caption: str, words: int) -> str:
-    """The first `words` words of a caption. A lone _ is left out: in a data set it is not a word to be filled in."""
-    return " ".join([word for word in tokenize(caption) if word != HOLE][:words])
+    """The first `words` words of a caption."""
+    return " ".join(caption_words(caption)[:words])

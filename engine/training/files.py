@@ -1,6 +1,6 @@
-"""`StageFiles`: the states of a stage, the last few of them, and rows of JSON, written while training goes on.
+"""`StageFiles`: the last states of a stage, its loss curve and its settings, written in the background.
 
-A write is whole or does not count: rows are written before the state, which tells how many of them are valid.
+The rows of the curve are written before the state, which has their number: rows beyond it are ignored.
 """
 
 import json
@@ -44,21 +44,23 @@ class StageFiles:
         return last if last.exists() else max(self.folder.glob(EARLIER), default=None)
 
     def save(self, tensors: Mapping[str, Tensor], metadata: dict[str, str], curve: list, settings: list) -> None:
-        """Writes all files in the background, from copies; first waits for the write before.
+        """Writes all files in the background, after `finish`.
 
-        Raises what that one failed with, such as OSError for a full disk: the last state is then intact.
+        tensors  on the CPU, copies that training does not change
         """
-        self.finish()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._write = self._thread.submit(self._save, copies, metadata, list(curve), list(settings))
+        assert self._write is None, "finish comes first"
+        self._write = self._thread.submit(self._save, tensors, metadata, list(curve), list(settings))
 
     def finish(self) -> None:
-        """Waits for the write that is under way, if there is one, and raises what it failed with."""
+        """Waits for the write that is under way, if there is one.
+
+        Raises what it failed with, such as OSError for a full disk: the last state is then intact.
+        """
         write, self._write = self._write, None
         if write is not None:
             write.result()
 
-    def _save(self, tensors: dict[str, Tensor], metadata: dict[str, str], curve: list, settings: list) -> None:
+    def _save(self, tensors: Mapping[str, Tensor], metadata: dict[str, str], curve: list, settings: list) -> None:
         if self._rows is None:  # what is there may go beyond the state that this run began with
             write_atomically(self.folder / CURVE, lambda path: path.write_text(_lines(curve)))
         else:

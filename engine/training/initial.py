@@ -45,6 +45,8 @@ def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:
 
 def _network_of_file(source: Path, config: Config) -> UViT:
     model, (image, _) = config.model, image_and_text(config)
+    if image is None:
+        raise InputError("init", source, "give the folder of a checkpoint", "is of a model of images")
     try:  # the number of heads is not in the file: it is the config's
         return load_uvit(source, heads=model.dim // model.head_dim, image_tokens=model.modality(image).tokens)
     except InputError as error:
@@ -60,7 +62,8 @@ def _network_of_folder(folder: Path, config: Config) -> PSUNet | UViT:
     # Not their folders: those of a checkpoint that `engine.pipeline` has saved have other names.
     ours, theirs = ({name: (c.kind, c.settings) for name, c in of.codecs.items()} for of in (config, loaded.config))
     both = ours.keys() & theirs.keys()
-    if any(ours[name] != theirs[name] for name in both) or not both.issuperset(image_and_text(config)):
+    needed = {name for name in image_and_text(config) if name is not None}
+    if not needed <= both or any(ours[name] != theirs[name] for name in both):
         raise InputError("init", folder, "use the preset it was trained with", "has other codecs than the preset")
     return loaded.network
 

@@ -28,7 +28,7 @@ class TrainOptions:
     recipe has the steps, batch and so on that were given.
     """
 
-    data: Path  # folder of images and captions.json, MS-COCO captions layout
+    data: Path  # MS-COCO captions layout (captions.json alone for a model of text), tar files, or their pattern
     out: Path  # folder of the run; a run found there is resumed
     preset: str = "emoji"  # name of the config and of the recipe
     autoencoder: str | None = None  # a trained diffusers autoencoder: a folder or a hub id; None: train one
@@ -43,8 +43,10 @@ class TrainOptions:
     save_every: int = 250  # steps between saves of the state, with sample images
     keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
+    fsdp: bool = False  # processes share weights, gradients and optimiser state (FSDP2); each has all without it
     log: str | None = None  # report the denoiser's training to one of TRACKERS
     grad_checkpointing: bool = False  # of the denoiser's blocks: less memory, about a third more time
+    split: str = "train"  # of the data
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the arithmetic, one of DTYPES; the weights stay float32
@@ -73,7 +75,7 @@ class TrainOptions:
             if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):  # also NaN
                 raise InputError(key, rate, "use a number above 0", "is out of range")
         if self.init is not None:
-            if self.init.suffix not in WEIGHTS:  # the name of a file that is missing is none of the hub's
+            if self.init.suffix not in WEIGHTS:  # names of missing files are not looked up on the hub
                 object.__setattr__(self, "init", local_folder(self.init, "init"))
             _check_init(self.init)
         object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
@@ -108,8 +110,11 @@ class TrainOptions:
         if self.init_has_codecs and self.autoencoder:
             remedy = "leave out one of them"
             raise InputError("autoencoder", self.autoencoder, remedy, "conflicts with init, which has its own")
-        autoencoder = recipe.autoencoder
-        if autoencoder is None and not (self.autoencoder or self.init_has_codecs):
+        assert self.config is not None  # set before
+        autoencoder, image = recipe.autoencoder, image_and_text(self.config)[0]
+        if image is None and self.autoencoder:
+            raise InputError("autoencoder", self.autoencoder, "leave it out", "is of no use to a model of text alone")
+        if image is not None and autoencoder is None and not (self.autoencoder or self.init_has_codecs):
             remedy = "give autoencoder, the folder or hub id of a diffusers autoencoder"
             raise InputError("preset", self.preset, remedy, "needs a trained autoencoder")
         if autoencoder is not None:
@@ -144,20 +149,20 @@ def _check_init(init: Path) -> None:
             raise InputError("init", init, remedy, "is not a checkpoint of engine.train")
 
 
-def image_and_text(config: Config) -> tuple[str, str]:
-    """Names of the two modalities of a model of captioned images: the one with the image codec, and the text's.
+def image_and_text(config: Config) -> tuple[str | None, str]:
+    """Names of the modality with the image codec, None in a model of text alone, and of the one with the text codec.
 
     Beside them there may be a sketch, see `sketch_of`. Raises InputError for a config with other codecs: the data sets
     have nothing else to train on.
     """
     drawn = sketch_of(config)
     kinds = {name: codec.kind for name, codec in config.codecs.items() if name != drawn}
-    if sorted(kinds.values()) != ["image", "text"]:
-        codecs = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        remedy = f"use a model of one image and one text, with or without a {SKETCH} in the image's codec"
+    if sorted(kinds.values()) not in (["image", "text"], ["text"]):
+        codecs = ", ".join(f"{name}: {codec.kind}" for name, codec in config.codecs.items())
+        remedy = f"use a model with exactly one text codec and at most one image codec, which a {SKETCH} may share"
         raise InputError("config", codecs, remedy, "cannot be trained on images with captions")
     by_kind = {kind: name for name, kind in kinds.items()}
-    return by_kind["image"], by_kind["text"]
+    return by_kind.get("image"), by_kind["text"]
 
 
 def sketch_of(config: Config) -> str | None:

@@ -77,6 +77,13 @@ TINY = Recipe(
     StageConfig(steps=10, batch=8, learning_rate=1e-3, warmup=5),
     _convolutional_autoencoder((8, 8, 8, 16), (0, 1, 1, 1), latent_channels=4),
 )
+TEXT = Recipe(
+    StageConfig(steps=20_000, batch=64, learning_rate=2e-3, warmup=500, decay=0.4, ema=0.9995),
+    gamma=5.0,
+    skew=3.0,
+    captions_alike=True,
+)
+TEXT_TINY = Recipe(StageConfig(steps=20, batch=8, learning_rate=1e-3, warmup=5))
 # PS-U-Nets and the U-ViTs they are compared with are trained in the same way.
 RECIPES: dict[str, Recipe] = {
     "coco256": COCO256,
@@ -87,6 +94,8 @@ RECIPES: dict[str, Recipe] = {
     "emoji": EMOJI,
     "emoji-sketch": EMOJI,
     "uvit-emoji": EMOJI,
+    "text": TEXT,
+    "text-tiny": TEXT_TINY,
     "tiny": TINY,
     "tiny-sketch": TINY,
     "uvit-tiny": TINY,

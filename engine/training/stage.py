@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -52,7 +52,7 @@ class StageOptions:
 
 
 class _Call(nn.Module):
-    """A call that trains `module`, in the form that wrappers of modules take: the losses need more than its forward."""
+    """Makes a call that trains `module` a forward, as DDP and FSDP need; the losses compute more than its forward."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -72,6 +72,7 @@ class Stage:
     dtype      torch.bfloat16 or float16 computes the losses under autocast; the weights stay float32. With float16
                losses are scaled, and a step whose gradient overflows leaves the weights as they are
     processes  that train it together; the first one writes
+    blocks     modules in it that FSDP gathers and frees one at a time
     keep       how many saved states there are at most
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
     number of steps and another learning rate are allowed: they hold from the saved step on.
@@ -86,10 +87,21 @@ class Stage:
         dtype: torch.dtype,
         processes: Processes | None = None,
         keep: int = 1,
+        blocks: Iterable[nn.Module] = (),
     ):
         self.processes, self.files = processes or Processes(), StageFiles(folder, keep)
         self.folder, self.module, self.config, self.samples = folder, module, config, samples
         self.average = deepcopy(module).eval().requires_grad_(False)
+        self.step, self.norm = 0, 0.0  # the gradient's norm in the last step, before it is clipped
+        self.curve: list[dict] = []
+        self.settings: list[dict] = [{"step": 0} | asdict(config)]
+        self._epoch, self._epoch_order = -1, torch.empty(0)
+        tensors, metadata = self._restore() or ({}, {})
+        if self.processes.from_main(self.step) != self.step:
+            problem = "is not the same folder in all processes"
+            raise InputError("folder", folder, "give one that all machines share", problem)
+        self._call = self.processes.parallel(_Call(module), blocks)
+        self.processes.share(self.average)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -97,15 +109,7 @@ class Stage:
         device = next(module.parameters()).device.type
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        self.step, self.norm = 0, 0.0  # the gradient's norm in the last step, before it is clipped
-        self.curve: list[dict] = []
-        self.settings: list[dict] = [{"step": 0} | asdict(config)]
-        self._epoch, self._epoch_order = -1, []
-        self._restore()
-        if self.processes.from_main(self.step) != self.step:
-            problem = "is not the same folder in all processes"
-            raise InputError("folder", folder, "give one that all machines share", problem)
-        self._call = self.processes.parallel(_Call(module))
+        self._restore_optimizer(tensors, metadata)
 
     @property
     def done(self) -> bool:
@@ -116,13 +120,14 @@ class Stage:
         draw: Draw,
         losses: Losses,
         save_every: int,
-        preview: Callable[[int], None] | None = None,
+        preview: Callable[[int, dict[str, Tensor]], None] | None = None,
         report: Callable[[int, dict[str, float], float], None] | None = None,
     ) -> None:
-        """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview(step)`.
+        """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview`.
 
-        The sum of the losses is minimised. States are written in the background. The first process calls `preview`
-        while the others wait. After every step, all call `report` with its number, its values and its seconds.
+        The sum of the losses is minimised. States are written in the background. The first process calls
+        `preview` with the step's number and the averaged weights, while the others wait. After every step, all call
+        `report` with its number, its values and its seconds.
         Raises FloatingPointError if a loss or a gradient is not finite.
         """
         steps, quiet = self.config.steps, not self.processes.is_main
@@ -142,7 +147,7 @@ class Stage:
                 if self.step % save_every == 0 or self.done:
                     self.save()
                     if preview is not None:
-                        self.processes.on_main(partial(preview, self.step))
+                        self.processes.on_main(partial(preview, self.step, self.averaged()))
         finally:
             bar.close()
             self.files.finish()
@@ -166,7 +171,7 @@ class Stage:
             sums.append(torch.stack(list(parts.values())).detach().double())
         total = dict(zip(parts, processes.sum(sum(sums)).tolist(), strict=True))
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip).item()
+        norm = processes.whole(nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)).item()
         self.norm, overflow = norm, not math.isfinite(norm)
         if not math.isfinite(sum(total.values())) or (overflow and self.scaler.get_scale() <= 1):
             raise FloatingPointError(
@@ -182,7 +187,11 @@ class Stage:
         return total
 
     def save(self) -> None:
-        """Gathers the state in the first process, which begins to write it."""
+        """Gathers the state in the first process, which begins to write it once the write before has ended.
+
+        Raises what that one failed with.
+        """
+        self.processes.on_main(self.files.finish)  # first, so that there are not two copies in memory
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
@@ -190,12 +199,18 @@ class Stage:
         metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
         if self.scaler.is_enabled():
             metadata["scaler"] = json.dumps(self.scaler.state_dict())
+        tensors = self.processes.gathered(tensors, copy=True)
         self.processes.on_main(lambda: self.files.save(tensors, metadata, self.curve, self.settings))
 
-    def _restore(self) -> None:
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights in the first process, none in others; all call this."""
+        return self.processes.gathered(self.average.state_dict())
+
+    def _restore(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Restores all but the optimiser from the saved state, if there is one; returns its tensors and metadata."""
         loaded = self.files.load()
         if loaded is None:
-            return
+            return None
         tensors, metadata, self.curve, settings = loaded
         path, step, config = self.files.state, int(metadata["step"]), self._same_config(metadata)
         try:
@@ -203,17 +218,21 @@ class Stage:
             self.average.load_state_dict(_with_prefix(tensors, "average."))
         except RuntimeError:
             raise InputError("folder", path, "use another folder", "was written by a model of another shape") from None
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _with_prefix(tensors, "optimizer.").items():
-            i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        if self.scaler.is_enabled() and "scaler" in metadata:
-            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
         self.step = step
         self.settings = [row for row in settings if row["step"] < step] or [{"step": 0} | config]
         if config != (now := _as_json(self.config)):
             self.settings.append({"step": step} | now)
+        return tensors, metadata
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _with_prefix(tensors, "optimizer.").items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = self.processes.like(tensor, parameters[int(i)])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if self.scaler.is_enabled() and "scaler" in metadata:
+            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
 
     def _same_config(self, metadata: dict[str, str]) -> dict:
         """The config that the saved state was trained with, which may differ in what may change."""
@@ -233,19 +252,20 @@ class Stage:
     def _batch_indices(self) -> list[int]:
         """The samples of this step: the training set in epochs, each shuffled by its own seed."""
         first = self.step * self.config.batch
-        return [self._order(i // self.samples)[i % self.samples] for i in range(first, first + self.config.batch)]
+        return [int(self._order(i // self.samples)[i % self.samples]) for i in range(first, first + self.config.batch)]
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Tensor:
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(_seed(self.config.seed, epoch, 1 << 20))
-            self._epoch, self._epoch_order = epoch, torch.randperm(self.samples, generator=generator).tolist()
+            self._epoch, self._epoch_order = epoch, torch.randperm(self.samples, generator=generator)
         return self._epoch_order
 
     @torch.no_grad()
     def _update_average(self) -> None:
         # A lower decay in the first steps, (1 + s)/(10 + s), as in TensorFlow's ExponentialMovingAverage.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
+        average, weights = ([self.processes.own(p) for p in m.parameters()] for m in (self.average, self.module))
+        torch._foreach_lerp_(average, weights, 1 - decay)
 
 
 @contextmanager

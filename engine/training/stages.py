@@ -3,7 +3,7 @@
     images ──── train_autoencoder ──> image codec ── cache_latents ──> latents ─┐
     captions ── train_words ────────> text codec ───────────────────────────────┴─ train_denoiser ──> RUN/checkpoint
 
-Each stage resumes where it was interrupted.
+Each stage resumes where it was interrupted. A model of text alone has the two stages of captions.
 """
 
 import hashlib
@@ -23,17 +23,19 @@ from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.command import check_writable
 from engine.config import Config
-from engine.data.coco import CocoCaptions
-from engine.data.latents import cache_latents
+from engine.data.captioned import CaptionedImages
+from engine.data.latents import LatentCache, cache_latents
 from engine.data.record import differences, record_of
 from engine.data.sketch import VARIANTS
+from engine.data.sources import open_captioned
+from engine.data.texts import Texts
 from engine.device import DTYPES, resolve_device, resolve_dtype
 from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.presets import PRESETS
-from engine.processes import Processes
+from engine.processes import INSTALL, Processes
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
 from engine.training.initial import initial_network
@@ -42,10 +44,9 @@ from engine.training.recipes import Recipe
 from engine.training.stage import StageOptions, run_lock
 from engine.training.tracking import Tracker, record_start
 
-# What else makes a run the same one, beside the settings that `Stage` checks.
+# What must be equal when a run is resumed, besides the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
 RUN_RECIPE = ("gamma", "skew", "first_caption", "captions_alike", "repeats", "augmentation")
-STAGE_OPTIONS = ("save_every", "keep", "compile", "grad_checkpointing")  # that `StageOptions` has too
 
 
 def train(options: TrainOptions) -> None:
@@ -55,19 +56,19 @@ def train(options: TrainOptions) -> None:
     ModuleNotFoundError without matplotlib; what a broken matplotlib or gensim raises.
     """
     if find_spec("matplotlib") is None:
-        install = "pip install 'psunet-engine[train]'"
-        raise ModuleNotFoundError(f"matplotlib, which plots the loss curves, is not installed; use {install}")
+        raise ModuleNotFoundError(f"matplotlib, which plots the loss curves, is not installed; use {INSTALL}")
     for module in ("matplotlib.figure", "gensim.models"):  # now: a broken one would be found after hours
         import_module(module)
     config, run = options.config, options.out
     check_writable(run, ["run.json"])
     tracker = Tracker(options.log, run) if options.log else None
-    processes = Processes.started(options.device)
+    processes = Processes.started(options.device, options.fsdp)
     device = processes.device or resolve_device(options.device)
     dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
     _require_enough_samples(options.recipe, processes)
+    image_name, _ = image_and_text(config)
     with errors_named("data"):
-        data = CocoCaptions.open(options.data)
+        data = Texts.open(options.data) if image_name is None else open_captioned(options.data, options.split)
     init = initial_network(options.init, config) if options.init else None
     with ExitStack() as stack:
 
@@ -75,7 +76,7 @@ def train(options: TrainOptions) -> None:
             several = f" in {processes.count} processes" if processes.count > 1 else ""
             print(f"{options.data}: {data.summary()}; on {device} in {dtype}{several}")
             image = None
-            if options.autoencoder and not _codec_folder(run, config, image_and_text(config)[0]).exists():
+            if options.autoencoder and not _codec_folder(run, config, image_name).exists():
                 with errors_named("autoencoder"):
                     image = _given_autoencoder(options.autoencoder, config)
             run.mkdir(parents=True, exist_ok=True)
@@ -90,8 +91,16 @@ def train(options: TrainOptions) -> None:
             processes.on_main(tracker.start)
             if processes.is_main:
                 stack.callback(tracker.end)
-        same = {key: getattr(options, key) for key in STAGE_OPTIONS}
-        how = StageOptions(device, dtype, processes=processes, tracker=tracker, **same)
+        how = StageOptions(
+            device,
+            dtype,
+            save_every=options.save_every,
+            keep=options.keep,
+            compile=options.compile,
+            grad_checkpointing=options.grad_checkpointing,
+            tracker=tracker,
+            processes=processes,
+        )
         _run_stages(data, record, options, how, image, init)
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
@@ -99,7 +108,7 @@ def train(options: TrainOptions) -> None:
 
 
 def _run_stages(
-    data: CocoCaptions,
+    data: CaptionedImages | Texts,
     record: dict[str, list] | None,
     options: TrainOptions,
     how: StageOptions,
@@ -112,38 +121,57 @@ def _run_stages(
     """
     config, recipe, run = options.config, options.recipe, options.out
     image_name, text_name = image_and_text(config)
-    folder = _codec_folder(run, config, image_name)
+    folder = None if image_name is None else _codec_folder(run, config, image_name)
 
     def make_codecs() -> None:
         if options.init_has_codecs:
             copy_codecs(options.init, run, config)
         given = image
-        if given is None and not folder.exists():
+        if folder is not None and given is None and not folder.exists():
             given = train_autoencoder(run, data, config, recipe, how)
         if given is not None:
             _save_codec(given, folder, DTYPES[recipe.weights_dtype])
         train_words(run, data, config, options.seed)
 
     how.processes.on_main(make_codecs)
-    codec = load_codec(run / "checkpoint", config.codecs[image_name], config.model.modality(image_name), how.device)
     text = load_codec(run / "checkpoint", config.codecs[text_name], config.model.modality(text_name))
-
-    fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
-    sketches = VARIANTS if sketch_of(config) is not None else 0
-    changes = {"augmentation": recipe.augmentation, "seed": options.seed, "record": record, "sketches": sketches}
-    with errors_named("data"):
-        cache = cache_latents(
-            data, codec.encode_pixels, run / "latents", fingerprint, codec.size, **changes, processes=how.processes
-        )
+    if isinstance(data, Texts):
+        cache = LatentCache([], [[text] for text in data.texts])
+    else:
+        cache = _latents(data, record, options, how)
     train_denoiser(run, cache, text, config, recipe, how, init)
 
 
-def train_words(run: Path, data: CocoCaptions, config: Config, seed: int) -> None:
+def _latents(
+    data: CaptionedImages, record: dict[str, list] | None, options: TrainOptions, how: StageOptions
+) -> LatentCache:
+    """Encodes the images with the codec of RUN/checkpoint."""
+    config, run, name = options.config, options.out, image_and_text(options.config)[0]
+    codec = load_codec(run / "checkpoint", config.codecs[name], config.model.modality(name), how.device)
+    folder = _codec_folder(run, config, name)
+    fingerprint = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.iterdir()))).hexdigest()
+    with errors_named("data"):
+        return cache_latents(
+            data,
+            codec.encode_pixels,
+            run / "latents",
+            fingerprint,
+            codec.size,
+            options.recipe.augmentation,
+            options.seed,
+            record,
+            processes=how.processes,
+            sketches=VARIANTS if sketch_of(config) is not None else 0,
+        )
+
+
+def train_words(run: Path, data: CaptionedImages | Texts, config: Config, seed: int) -> None:
     """Trains the word vectors and saves them as the text codec of RUN/checkpoint, unless that exists."""
     name = image_and_text(config)[1]
     folder, modality = _codec_folder(run, config, name), config.model.modality(name)
     if not folder.exists():
-        captions = [caption for item in data.items for caption in item.captions]
+        is_text = isinstance(data, Texts)
+        captions = data.texts if is_text else [caption for item in data.items for caption in item.captions]
         with errors_named("data"):
             _save_codec(TextCodec.train(captions, modality.channels, seed), folder)
 
@@ -161,14 +189,15 @@ def copy_codecs(source: Path, run: Path, config: Config) -> None:
 
     Left out are those of modalities that the config lacks.
     """
-    codecs = checkpoint.read_config(source / "config.json").codecs
+    file = source / "config.json"  # there is none while a run has only codecs
+    codecs = (checkpoint.read_config(file) if file.exists() else config).codecs
     for name in config.codecs.keys() & codecs.keys():
         codec, folder = codecs[name], _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             unfinished.mkdir(parents=True, exist_ok=True)
-            for file in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
-                shutil.copyfile(file, unfinished / file.name)  # without its mode: the source may be read-only
+            for part in filter(Path.is_file, codec_folder(source, codec, name).iterdir()):
+                shutil.copyfile(part, unfinished / part.name)  # without its mode: the source may be read-only
             unfinished.rename(folder)
 
 
@@ -204,12 +233,17 @@ def _require_same_run(options: TrainOptions) -> None:
     write_atomically(file, lambda p: p.write_text(json.dumps(settings) + "\n"))
 
 
-def _require_same_data(data: CocoCaptions, options: TrainOptions) -> dict[str, list]:
+def _require_same_data(data: CaptionedImages | Texts, options: TrainOptions) -> dict[str, list]:
     """Refuses to resume a run whose images or captions have changed. Records them; returns the record."""
     file = options.out / "data.json"
     recorded = _recorded(file, lambda entry: isinstance(entry, list) and len(entry) == 4)
-    record = record_of(data, recorded)
-    if recorded and (changed := differences(recorded, record)):
+    if isinstance(data, Texts):
+        record = data.record()
+        changed = "" if recorded == record else "the texts have changed"
+    else:
+        record = record_of(data, recorded)
+        changed = differences(recorded or record, record)
+    if recorded and changed:
         remedy = "restore it, or start a run in another folder, with --init to continue from this one's checkpoint"
         raise InputError("data", options.data, remedy, f"is not what this run began with: {changed}")
     write_atomically(file, lambda p: p.write_text(json.dumps(record) + "\n"))

@@ -1,4 +1,4 @@
-"""What a run reports while it trains (`--log`), and what its folder needs so that it can be repeated."""
+"""What a run reports while it trains (`--log`), and what it records so that it can be repeated."""
 
 import json
 import os
@@ -59,8 +59,11 @@ class Tracker:
     def log(self, step: int, values: dict[str, float | str]) -> None:
         self._tracker.log(values, step=step)
 
-    def log_samples(self, step: int, sheet: Image.Image, captions: list[str]) -> None:
-        """A grid of generated images, and the generated captions, one a line."""
+    def log_samples(self, step: int, sheet: Image.Image | None, captions: list[str]) -> None:
+        """A grid of generated images, if there are any, and the generated captions, one a line."""
+        self.log(step, {"captions": "  \n".join(captions)})
+        if sheet is None:
+            return
         pixels = np.asarray(sheet.convert("RGB"))
         if self.name == "tensorboard":
             self._tracker.log_images({"samples": pixels[None]}, step, dataformats="NHWC")
@@ -70,7 +73,6 @@ class Tracker:
             import trackio
 
             self.log(step, {"samples": trackio.Image(pixels)})
-        self.log(step, {"captions": "  \n".join(captions)})
 
     def end(self) -> None:
         self._tracker.finish()
