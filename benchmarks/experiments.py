@@ -58,6 +58,10 @@ def architecture(data: Data, options: ExperimentOptions) -> dict:
         "U-ViT-multi, equal parameters, equal training compute": u_vit_config(config, same_parameters),
         "U-ViT-multi, equal compute a forward": u_vit_config(config, same_compute),
     }
+    if options.models:
+        if not all(1 <= n <= len(variants) for n in options.models):
+            raise InputError("models", options.models, f"use numbers from 1 to {len(variants)}", "is out of range")
+        variants = {name: c for n, (name, c) in enumerate(variants.items(), 1) if n in options.models}
     steps = dict.fromkeys(variants, options.steps) | {"U-ViT-multi, equal parameters, equal training compute": fewer}
     return compare_models(variants, steps, data, options)
 
@@ -174,14 +178,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "autoregression: texts that `python -m engine.data text` has written")  # fmt: skip
     add(
         "--preset",
-        choices=["emoji", "coco256", "tiny", "text", "text-tiny"],
+        choices=["emoji", "coco256", "photos128", "tiny", "text", "text-tiny"],
         default="emoji",
         help="default: %(default)s",
     )
     add("--size", type=int, help="pixels a side, if not the preset's")
     add("--autoencoder", type=name, metavar="DIR", help="a diffusers autoencoder, used with word vectors trained on "
         "--data; default: both of the built-in model")  # fmt: skip
-    add("--features", type=path, metavar="FILE", help="Python file whose load() gives a network for Fréchet distances")
+    add("--features", type=path, metavar="PATH", help="of Fréchet distances: a TorchScript file or the folder of a "
+        "diffusers autoencoder, as engine.evaluate takes")  # fmt: skip
+    add("--models", type=int, nargs="+", default=[], metavar="N",
+        help="architecture: only these, numbered from 1 in the order of its table; default: all")  # fmt: skip
     add("--checkpoint", type=path, metavar="DIR", help="masking, guidance, approximations: the model; default: the "
         "built-in one")  # fmt: skip
     add("--steps", type=int, help="of training; masking, guidance, approximations: train a model instead of loading it")

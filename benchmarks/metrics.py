@@ -1,37 +1,24 @@
-"""What the experiments use beside `engine.evaluate` and `engine.metrics`: features of a Python file, diversity."""
+"""What the experiments use beside `engine.evaluate` and `engine.metrics`: features of images in −1..1, diversity."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.errors import InputError
+from engine.metrics.features import BATCH, feature_network
 
 
 def features_of(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The network of a Python file with `load()`, as a function from images [B, 3, H, W] in −1..1 to [B, d].
+    """`engine.evaluate --features PATH` as a function from images [B, 3, H, W] in −1..1 to [B, d].
 
-    `load()` returns a module that takes images in 0..1; of several outputs the first is used. Raises InputError about
-    "features" if the file or the function is missing.
+    Raises InputError about "features".
     """
-    spec = importlib.util.spec_from_file_location("given_features", path)
-    if spec is None or not path.is_file():
-        raise InputError("features", path, "give one with a function load()", "is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "load"):
-        raise InputError("features", path, "give a file whose load() returns a network", "has no function load()")
-    network = module.load().to(device).eval()
+    network = feature_network(path, device)
 
-    @torch.inference_mode()
     def features(images: Tensor) -> Tensor:
-        parts = []
-        for part in images.split(64):
-            out = network((part.to(device) + 1) / 2)
-            parts.append((out[0] if isinstance(out, tuple) else out).float().cpu())
-        return torch.cat(parts)
+        levels = ((images + 1) * 127.5).round().to(torch.uint8)
+        return torch.cat([network(part) for part in levels.split(BATCH)])
 
     return features
 

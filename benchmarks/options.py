@@ -18,9 +18,10 @@ class ExperimentOptions:
     experiment: str  # a key of `benchmarks.descriptions.DESCRIPTIONS`
     data: Path  # folder of images and captions, MS-COCO captions layout; autoregression: of texts, with a test split
     preset: str
+    models: tuple[int, ...]  # of those that the experiment architecture compares, numbered from 1; none: all
     size: int | None  # pixels a side; None: the preset's
     autoencoder: str | None  # diffusers autoencoder; None: the built-in model's, with its word vectors
-    features: Path | None  # Python file whose load() gives a network for Fréchet distances
+    features: Path | None  # of Fréchet distances, see `engine.metrics.features.feature_network`
     checkpoint: Path | None  # of the experiments that do not compare models; None: the built-in one
     steps: int | None  # of training; None: load a model
     batch: int | None  # of training; None: the preset's
@@ -37,7 +38,7 @@ class ExperimentOptions:
     results: Path  # stored tables
 
     def __post_init__(self):
-        for key in ("seeds", "ratios", "scales"):
+        for key in ("seeds", "ratios", "scales", "models"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
         if self.experiment in TRAINING and self.steps is None:
             raise InputError("steps", None, "say how many steps to train, 1 or more", "is missing")

@@ -68,6 +68,10 @@ PRESETS: dict[str, Config] = {
         _codecs(64, 2),
         TEXT_FIRST,
     ),
+    # The same with a third modality.
+    "emoji-sketch": Config(
+        ModelConfig(DRAWN_EMOJI, shared_depth=7, dim=192), MASKED, _with_sketch(_codecs(64, 2)), SKETCH_LAST
+    ),
     # The paper's baseline: depth 12, as on MS-COCO.
     "uvit-multi-coco256": Config(_uvit(COCO, 13, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),
     # The same at depth 16.
@@ -75,9 +79,12 @@ PRESETS: dict[str, Config] = {
     # The shapes of the published U-ViT-S/2 and U-ViT-S/2 (Deep) on MS-COCO.
     "uvit-t2i-coco256": Config(_uvit(COCO_CLIP, 13, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
     "uvit-t2i-deep-coco256": Config(_uvit(COCO_CLIP, 17, 512, T2I), CONDITIONAL, _codecs(256, 2), TOGETHER),
-    # The same with a third modality.
-    "emoji-sketch": Config(
-        ModelConfig(DRAWN_EMOJI, shared_depth=7, dim=192), MASKED, _with_sketch(_codecs(64, 2)), SKETCH_LAST
+    # 128 px photos as 4×16×16 latents and captions of up to 16 words; small enough for a CPU.
+    "photos128": Config(
+        ModelConfig((Modality("image", 64, 16, depth=2), Modality("text", 16, 32, depth=2)), shared_depth=3, dim=128),
+        MASKED,
+        _codecs(128, 2),
+        TEXT_FIRST,
     ),
     # As many blocks and skips as `emoji`, all of them shared.
     "uvit-emoji": Config(_uvit(EMOJI, 15, 192), COSINE_INDEPENDENT, _codecs(64, 2), TEXT_FIRST),

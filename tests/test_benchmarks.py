@@ -39,7 +39,7 @@ from engine import checkpoint
 from engine.checkpoint import BUILT_IN
 from engine.config import DiffusionConfig, SamplingConfig
 from engine.diffusion.solver_table import GuidanceOptions
-from engine.errors import InputError
+from engine.metrics.features import feature_network
 from engine.model.cost import forward_flops
 from engine.presets import PRESETS
 from engine.sampling.sampler import Sampler
@@ -149,14 +149,11 @@ def test_diversity_is_in_levels():
     assert diversity(images) == pytest.approx(127.5)
 
 
-def test_features_come_from_a_file_and_others_are_refused(tmp_path):
-    file = tmp_path / "net.py"
-    file.write_text("import torch\ndef load():\n    return torch.nn.Flatten()\n")
-    assert features_of(file, CPU)(torch.full((2, 3, 4, 4), -1.0)).eq(0).all()
-    (tmp_path / "other.py").write_text("")
-    for wrong in (tmp_path / "other.py", tmp_path / "nowhere.py", tmp_path / "weights.pt"):
-        with pytest.raises(InputError, match=f"features: {wrong} (is not a Python file|has no function)"):
-            features_of(wrong, CPU)
+def test_features_are_those_of_the_levels(tmp_path):
+    features = features_of(BUILT_IN / "image", CPU)
+    levels = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    expected = feature_network(BUILT_IN / "image", CPU)(levels)
+    torch.testing.assert_close(features(levels / 127.5 - 1), expected)
 
 
 @pytest.fixture
@@ -191,7 +188,7 @@ TRAINED = ["--preset", "tiny", "--autoencoder", str(BUILT_IN / "image"), "--step
     [
         (["masking", "--ratios", "0.5", "1"], 6),
         (["guidance", "--scales", "1", "3"], 12),
-        (["architecture", *TRAINED], 6),
+        (["architecture", *TRAINED, "--models", "1", "5", "6"], 3),
         (["depths", *TRAINED, "--seeds", "0", "1"], 2),
         (["masking", *TRAINED, "--ratios", "0.5"], 3),
         (["approximations", *TRAINED], 15),
@@ -234,10 +231,7 @@ def test_the_other_conditioning_keeps_the_network():
 
 
 def test_photos_are_measured_with_given_features(emoji):
-    net = emoji / "net.py"
-    network = "torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten())"
-    net.write_text(f"import torch\ndef load():\n    return {network}\n")
-    assert experiment(emoji, "depths", *TRAINED, "--features", str(net)) == 0
+    assert experiment(emoji, "depths", *TRAINED, "--features", str(BUILT_IN / "image")) == 0
     row = json.loads((emoji / "results" / "experiment-depths-tiny.json").read_text())["rows"][0]
     assert row["FD"] > 0 and 0 <= row["BLEU-4"] <= 1 and row["± FD"] == "one seed"
 
@@ -251,6 +245,8 @@ def test_photos_are_measured_with_given_features(emoji):
         (["guidance", "--features", "x.py"], "--autoencoder"),
         (["guidance", "--checkpoint", "nowhere"], "--checkpoint: nowhere"),
         (["depths", "--steps", "0"], "--steps"),
+        (["depths", "--features", "nowhere", "--autoencoder", str(BUILT_IN / "image"), "--steps", "1"], "--features"),
+        (["architecture", "--models", "1", "7", "--steps", "1"], "--models"),
         (["masking", "--data", "nowhere"], "--data"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

@@ -72,6 +72,11 @@ EMOJI = Recipe(
     repeats=2,
     weights_dtype="float16",
 )
+PHOTOS128 = Recipe(
+    StageConfig(steps=40_000, batch=32, learning_rate=1e-3, decay=0.4, ema=0.9995),
+    gamma=5.0,
+    captions_alike=True,
+)
 TINY = Recipe(
     StageConfig(steps=20, batch=8, learning_rate=1e-3, warmup=5),
     StageConfig(steps=10, batch=8, learning_rate=1e-3, warmup=5),
@@ -93,6 +98,7 @@ RECIPES: dict[str, Recipe] = {
     "uvit-t2i-deep-coco256": COCO256,
     "emoji": EMOJI,
     "emoji-sketch": EMOJI,
+    "photos128": PHOTOS128,
     "uvit-emoji": EMOJI,
     "text": TEXT,
     "text-tiny": TEXT_TINY,
