@@ -1,5 +1,7 @@
 """`PRESETS`: named configurations to train."""
 
+from dataclasses import replace
+
 from engine.config import (
     GUIDANCE,
     CodecConfig,
@@ -17,15 +19,22 @@ def _codecs(size: int, patch: int) -> dict[str, CodecConfig]:
     return {"image": CodecConfig("image", settings={"size": size, "patch": patch}), "text": CodecConfig("text")}
 
 
-def _with_sketch(codecs: dict[str, CodecConfig]) -> dict[str, CodecConfig]:
-    """The same, and for sketches the image's codec, whose files are there once."""
-    return {**codecs, "sketch": CodecConfig("image", folder="image", settings=codecs["image"].settings)}
-
-
 def _uvit(modalities: tuple[Modality, ...], blocks: int, dim: int, uvit: UViTConfig | None = None) -> ModelConfig:
     """A U-ViT, by default U-ViT-multi: a time token per modality, all of them predicted."""
     names = tuple(m.name for m in modalities)
     return ModelConfig(modalities, blocks, dim, time_conditioning="token", uvit=uvit or UViTConfig(names, names))
+
+
+def _with_sketch(config: Config) -> Config:
+    """With drawings of the images, which share their codec and its files; they have no blocks of their own."""
+    image, codec = config.model.modality("image"), config.codecs["image"]
+    sketch = replace(image, name="sketch", depth=0)
+    return replace(
+        config,
+        model=replace(config.model, modalities=(*config.model.modalities, sketch)),
+        codecs={**config.codecs, "sketch": replace(codec, folder="image")},
+        sampling=replace(config.sampling, order=(*config.sampling.order, "sketch")),
+    )
 
 
 # 256 px MS-COCO latents (4×32×32, patch 2) and 64 words of Word2Vec-64; L = 320.
@@ -44,13 +53,8 @@ CONDITIONAL = DiffusionConfig("scaled_linear", 1000, "epsilon", "clean", "condit
 MASKED = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "masked")
 COSINE_INDEPENDENT = DiffusionConfig("cosine", 1000, "v_prediction", "clean", "independent")
 
-# 64 px emoji, their names, and drawings of them, which have the images' autoencoder.
-DRAWN_EMOJI = tuple(Modality(name, 16, 32, depth=2) for name in ("image", "text", "sketch"))
-TINY_DRAWN = Modality("image", 16, 4, depth=1), Modality("text", 6, 8, depth=1), Modality("sketch", 16, 4, depth=1)
-
 TEXT = {"text": CodecConfig("text")}
 TEXT_FIRST = SamplingConfig(GUIDANCE, order=("text", "image"))
-SKETCH_LAST = SamplingConfig(GUIDANCE, order=("text", "image", "sketch"))
 TOGETHER = SamplingConfig(GUIDANCE)
 
 PRESETS: dict[str, Config] = {
@@ -67,10 +71,6 @@ PRESETS: dict[str, Config] = {
         MASKED,
         _codecs(64, 2),
         TEXT_FIRST,
-    ),
-    # The same with a third modality.
-    "emoji-sketch": Config(
-        ModelConfig(DRAWN_EMOJI, shared_depth=7, dim=192), MASKED, _with_sketch(_codecs(64, 2)), SKETCH_LAST
     ),
     # The paper's baseline: depth 12, as on MS-COCO.
     "uvit-multi-coco256": Config(_uvit(COCO, 13, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),
@@ -103,7 +103,5 @@ PRESETS: dict[str, Config] = {
         _codecs(32, 1),
         TEXT_FIRST,
     ),
-    "tiny-sketch": Config(
-        ModelConfig(TINY_DRAWN, shared_depth=3, dim=64), MASKED, _with_sketch(_codecs(32, 1)), SKETCH_LAST
-    ),
 }
+PRESETS |= {f"{name}-sketch": _with_sketch(PRESETS[name]) for name in ("emoji", "tiny")}
