@@ -213,6 +213,13 @@ def test_drawings_of_an_image_and_of_its_versions_follow(dataset, tmp_path, monk
                 assert first == shown, "the drawing is of that version"
                 marks.setdefault((image, version, drawing if version == 0 else 0), second)
     assert len(set(marks.values())) > 20  # of 30
+    scaled = drawn.with_unit_sketches()
+    first = list(range(6)), [0] * 6, [0] * 6
+    assert scaled.sketch_latents(*first).square().mean().item() == pytest.approx(1, abs=1e-3)
+    others = list(range(6)), [0, 1, 2, 3, 0, 1], [1] * 6
+    torch.testing.assert_close(scaled.sketch_latents(*others), scaled.sketch_scale * drawn.sketch_latents(*others))
+    assert torch.equal(scaled.latents(*first[:2]), drawn.latents(*first[:2])), "images are as they were"
+    assert scaled.with_unit_sketches().sketch_scale == scaled.sketch_scale
     encode = Encoder()
     cache(dataset, tmp_path / "cache", encode, sketches=3, **options)
     assert encode.images == 6 * (4 + 3 + 3)

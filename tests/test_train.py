@@ -458,12 +458,19 @@ def test_a_run_starts_from_a_checkpoint(images, run, tmp_path):
 
 def test_a_third_modality_is_added_to_a_checkpoint_and_taken_away(images, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(denoiser, "SKETCHES", 1)
+    caches, train_denoiser = [], stages.train_denoiser
+    monkeypatch.setattr(stages, "train_denoiser", lambda *a: caches.append(a[1]) or train_denoiser(*a))
     source, new, back = run / "checkpoint", tmp_path / "new", tmp_path / "back"
     options = ["--preset", "tiny-sketch", "--learning-rate", "1e-9", "--steps", "2", "--init"]
     assert train_main(images, new, *options, str(source)) == 0
     assert "init: not copied: branch sketch: the checkpoint has none\n" in capsys.readouterr().out
     loaded = checkpoint.load(new / "checkpoint")
-    assert loaded.config == PRESETS["tiny-sketch"] and loaded.codec("sketch") is loaded.codec("image")
+    codecs, preset = loaded.config.codecs, PRESETS["tiny-sketch"]
+    scale = codecs["sketch"].settings["scale"]
+    assert [cache.sketch_scale for cache in caches] == [scale] and scale != 1
+    assert loaded.codec("sketch").latents.scale == scale * loaded.codec("image").latents.scale
+    assert replace(loaded.config, codecs={**codecs, "sketch": preset.codecs["sketch"]}) == preset
+    assert stages.initial_network(new / "checkpoint", preset).config == preset.model, "whatever its scale"
     assert not (new / "checkpoint" / "sketch").exists() and (new / "denoiser" / "samples-0000002.png").exists()
     rows = [json.loads(line) for line in (new / "denoiser" / CURVE).read_text().splitlines()]
     assert all(row["sketch"] > 0 for row in rows)

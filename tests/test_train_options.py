@@ -174,6 +174,7 @@ def test_a_model_of_other_modalities_is_refused(kinds):
     ("codec", "is_sketch"),
     [
         (CodecConfig("image", "photo", {"size": 32}), True),
+        (CodecConfig("image", "photo", {"size": 32, "scale": 0.7}), True),
         (CodecConfig("image", "photo", {"size": 64}), False),
         (CodecConfig("image", "", {"size": 32}), False),
         (CodecConfig("text", "words"), False),

@@ -12,7 +12,7 @@ several processes share the work. Shards are memory-mapped: only the latents of 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class LatentCache:
     shards: list[Tensor]  # [n, 1 + V, L, C] each, of images in order
     captions: list[list[str]]  # of each image, at least one
     sketches: int = 0  # S
+    sketch_scale: float = 1.0  # of sketches' latents
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -56,7 +57,18 @@ class LatentCache:
         """[B, L, C] float32 of a drawing of that version of each image; drawings are 0 … S - 1, used for version 0."""
         first = self.versions
         drawn = zip(versions, drawings, strict=True)
-        return self.latents(images, [first + d if v == 0 else first + self.sketches + v - 1 for v, d in drawn])
+        columns = [first + d if v == 0 else first + self.sketches + v - 1 for v, d in drawn]
+        return self.sketch_scale * self.latents(images, columns)
+
+    def with_unit_sketches(self) -> "LatentCache":
+        """The same, sketches scaled so that those of about 512 images have latents of mean square 1.
+
+        An autoencoder's own factor does this for images. Sketches have more contrast.
+        """
+        images = list(range(0, len(self), max(1, len(self) // 512)))
+        first = [0] * len(images)
+        rms = replace(self, sketch_scale=1.0).sketch_latents(images, first, first).square().mean().sqrt().item()
+        return replace(self, sketch_scale=round(1 / rms, 4))
 
     def latents(self, images: list[int], versions: list[int]) -> Tensor:
         """[B, L, C] float32 of one version of each of these images."""

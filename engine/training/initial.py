@@ -10,7 +10,7 @@ from engine.files import is_file
 from engine.model.convert import initialise_from, load_uvit, not_copied, require_same_blocks
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
-from engine.training.options import image_and_text
+from engine.training.options import image_and_text, kind_and_settings
 
 REMEDY = "use the preset of its shape; a text-to-image U-ViT can also start a PS-U-Net of its width"
 
@@ -60,7 +60,7 @@ def _network_of_folder(folder: Path, config: Config) -> PSUNet | UViT:
     with errors_named("init"):
         loaded = checkpoint.load(folder)
     # Not their folders: those of a checkpoint that `engine.pipeline` has saved have other names.
-    ours, theirs = ({name: (c.kind, c.settings) for name, c in of.codecs.items()} for of in (config, loaded.config))
+    ours, theirs = ({name: kind_and_settings(c) for name, c in of.codecs.items()} for of in (config, loaded.config))
     both = ours.keys() & theirs.keys()
     needed = {name for name in image_and_text(config) if name is not None}
     if not needed <= both or any(ours[name] != theirs[name] for name in both):

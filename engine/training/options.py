@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config import Config
+from engine.config import CodecConfig, Config
 from engine.errors import InputError
 from engine.files import is_file, is_folder
 from engine.hub import local_folder
@@ -166,9 +166,17 @@ def image_and_text(config: Config) -> tuple[str | None, str]:
 
 
 def sketch_of(config: Config) -> str | None:
-    """Name of the modality that is a drawing of another one: it is called sketch and has the codec of that image."""
+    """Name of the modality that is a drawing of another one: it is called sketch and has the codec of that image.
+
+    Their scales may differ: training measures that of the sketch.
+    """
     if SKETCH not in config.codecs:
         return None
-    folders = {name: (codec.kind, codec.folder or name, codec.settings) for name, codec in config.codecs.items()}
-    shared = [name for name in folders if name != SKETCH and folders[name] == folders[SKETCH]]
+    alike = {name: (codec.folder or name, *kind_and_settings(codec)) for name, codec in config.codecs.items()}
+    shared = [name for name in alike if name != SKETCH and alike[name] == alike[SKETCH]]
     return SKETCH if shared and config.codecs[SKETCH].kind == "image" else None
+
+
+def kind_and_settings(codec: CodecConfig) -> tuple[str, dict]:
+    """A codec's kind and its settings but for the scale, which training measures."""
+    return codec.kind, {key: value for key, value in codec.settings.items() if key != "scale"}

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,6 +140,10 @@ def _run_stages(
         cache = LatentCache([], [[text] for text in data.texts])
     else:
         cache = _latents(data, record, options, how)
+    if (sketch := sketch_of(config)) is not None:
+        cache, codec = cache.with_unit_sketches(), config.codecs[sketch]
+        scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
+        config = replace(config, codecs={**config.codecs, sketch: scaled})
     train_denoiser(run, cache, text, config, recipe, how, init)
 
 
