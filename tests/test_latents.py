@@ -190,7 +190,7 @@ def test_changed_versions_follow_an_images_own(dataset, tmp_path):
     assert torch.equal(again.latents([5, 1], [3, 2]), versions[[3, 2], [5, 1]])  # whatever the size of shards
 
 
-def test_drawings_of_an_image_and_of_its_versions_follow(dataset, tmp_path, monkeypatch):
+def test_drawings_of_an_image_and_of_its_versions_follow(dataset, tmp_path, monkeypatch, capsys):
     marks = {}
 
     def marked(levels, random):
@@ -223,6 +223,9 @@ def test_drawings_of_an_image_and_of_its_versions_follow(dataset, tmp_path, monk
     encode = Encoder()
     cache(dataset, tmp_path / "cache", encode, sketches=3, **options)
     assert encode.images == 6 * (4 + 3 + 3)
+    capsys.readouterr()
+    cache(dataset, tmp_path / "cache", Encoder(), **options)
+    assert "these have changed: sketches\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"augmentation": replace(CHANGES, shift=0.2)}, {"augmentation": None}])

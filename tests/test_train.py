@@ -486,6 +486,39 @@ def test_a_third_modality_is_added_to_a_checkpoint_and_taken_away(images, run, t
         torch.testing.assert_close(weight, before[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("predicted", "given"),
+    [
+        (("image", "text", "sketch"), [["text"], [], ["sketch"]]),
+        (("image", "sketch"), [["text"]]),
+        (("image", "text"), [["sketch"]]),
+        (("text", "sketch"), []),
+    ],
+)
+def test_sample_sheets_have_what_the_model_can_do(tmp_path, monkeypatch, predicted, given):
+    class Asked(Exception):
+        pass
+
+    class FakeEngine(nullcontext):
+        from_pretrained = classmethod(lambda cls, *_, **__: cls(cls()))
+
+        def generate(self, requests):
+            raise Asked([sorted(request.inputs) for request in requests])
+
+    monkeypatch.setattr(denoiser, "Engine", FakeEngine)
+    monkeypatch.setattr(denoiser, "_drawings", lambda *_: ["drawing.png"])
+    drawn = PRESETS["tiny-sketch"]
+    modalities = tuple(replace(m, depth=0) for m in drawn.model.modalities)
+    uvit = UViTConfig(tuple(m.name for m in modalities), predicted)
+    model = replace(drawn.model, modalities=modalities, time_conditioning="token", uvit=uvit)
+    times = "independent" if len(predicted) == 3 else "conditional"
+    config = replace(drawn, model=model, diffusion=replace(drawn.diffusion, time_sampling=times))
+    options = StageOptions(torch.device("cpu"), torch.float32)
+    with pytest.raises(Asked) if given else nullcontext() as asked:
+        denoiser._sample(tmp_path, 1, ["red cat"], None, config, 0, options)
+    assert not given or asked.value.args == (given,)
+
+
 def test_the_autoencoder_is_trained_on_sketches_too(images, tmp_path, monkeypatch):
     calls, drawn = [], autoencoder.sketch_levels
     monkeypatch.setattr(autoencoder, "sketch_levels", lambda *a: calls.append(a) or drawn(*a))

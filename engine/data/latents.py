@@ -196,7 +196,7 @@ def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
         return
     stale = list(folder.glob("latents-*.safetensors*"))
     if stale:
-        differing = ", ".join(key for key in origin if before.get(key) != origin[key])
+        differing = ", ".join(key for key in before | origin if before.get(key) != origin.get(key))
         print(f"{folder}: encoding the images again, since these have changed: {differing}")
     for shard in stale:
         shard.unlink()

@@ -114,20 +114,20 @@ def _drawings(cache: LatentCache, engine: Engine, sketch: str) -> list[Image.Ima
 def _sample(
     run: Path, step: int, prompts: list[str], cache: LatentCache, config: Config, seed: int, options: StageOptions
 ) -> None:
-    """Writes what RUN/checkpoint generates: from prompts and jointly, as far as it can do both; texts where it is of
-    text alone, else a grid of images.
-
-    Of a model with sketches also what it generates from some of the data's; each image has its sketch beside it.
-    """
-    (image, text), sketch, predicted = image_and_text(config), sketch_of(config), config.model.predicted
-    requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
-    if text in predicted and (image is None or image in predicted):
+    """Writes what RUN/checkpoint generates: from prompts, jointly and from sketches of the data, as far as it can;
+    texts where it is of text alone, else a grid of images, each beside its sketch if it has one."""
+    (image, text), sketch = image_and_text(config), sketch_of(config)
+    names = {m.name for m in config.model.modalities}
+    conditions = names - set(config.model.predicted)
+    requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if conditions <= {text} < names]
+    if not conditions:
         requests.append(Request(num=JOINT_SAMPLES))
-    if not requests:
+    from_sketches = sketch is not None and conditions <= {sketch}
+    if not (requests or from_sketches):
         return
     dtype = str(options.dtype).removeprefix("torch.")
     with Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=dtype) as engine:
-        if sketch is not None:
+        if from_sketches:
             requests += [Request(inputs={sketch: drawing}, seed=seed) for drawing in _drawings(cache, engine, sketch)]
         outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
     captions = [values[text] for values in outputs]
