@@ -22,7 +22,7 @@ from benchmarks.workloads import forward_inputs, presets, product_calls, random_
 from engine.model.cost import forward_flops
 from engine.model.denoiser import Denoiser
 from engine.presets import PRESETS
-from engine.sampling.graphs import compile_blocks
+from engine.sampling.graphs import set_up
 
 NETWORKS = {"PS-U-Net": lambda model: model, "UniDiffuser": unidiffuser_shape}
 OPENVINO_PRECISION = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -52,8 +52,9 @@ def contenders_of(network, full, rows, threads, device, dtype, predict):
     config = PRESETS[presets(full)]
     model = NETWORKS[network](config.model)
     inputs = forward_inputs(model, rows, device)
-    eager, compiled = (Denoiser(random_model(model, device, dtype), config.diffusion.timesteps) for _ in range(2))
-    compile_blocks(compiled.network.blocks())
+    networks = [random_model(model, device, dtype) for _ in range(2)]
+    set_up(networks[1], device, compile=True)
+    eager, compiled = (Denoiser(module, config.diffusion.timesteps) for module in networks)
     calls = product_calls(eager, *inputs)
     facts = {"flops": forward_flops(model, rows), "within": partial(thread_count, threads)}
     facts["facts"] = {"rows": rows, "threads": threads}

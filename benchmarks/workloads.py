@@ -22,7 +22,7 @@ from engine.model.cost import forward_flops
 from engine.model.denoiser import Denoiser, build
 from engine.presets import PRESETS
 from engine.sampling.batch import SampleSpec, batch_constants, new_state
-from engine.sampling.graphs import compile_blocks, use_packages
+from engine.sampling.graphs import set_up
 from engine.training.recipes import RECIPES
 
 
@@ -93,10 +93,8 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 def random_denoiser(config: Config, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Denoiser:
     """A denoiser with the weights of `random_model`, compiled as an engine does it."""
     network = random_model(config.model, device, dtype)
-    if compiled and device.type == "cuda":
-        compile_blocks(network.blocks())
-    elif compiled:
-        use_packages(network, build=True)
+    if compiled:
+        set_up(network, device, compile=True)
     return Denoiser(network, config.diffusion.timesteps)
 
 

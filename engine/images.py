@@ -21,8 +21,12 @@ from torch.nn.functional import avg_pool2d
 from engine.errors import InputError
 from engine.files import unreadable
 
-# What Pillow raises on damaged files: most formats, some PNGs, TIFF and EXIF, absurd sizes (a header's flipped bit).
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+# What Pillow raises on damaged files: most formats, some PNGs, TIFF and EXIF, absurd sizes (a header's flipped bit),
+# PNGs without their palette or with an empty chunk, AVIF and DDS, SPIDER.
+IMAGE_ERRORS = (
+    OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
+    AssertionError, LookupError, RuntimeError, AttributeError,
+)  # fmt: skip
 ORIENTATION = 0x0112  # tag of EXIF
 PHOTOMETRIC, WHITE_IS_ZERO = 0x0106, 0  # tag of TIFF
 TURNED = {
@@ -60,7 +64,7 @@ def open_image(value: Image.Image | str | PathLike | BinaryIO, argument: str = "
     except IMAGE_ERRORS as error:
         if isinstance(error, OSError) and error.errno:  # the system's, not about what is in the file
             raise unreadable(argument, _name(value), error, "give the file of an image") from None
-        problem = f"is not a readable image ({str(error) or type(error).__name__})"
+        problem = f"is not a readable image ({error})" if str(error) else "is not a readable image"
         raise InputError(argument, _name(value), "give a whole one", problem) from None
 
 

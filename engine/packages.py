@@ -34,6 +34,9 @@ from engine.kernels.linear import onednn_computes
 LIMIT = 256 << 20  # bytes of the folder; beyond it the least recently used entries are removed
 ABANDONED = 24 * 3600  # seconds after which the folder of a build that was killed is removed
 LABEL = "psunet-engine"  # of the entry's description among a package's metadata
+PACKED = "packed"  # of the names of the weights in oneDNN's layout, likewise
+WEIGHT = 1  # its place among the arguments of oneDNN's product
+TOKENS = 64  # for which oneDNN chooses its layout; other numbers hardly change it
 DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 log = logging.getLogger("engine.packages")
@@ -74,14 +77,25 @@ class Source:
 
 
 class Package:
-    """A package that is loaded. Calls from several threads wait for each other."""
+    """A package that is loaded. Calls from several threads wait for each other.
 
-    def __init__(self, path: Path):
+    metadata  of the package: tells which weights it takes in oneDNN's layout
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]):
         self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        self._packed = json.loads(metadata[PACKED])
 
     def bind(self, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-        """The module's forward with these weights, which are not copied."""
-        run, ordered = self._loader.run, [weights[name] for name in sorted(weights)]
+        """The module's forward with these weights as they are now: those of products are copied.
+
+        oneDNN would otherwise bring them into its layout again at every call.
+        """
+        run = self._loader.run
+        ordered = [
+            torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TOKENS) if name in self._packed else weight
+            for name, weight in sorted(weights.items())
+        ]
 
         def forward(*inputs: Tensor | None) -> Tensor:
             # The compiled code assumes the layout of its examples.
@@ -140,7 +154,7 @@ def _stored(path: Path, description: str) -> Package | None:
             elif metadata.get(LABEL) != description:
                 problem = "was built from something else"
             else:
-                found = Package(path)
+                found = Package(path, metadata)
                 with suppress(OSError):
                     os.utime(path)
                 return found
@@ -166,31 +180,42 @@ def compile_package(source: Source, path: Path) -> None:
     dynamic = tuple({i: sizes[name] for i, name in named.items()} or None for named in source.dynamic)
     example = tuple(None if x is None else x.contiguous() for x in source.inputs)
     weights = [torch.zeros(w.shape, dtype=w.dtype) for _, w in sorted(source.weights.items())]
-    options = {
-        "aot_inductor.metadata": {LABEL: source.description},
-        "cpp.dynamic_threads": True,  # as many as there are when it runs, not as there were here
-    }
     with torch.no_grad(), _onednn_gelu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         exported = torch.export.export(
             _Stateless(source.module(), names), (example, weights), dynamic_shapes=(dynamic, [None] * len(names))
         )
-        join_gelu(exported.graph)
+        packed = use_onednn(exported.graph)
+        inputs = exported.graph_signature.user_inputs[-len(names) :]
+        of_products = [name for name, node in zip(names, inputs, strict=True) if node in packed]
+        options = {
+            "aot_inductor.metadata": {LABEL: source.description, PACKED: json.dumps(of_products)},
+            "cpp.dynamic_threads": True,  # as many as there are when it runs, not as there were here
+        }
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=options)
 
 
-def join_gelu(graph: torch.fx.Graph) -> None:
-    """Replaces products followed by GELU by oneDNN's product with GELU, where it computes in their dtype."""
-    aten = torch.ops.aten
-    for gelu in graph.find_nodes(op="call_function", target=aten.gelu.default):
-        product = gelu.args[0]
-        joined = product.target is aten.linear.default and len(product.users) == 1
-        if not joined or not onednn_computes(gelu.meta["val"].dtype):
+def use_onednn(graph: torch.fx.Graph) -> set[str]:
+    """Replaces products by oneDNN's, with the GELU that follows, where it computes in their dtype.
+
+    Returns the inputs that are weights of such products and nothing else, by name: they may be in oneDNN's own layout.
+    """
+    aten, linear = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default
+    for product in graph.find_nodes(op="call_function", target=aten.linear.default):
+        if not onednn_computes(product.meta["val"].dtype):
             continue
+        user, then, approximate = next(iter(product.users)), "none", ""
+        if len(product.users) == 1 and user.target is aten.gelu.default:
+            then, approximate = "gelu", user.kwargs.get("approximate", "none")
+            user.replace_all_uses_with(product)
+            graph.erase_node(user)
         x, weight, bias = (*product.args, None)[:3]
-        arguments = (x, weight, bias, "gelu", [], gelu.kwargs.get("approximate", "none"))
-        gelu.target, gelu.args, gelu.kwargs = torch.ops.mkldnn._linear_pointwise.default, arguments, {}
-        graph.erase_node(product)
+        product.target, product.args = linear, (x, weight, bias, then, [], approximate)
+    return {
+        weight.name
+        for weight in graph.find_nodes(op="placeholder")
+        if weight.users and all(u.target is linear and u.args.index(weight) == WEIGHT for u in weight.users)
+    }
 
 
 @contextmanager

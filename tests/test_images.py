@@ -1,6 +1,8 @@
 """Images: opening and fitting files of every kind, pixels and levels, grids."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -158,7 +160,17 @@ def test_what_is_neither_an_image_nor_a_file_is_refused(value):
     assert "is not an image; give a PIL image or a file" in str(refusal(open_image, value, "inputs.sketch"))
 
 
-@pytest.mark.parametrize("raised", [SyntaxError("broken PNG file"), ValueError("buffer is not large enough")])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        SyntaxError("broken PNG file"),
+        ValueError("buffer is not large enough"),
+        IndexError("index out of range"),  # of an empty chunk of a PNG
+        NotImplementedError("Unknown pixel format flags 16"),  # of a DDS
+        AttributeError("'SpiderImageFile' object has no attribute 'stkoffset'"),
+    ],
+    ids=lambda raised: type(raised).__name__,
+)
 def test_what_pillow_raises_on_rare_damage_is_an_input_error(tmp_path, monkeypatch, raised):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
 
@@ -167,6 +179,20 @@ def test_what_pillow_raises_on_rare_damage_is_an_input_error(tmp_path, monkeypat
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     assert f"photo.png is not a readable image ({raised})" in str(refusal(load_image, tmp_path / "photo.png", 8))
+
+
+@pytest.mark.parametrize("chunks", ["PLTE missing", "iCCP empty"])
+def test_a_png_whose_chunks_do_not_fit_together_is_an_input_error(tmp_path, chunks):
+    path = tmp_path / "photo.png"
+    Image.new("L", (8, 8)).save(path)
+    header, rest = bytearray(path.read_bytes()[:33]), path.read_bytes()[33:]
+    if chunks == "PLTE missing":
+        header[25] = 3  # the type of colours: a palette
+        header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
+    else:
+        rest = rest[:-12] + struct.pack(">I", 0) + b"iCCP" + struct.pack(">I", zlib.crc32(b"iCCP")) + rest[-12:]
+    path.write_bytes(header + rest)
+    assert str(refusal(load_image, path, 8)).startswith(f"image: {path} is not a readable image")
 
 
 def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from engine_cases import assert_same, mixed_requests
 
 from engine import Engine, Request, packages
@@ -21,6 +22,7 @@ from engine.checkpoint import load
 from engine.codecs import image
 from engine.errors import InputError
 from engine.files import load_tensors, save_tensors
+from engine.kernels.linear import onednn_computes
 from engine.model.blocks import InnerCache
 from engine.sampling import graphs
 from engine.training.stages import _given_autoencoder
@@ -108,6 +110,21 @@ def test_every_kind_of_step_is_the_eager_one_at_any_number_of_rows(cached, netwo
     assert graphs.use_packages(network)
     for found, eager in zip(forwards(network, rows), expected, strict=True):
         torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
+
+
+class Products(torch.nn.Module):
+    def forward(self, x, once, twice):
+        h = F.linear(x, once)
+        return F.linear(F.gelu(h, approximate="tanh"), twice) + F.gelu(h).sum() * twice.sum()
+
+
+def test_only_weights_that_nothing_but_products_read_take_onednns_layout():
+    if not onednn_computes(torch.float32):
+        pytest.skip("PyTorch has no oneDNN here")
+    example = torch.randn(3, 4), torch.randn(5, 4), torch.randn(6, 5)
+    exported = torch.export.export(Products(), example)
+    assert packages.use_onednn(exported.graph) == {"once"}
+    torch.testing.assert_close(exported.module()(*example), Products()(*example))
 
 
 @torch.inference_mode()

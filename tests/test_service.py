@@ -1,6 +1,7 @@
 """The HTTP service: what its endpoints answer, events, and the end."""
 
 import asyncio
+import base64
 import json
 
 import pytest
@@ -31,6 +32,8 @@ from service_cases import (
 )
 
 from engine import Engine, Request
+from engine.serving import schemas
+from engine.serving.app import SAMPLING
 from engine.serving.inputs import Limits
 from engine.serving.schemas import InfillBody
 
@@ -72,9 +75,48 @@ async def test_a_form_with_files_answers_as_json_does(engine):
         )
         by_json = await http.post(INFILL, json={**fields, "image": f"data:image/png;base64,{PHOTO}", "mask": MASK})
         twice = await http.post(INFILL, data=form, files=[("image", files["image"])] * 2)
-    assert by_form.status_code == 200, by_form.text
+        items = [("order", "text"), ("order", "image"), ("guidance_interval[]", "0"), ("guidance_interval[]", "0.5")]
+        by_item = [(name, (None, form[name])) for name in ("prompt", "seed", "steps")]
+        by_item += [(name, (None, value)) for name, value in items]
+        by_item = await http.post(INFILL, files=[*by_item, *files.items()])
+    for answer in (by_form, by_item):
+        assert answer.status_code == 200, answer.text
+    assert by_item.json()["samples"] == by_form.json()["samples"]
     assert by_form.json()["samples"] == by_json.json()["samples"] == by_name.json()["samples"]
     assert_error(twice, 400, "invalid_value", "image")
+
+
+@asynchronous
+async def test_a_file_that_was_not_chosen_in_a_browser_is_not_given(engine):
+    disposition = '--y\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n{}\r\n'
+    body = disposition.format("mask", '; filename=""', "") + disposition.format("steps", "", 1) + "--y--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=y"}
+    async with service(engine) as http:
+        answer = await http.post(INFILL, content=body, headers=headers)
+        assert answer.status_code == 200 and answer.json()["task"] == "joint"
+        assert_error(await http.post(CAPTIONS, content=body, headers=headers), 400, "invalid_value", "image")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda data: base64.encodebytes(data).decode(),
+        lambda data: base64.encodebytes(data).decode().replace("\n", "\r\n"),
+        lambda data: "data:image/png;charset=utf-8;base64,\n" + base64.encodebytes(data).decode(),
+        lambda data: "data:application/octet-stream;base64," + base64.b64encode(data).decode(),
+        lambda data: "DATA:;BASE64," + base64.b64encode(data).decode(),
+    ],
+    ids=["MIME", "CRLF", "charset", "unknown type", "no type"],
+)
+@asynchronous
+async def test_base64_is_read_as_programs_write_it(engine, written):
+    body = {"prompt": "red", "mask": MASK, "seed": 1, "steps": 1}
+    async with service(engine) as http:
+        found, expected = [
+            (await http.post(INFILL, json=body | {"image": image})).json()["samples"]
+            for image in (written(file_of(noise())), PHOTO)
+        ]
+    assert found == expected
 
 
 @asynchronous
@@ -170,8 +212,9 @@ async def test_the_model_and_its_words_are_listed(engine):
         # In the vocabulary's order, which is that of frequency.
         assert (await http.get("/v1/vocabulary?prefix=ca&limit=5")).json() == {"words": ["cat", "car"]}
         assert len((await http.get("/v1/vocabulary?limit=1000")).json()["words"]) == 31
-        for limit in ("0", "x", "1001", "-1", "9" * 5000):
-            assert_error(await http.get(f"/v1/vocabulary?limit={limit}"), 400, "invalid_value", "limit")
+        for limit in ("0", "x", "", "1001", "-1", "1.5", "9" * 5000):
+            answer = await http.get(f"/v1/vocabulary?limit={limit}")
+            assert assert_error(answer, 400, "invalid_value", "limit").startswith("limit: ")
 
 
 # ------------------------------------------------------------------------------------------------- events
@@ -236,8 +279,8 @@ async def test_health_readiness_and_metrics(tiny_checkpoint):
     app, served = app_of(engine)
     served.warm = False
     async with client(app) as http:
-        assert (await http.get("/health")).status_code == 200
-        assert (await http.get("/ready")).status_code == 503, "not warmed up"
+        assert (await http.get("/health")).status_code == (await http.head("/health")).status_code == 200
+        assert (await http.get("/ready")).status_code == (await http.head("/ready")).status_code == 503, "not warmed up"
         async with app.router.lifespan_context(app):
             await until(lambda: served.ready)
             assert (await http.get("/ready")).status_code == 200
@@ -282,3 +325,53 @@ async def test_the_openapi_document_describes_bodies_with_examples_that_work(eng
                 assert answer.status_code == 200, (path, answer.text)
             assert {"400", "429", "504"} <= document["paths"][path]["post"]["responses"].keys()
         assert "422" not in json.dumps(document) and "ValidationError" not in json.dumps(document)
+
+
+def references(document) -> set[str]:
+    """What a part of an OpenAPI document refers to."""
+    if isinstance(document, dict):
+        return {document["$ref"]} if "$ref" in document else set().union(*map(references, document.values()))
+    return set().union(*map(references, document)) if isinstance(document, list) else set()
+
+
+@asynchronous
+async def test_the_openapi_document_is_enough_to_write_a_client(engine):
+    async with service(engine, limits=Limits(num=3, steps=20)) as http:
+        document = (await http.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    assert references(document) <= {f"#/components/schemas/{name}" for name in schemas}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert all(content for content in operation["responses"]["200"]["content"].values()), path
+            assert ("security" in operation) == path.startswith(("/v1/", "/metrics"))
+    for path, num, steps in ((INFILL, "num", "steps"), (GENERATIONS, "n", "num_inference_steps")):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        for body in content.values():
+            fields = {name: [f, *f.get("anyOf", ())] for name, f in body["schema"]["properties"].items()}
+            most = {name: [kind["maximum"] for kind in f if "maximum" in kind] for name, f in fields.items()}
+            assert (most[num], most[steps], most["seed"]) == ([3], [20], [2**64 - 1])
+    form = document["paths"][INFILL]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["properties"]["image"]["format"] == form["properties"]["mask"]["format"] == "binary"
+
+
+@asynchronous
+async def test_answers_and_events_have_the_fields_of_the_openapi_document(engine):
+    def check(model, data) -> None:
+        assert model.model_validate(data).model_dump(exclude_unset=True) == data
+
+    async with service(engine) as http:
+        check(schemas.ModelsAnswer, (await http.get("/v1/models")).json())
+        check(schemas.VocabularyAnswer, (await http.get("/v1/vocabulary")).json())
+        check(schemas.StatusAnswer, (await http.get("/health")).json())
+        check(schemas.ErrorAnswer, (await http.get("/v1/nothing")).json())
+        for path, endpoint in SAMPLING.items():
+            check(endpoint.answer, (await http.post(path, json=MINIMAL[path])).json())
+            if not endpoint.events:
+                continue
+            more = {"preview_every": 1} if path == INFILL else {"partial_images": 1}
+            steps = {name: 4 for name in MINIMAL[path] if "steps" in name}
+            answer = await http.post(path, json=MINIMAL[path] | more | steps | {"stream": True})
+            events = events_of(answer.text)[:-1]
+            assert {name for name, _ in events} == set(endpoint.events) - {"error"}
+            for name, data in events:
+                check(endpoint.events[name], data)

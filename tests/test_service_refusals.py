@@ -27,6 +27,8 @@ from service_cases import (
 from engine import Engine
 from engine.serving.inputs import Limits
 
+PART = '--y\r\nContent-Disposition: form-data; name="steps"\r\n\r\n'  # of a form with boundary y, up to its value
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -70,6 +72,9 @@ def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: 
         bad(INFILL, {"eta": 0.5}, "eta"),
         bad(INFILL, {"order": ["sound"]}, "order"),
         bad(INFILL, {"order": "text"}, "order"),
+        bad(INFILL, {"inputs": {"image": 5}}, "inputs['image']"),
+        bad(INFILL, {"inputs": {"k" * 10_000: "red"}}, f"inputs['{'k' * 52}...{'k' * 98}']", "invalid_image"),
+        bad(INFILL, {"k" * 10_000: 1}, "k" * 60 + "..." + "k" * 100, "unsupported_field"),
         bad(INFILL, {"task": "image-to-text"}, "task"),
         bad(INFILL, {"deadline": 0}, "deadline"),
         bad(INFILL, {"preview_every": 5}, "preview_every"),
@@ -118,8 +123,11 @@ async def test_a_bad_value_is_a_400_that_names_its_field(engine, path, body, par
         ("[" * 100_000, "application/json", 400, "invalid_body"),
         ('{"seed": ' + "9" * 5000 + "}", "application/json", 400, "invalid_body"),
         (b'{"prompt": "\xff"}', "application/json", 400, "invalid_body"),
+        ('{"\\ud800": 1}', "application/json", 400, "invalid_body"),
         ("{}", "text/plain", 415, "unsupported_media_type"),
         ("{}", "", 415, "unsupported_media_type"),
+        ("", "multipart/form-data; boundary=y", 400, "invalid_body"),
+        (f"{PART}1", "multipart/form-data; boundary=y", 400, "invalid_body"),
         ("x", "multipart/form-data", 400, "invalid_body"),
         ("x", "multipart/form-data; boundary=y", 400, "invalid_body"),
         ("--y\r\n\r\n", "multipart/form-data; boundary=y; charset=no", 400, "invalid_body"),
@@ -129,16 +137,99 @@ async def test_a_bad_value_is_a_400_that_names_its_field(engine, path, body, par
 @asynchronous
 async def test_a_malformed_body_is_refused(engine, content, kind, status, code):
     async with service(engine) as http:
-        assert_error(await http.post(INFILL, content=content, headers={"content-type": kind}), status, code)
+        answer = await http.post(INFILL, content=content, headers={"content-type": kind})
+        assert "; send " in assert_error(answer, status, code) or "\\ud800" in str(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"steps": 1,}', "double quotes: line 1, column 13"),
+        ('{"steps": NaN}', "a number that cannot be read"),
+        ("[" * 100_000, "nested too deeply"),
+        (b'{"prompt": "\xff"}', "not in UTF-8"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@asynchronous
+async def test_what_is_no_json_is_told_apart(engine, content, says):
+    async with service(engine) as http:
+        answer = await http.post(INFILL, content=content, headers={"content-type": "application/json"})
+        assert says in assert_error(answer, 400, "invalid_body")
+
+
+@asynchronous
+async def test_a_name_that_is_there_twice_is_refused_in_json_and_in_forms(engine):
+    async with service(engine) as http:
+        json_type = {"content-type": "application/json"}
+        for param, twice in (("steps", '{"steps": 1, "steps": 1}'), ("text", '{"inputs": {"text": "a", "text": "b"}}')):
+            assert_error(await http.post(INFILL, content=twice, headers=json_type), 400, "invalid_value", param)
+        form = [("steps", (None, "1")), ("steps", (None, "1"))]
+        assert_error(await http.post(INFILL, files=form), 400, "invalid_value", "steps")
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "no\u00efs" * 90])
+@asynchronous
+async def test_a_compressed_body_is_refused_by_its_coding(engine, coding):
+    headers = {"content-type": "application/json", "content-encoding": coding.encode()}
+    async with service(engine) as http:
+        answer = await http.post(INFILL, content=b'{"steps": 1}', headers=headers)
+        message = assert_error(answer, 415, "unsupported_media_type")
+        assert answer.headers["accept-encoding"] == "identity" and "uncompressed" in message and len(message) < 300
+        headers["content-encoding"] = b"identity"
+        assert (await http.post(INFILL, content=b'{"steps": 1}', headers=headers)).status_code == 200
+
+
+@asynchronous
+async def test_a_bound_in_a_refusal_is_that_of_the_service(engine):
+    async with service(engine, limits=Limits(num=3, steps=20)) as http:
+        for body in ({"num": 4}, {"num": 2000}):
+            answer = await http.post(INFILL, json=body)
+            assert " 3" in assert_error(answer, 400, "invalid_value", "num")
+        for body in ({"num_inference_steps": 21}, {"num_inference_steps": 2000}):
+            answer = await http.post(GENERATIONS, json=body)
+            assert " 20" in assert_error(answer, 400, "invalid_value", "num_inference_steps")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("steps", "", "a whole number"),
+        ("guidance", "NaN", "a number"),
+        ("stream", "on", "true or false"),
+        ("order", "[", "as in JSON"),
+        ("inputs", "{'text': 1}", "as in JSON"),
+        ("order", "text,image", "image, text"),
+        ("guidance_interval", "0.5", "at least 2"),
+    ],
+)
+@asynchronous
+async def test_a_value_in_a_form_is_refused_with_how_to_write_it(engine, name, value, says):
+    async with service(engine) as http:
+        message = assert_error(await http.post(INFILL, files={name: (None, value)}), 400, "invalid_value", name)
+        assert says in message
+
+
+@asynchronous
+async def test_all_that_a_value_may_be_is_told(engine):
+    async with service(engine) as http:
+        message = assert_error(await http.post(INFILL, json={"order": "text"}), 400, "invalid_value", "order")
+        assert "list" in message and "'together'" in message
+        message = assert_error(await http.post(INFILL, json={"image": 5}), 400, "invalid_value", "image")
+        assert "bytes" not in message
 
 
 @asynchronous
 async def test_unknown_paths_and_methods_have_error_objects(engine):
     async with service(engine) as http:
-        assert_error(await http.get("/v1/nothing"), 404, "not_found")
-        answer = await http.get(INFILL)
-        assert_error(answer, 405, "method_not_allowed")
-        assert answer.headers["allow"] == "POST"
+        for path in ("/v1/nothing", f"{INFILL}/", "/health/", "/" + "x" * 10_000):
+            message = assert_error(await http.get(path), 404, "not_found")
+            assert message.startswith(path[:50]) and "/openapi.json" in message and len(message) < 300
+        assert (await http.head(INFILL)).status_code == 405
+        for method in ("GET", "PUT", "OPTIONS"):
+            answer = await http.request(method, INFILL)
+            assert "use POST" in assert_error(answer, 405, "method_not_allowed")
+            assert answer.headers["allow"] == "POST"
         assert_error(await http.delete("/v1/requests/x"), 404, "not_found", "id")
 
 

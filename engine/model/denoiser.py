@@ -42,10 +42,7 @@ class Denoiser:
         with torch.no_grad():
             # All times at once: the sampling loop only changes indices into this table.
             self.table = network.time_table(torch.arange(timesteps + 1, device=device))  # [N+1, ·], row t for time t
-        # Blocks add their own modulation to each row, so there should be few. Compiled blocks add it to the tokens, and
-        # would be compiled again for another number of rows.
-        compiled = any(block._compiled_call_impl is not None for block in network.blocks())
-        self.few_times = device.type == "cpu" and network.time.adaln and not compiled
+        self.few_times = device.type == "cpu" and network.time.adaln  # blocks add their modulation to every row
 
     @property
     def can_cache(self) -> bool:

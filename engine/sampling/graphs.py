@@ -57,7 +57,7 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 def use_packages(network: nn.Module, build: bool = False) -> bool:
     """Lets a network's blocks compute in packages as far as there are any; with `build`, builds those that are missing.
 
-    network  in evaluation mode on a CPU, in its dtype; its weights may change in place afterwards, not in dtype
+    network  in evaluation mode on a CPU, with its last weights: the packages copy those of products
     Returns whether all blocks do. Shows its progress on a terminal. Raises InputError where nothing can be compiled.
     """
     from tqdm import tqdm

@@ -5,19 +5,22 @@ import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import BaseModel, WithJsonSchema
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from engine.errors import cut
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.errors import AsciiJSON, ServiceError, internal_error, refused
 from engine.serving.inputs import Limits
@@ -25,22 +28,28 @@ from engine.serving.metrics import METRICS_TYPE
 from engine.serving.models import model_card, vocabulary
 from engine.serving.native import infill
 from engine.serving.openai_shape import captions, edits, generations
+from engine.serving.openapi import ABOUT, Events, about_stream, document, errors
 from engine.serving.schemas import (
+    INFILL_EVENTS,
+    CancelAnswer,
     CaptionBody,
     CaptionsAnswer,
     EditBody,
-    ErrorAnswer,
     GenerationBody,
     ImagesAnswer,
     InfillAnswer,
     InfillBody,
+    ModelCard,
+    ModelsAnswer,
+    StatusAnswer,
+    VocabularyAnswer,
+    image_events,
 )
 from engine.serving.service import Job, Service
 
 PAGE = Path(__file__).parent / "page"
 PROTECTED = ("/v1/", "/metrics")
-ERRORS = {status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)}
-Count = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 1000})]  # checked by the endpoint
+ERRORS = errors(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
 def create_app(
@@ -73,9 +82,11 @@ def create_app(
         title="psunet-engine",
         version="1",
         summary="Joint text-and-image diffusion: give any part of an image and its caption, get the rest.",
+        description=ABOUT,
         lifespan=lifespan,
         docs_url=None,  # its pages load scripts from other hosts
         redoc_url=None,
+        redirect_slashes=False,  # a redirect has no body: curl would print nothing
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
         middleware=guards(tokens, origins),
     )
@@ -85,7 +96,9 @@ def create_app(
     _add_lists(app, service)
     _add_service(app, service)
     _add_page(app)
-    app.openapi = partial(_openapi, app)
+    bodies = {path: endpoint.body for path, endpoint in SAMPLING.items()}
+    events = [data for endpoint in SAMPLING.values() for data in endpoint.events.values()]
+    app.openapi = partial(document, app, bodies, events, limits)
     return app
 
 
@@ -96,81 +109,96 @@ def guards(tokens: Sequence[str], origins: Sequence[str]) -> list[Middleware]:
     return [cors] * bool(origins) + [Middleware(Gate, tokens=tokens, origins=origins)]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """An endpoint that samples."""
+
+    about: str
+    tag: str
+    job: Callable[..., Job]
+    body: type[BaseModel]
+    answer: type[BaseModel]
+    events: Events = field(default_factory=dict)
+
+
+SHAPE = "OpenAI's shape"
+SAMPLING = {
+    "/v1/infill": Sampling("Generate whatever is not given", "native", infill, InfillBody, InfillAnswer, INFILL_EVENTS),
+    "/v1/images/generations": Sampling(
+        "Images from words", SHAPE, generations, GenerationBody, ImagesAnswer, image_events("image_generation")
+    ),
+    "/v1/images/edits": Sampling(
+        "Regenerate a part of an image", SHAPE, edits, EditBody, ImagesAnswer, image_events("image_edit")
+    ),
+    "/v1/captions": Sampling("Words for an image", "native", captions, CaptionBody, CaptionsAnswer),
+}
+
+
 def _add_sampling(app: FastAPI, service: Service) -> None:
-    def add(path: str, body: type[BaseModel], answer: type[BaseModel], job: Callable[..., Job], tag: str, about: str):
+    def add(path: str, sampling: Sampling) -> None:
         async def endpoint(http: HttpRequest) -> Response:
-            return await service.serve(http, job(service, await service.read(http, body)))
+            return await service.serve(http, sampling.job(service, await service.read(http, sampling.body)))
 
-        answers = {200: {"model": answer}, **ERRORS}
-        if "stream" in body.model_fields:
-            answers[200]["content"] = {"text/event-stream": {}}
-        about = {"summary": about, "tags": [tag], "name": job.__name__, "openapi_extra": _body_of(body)}
-        app.add_api_route(path, endpoint, methods=["POST"], responses=answers, **about)
+        stream = about_stream(sampling.events) if sampling.events else {"description": "", "content": {}}
+        answers = {200: {"model": sampling.answer, "content": stream["content"]}, **ERRORS}
+        about = {"summary": sampling.about, "description": stream["description"], "tags": [sampling.tag]}
+        app.add_api_route(path, endpoint, methods=["POST"], responses=answers, name=sampling.job.__name__, **about)
 
-    shape = "OpenAI's shape"
-    add("/v1/infill", InfillBody, InfillAnswer, infill, "native", "Generate whatever is not given")
-    add("/v1/images/generations", GenerationBody, ImagesAnswer, generations, shape, "Images from words")
-    add("/v1/images/edits", EditBody, ImagesAnswer, edits, shape, "Regenerate a part of an image")
-    add("/v1/captions", CaptionBody, CaptionsAnswer, captions, "native", "Words for an image")
+    for path, sampling in SAMPLING.items():
+        add(path, sampling)
 
-    @app.delete("/v1/requests/{id}", tags=["native"], summary="Cancel a request", responses=ERRORS)
+    answers = {200: {"model": CancelAnswer}, **errors(401, 403, 404)}
+
+    @app.delete("/v1/requests/{id}", tags=["native"], summary="Cancel a request", responses=answers)
     async def cancel(id: str) -> Response:
         handle = service.engine.find(id)
         if handle is None:
-            raise refused("id", "is not that of a request that is being served", "not_found", 404)
+            raise refused("id", "is not that of a request that is being served; it may be done", "not_found", 404)
         handle.cancel()
         return AsciiJSON({"id": id, "cancelled": True})
 
 
-def _body_of(model: type[BaseModel]) -> dict:
-    """The body of an endpoint that reads it itself, for the OpenAPI document."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    examples = {f"example {i}": {"value": value} for i, value in enumerate(schema.pop("examples", ()), 1)}
-    content = {"application/json": {"schema": schema, "examples": examples}, "multipart/form-data": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _openapi(app: FastAPI) -> dict:
-    """The document, without the status 422, which FastAPI lists for every endpoint and this service never returns."""
-    document = FastAPI.openapi(app)
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
-    return document
-
-
 def _add_lists(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", tags=["OpenAI's shape"], summary="The model that is served")
+    def answers(model: type[BaseModel], *statuses: int) -> dict:
+        return {200: {"model": model}, **errors(401, 403, *statuses)}
+
+    @app.get("/v1/models", tags=[SHAPE], summary="The model that is served", responses=answers(ModelsAnswer))
     async def models() -> Response:
         return AsciiJSON({"object": "list", "data": [model_card(service)]})
 
-    @app.get("/v1/models/{model}", tags=["OpenAI's shape"], summary="A model by its name", responses=ERRORS)
+    @app.get("/v1/models/{model}", tags=[SHAPE], summary="A model by its name", responses=answers(ModelCard, 404))
     async def one_model(model: str) -> Response:
         if model != service.model:
             raise refused("model", f"is not served here; use {service.model}", "not_found", 404)
         return AsciiJSON(model_card(service))
 
-    @app.get("/v1/vocabulary", tags=["native"], summary="Words that the model knows", responses=ERRORS)
-    async def words(http: HttpRequest, prefix: str = "", limit: Count = "20") -> Response:
-        if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= 1000:
-            raise refused("limit", "use a whole number from 1 to 1000")
-        return AsciiJSON({"words": vocabulary(service, prefix, int(limit))})
+    answers_of_words = answers(VocabularyAnswer, 400)
+
+    @app.get("/v1/vocabulary", tags=["native"], summary="Words that the model knows", responses=answers_of_words)
+    async def words(prefix: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
+        return AsciiJSON({"words": vocabulary(service, prefix, limit)})
 
 
 def _add_service(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["service"], summary="Whether the process is alive")
+    states = {200: {"model": StatusAnswer}, 503: {"model": StatusAnswer}}
+
+    @app.get("/health", tags=["service"], summary="Whether the process is alive", responses=states)
     async def health() -> Response:
         alive = service.engine.alive
         return AsciiJSON({"status": "ok" if alive else "closed"}, 200 if alive else 503)
 
-    @app.get("/ready", tags=["service"], summary="Whether a request would be taken and served at once")
+    about = "Whether a request would be taken and served at once"
+
+    @app.get("/ready", tags=["service"], summary=about, responses=states)
     async def ready() -> Response:
         ready = service.engine.ready
         return AsciiJSON({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
-    @app.get("/metrics", tags=["service"], summary="For Prometheus", response_class=PlainTextResponse)
+    answers = errors(401, 403)
+
+    @app.get(
+        "/metrics", tags=["service"], summary="For Prometheus", response_class=PlainTextResponse, responses=answers
+    )
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=METRICS_TYPE)
 
@@ -184,7 +212,7 @@ def _add_page(app: FastAPI) -> None:
     for file in sorted(PAGE.iterdir()):  # read now: a FileResponse that is cut off leaves its file open
         path = "/" if file.name == "index.html" else f"/{file.name}"
         endpoint = _file(file.read_bytes(), guess_type(file.name)[0], headers)
-        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, endpoint, methods=["GET"], include_in_schema=False)
 
 
 def _file(content: bytes, media_type: str | None, headers: dict[str, str]) -> Callable:
@@ -200,9 +228,19 @@ def _add_errors(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(HTTPException)
-    async def of_http(_, error: HTTPException) -> Response:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        return ServiceError(error.status_code, code, str(error.detail), headers=error.headers).response()
+    async def of_http(http: HttpRequest, error: HTTPException) -> Response:
+        code, message = "invalid_request", str(error.detail)
+        if error.status_code == 404:
+            code, message = "not_found", f"{cut(http.url.path, 200)}: is no endpoint; /openapi.json has a list of them"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            code, message = "method_not_allowed", f"{http.method}: is not a method of this endpoint; use {allowed}"
+        return ServiceError(error.status_code, code, message, headers=error.headers).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def of_parameters(_, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return refused(str(first["loc"][-1]), first["msg"].removeprefix("Input ")).response()
 
     @app.exception_handler(Exception)
     async def unforeseen(_, error: Exception) -> Response:  # the server logs it
@@ -210,7 +248,10 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class Gate:
-    """Middleware for the paths under PROTECTED: checks the token and refuses scripts of other pages."""
+    """Middleware. Checks the token and refuses scripts of other pages on the paths under PROTECTED.
+
+    A HEAD is answered as a GET, of which the server sends no body: those who monitor services ask so.
+    """
 
     def __init__(self, app, tokens: Sequence[str], origins: Sequence[str]):
         self.app, self._digests = app, [_digest(token.encode()) for token in tokens]
@@ -219,6 +260,8 @@ class Gate:
     async def __call__(self, scope, receive, send) -> None:
         protected = scope["type"] == "http" and scope["path"].startswith(PROTECTED) and scope["method"] != "OPTIONS"
         error = self._error(dict(scope["headers"])) if protected else None
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         await (self.app if error is None else error.response())(scope, receive, send)
 
     def _error(self, headers: dict[bytes, bytes]) -> ServiceError | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from engine.errors import EngineClosed, InputError, shown
+from engine.errors import EngineClosed, InputError, cut, shown
 from engine.serving.async_engine import Cancelled, DeadlineExceeded, QueueFull
 
 IMAGES = ("image", "mask", "mask_image", "masks", "sketch", "sketch_mask")  # arguments
@@ -36,7 +36,8 @@ class ServiceError(Exception):
 
 
 def refused(param: str, problem: str, code: str = "invalid_value", status: int = 400) -> ServiceError:
-    """About one argument: `problem` says what is wrong with it and what to do."""
+    """About one argument: `problem` says what is wrong with it and what to do. Cuts a long name of a client."""
+    param = cut(param, 200)
     return ServiceError(status, code, f"{param}: {problem}", param)
 
 

@@ -19,13 +19,16 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from engine.errors import cut, shown
 from engine.images import IMAGE_ERRORS
 from engine.serving.errors import ServiceError, refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs or less robust decoders
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)  # browsers do not know the type of every file
 PART_OF = re.compile(r"(inputs|masks)\[([^\[\]]+)\]")  # a form's field "inputs[sketch]"
 MOST_PARTS = 64
+EXAMPLE = '{"prompt": "red heart"}'
+IN_FORMS = {"boolean": "true or false", "integer": "a whole number", "number": "a number"}  # other types: as in JSON
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,30 @@ class Limits:
     calls: int = 2500  # of the model, for each sample: steps · resample, or steps · (1 + inner_steps)
     seconds: float = 300.0  # until the answer is there
 
+    def most(self, field: str) -> float:
+        """The largest value of a body's field, where the service has a limit of its own for it."""
+        named = {"num": self.num, "n": self.num, "steps": self.steps, "num_inference_steps": self.steps}
+        return named.get(field, float("inf"))
+
 
 async def read(http: HttpRequest, model: type[BaseModel], limits: Limits) -> BaseModel:
     """The body of a request, checked against its model. Raises ServiceError."""
+    coding = http.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        problem = (
+            f"Content-Encoding {cut(coding, 100)} is not supported; send the body uncompressed, without this header"
+        )
+        raise ServiceError(415, "unsupported_media_type", problem, headers={"Accept-Encoding": "identity"})
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     readers = {"application/json": _read_json, "multipart/form-data": partial(_read_form, model=model)}
     if kind not in readers:
-        raise ServiceError(415, "unsupported_media_type", f"send {' or '.join(readers)}, not {kind[:100] or 'nothing'}")
+        problem = f"Content-Type {cut(kind, 100)} is not supported" if kind else "there is no Content-Type"
+        raise ServiceError(415, "unsupported_media_type", f"{problem}; send {' or '.join(readers)}")
     fields = await _in_time(readers[kind](http, limits), http, limits)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _first_error(error) from None
+        raise _refusal(error, limits) from None
 
 
 async def whole(http: HttpRequest, limits: Limits) -> bytes:
@@ -71,12 +86,24 @@ async def _in_time(reading: Coroutine, http: HttpRequest, limits: Limits):
         raise ServiceError(408, "timeout", f"the body was not there within {limits.body_seconds:g} s") from None
 
 
-def _first_error(error: ValidationError) -> ServiceError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "extra_forbidden":
-        return ServiceError(400, "unsupported_field", f"{name}: is not a field of this endpoint; leave it out", name)
-    return ServiceError(400, "invalid_value", f"{name}: {first['msg']}", name)
+def _refusal(error: ValidationError, limits: Limits) -> ServiceError:
+    """About the first field that is wrong, with all that its value may be."""
+    errors = error.errors(include_url=False, include_input=False)
+    if not errors[0]["loc"]:  # pydantic does not say which
+        return ServiceError(400, "invalid_body", "a field's name is not Unicode; use those of /openapi.json")
+    name = _named(errors[0]["loc"])
+    if errors[0]["type"] == "extra_forbidden":
+        return refused(name, "is not a field of this endpoint; leave it out", "unsupported_field")
+    if errors[0]["type"] == "less_than_equal" and limits.most(name) < errors[0]["ctx"]["le"]:
+        return refused(name, f"should be less than or equal to {limits.most(name)}")
+    messages = [e["msg"] for e in errors if _named(e["loc"]) == name and e["type"] != "bytes_type"]  # bytes: of forms
+    return refused(name, ", or ".join(dict.fromkeys(message.removeprefix("Input ") for message in messages)))
+
+
+def _named(place: tuple[str | int, ...]) -> str:
+    """The field at a place in a body: of a list as a whole, of an object the part."""
+    name = str(place[0])
+    return f"{name}[{place[1]!r}]" if name in ("inputs", "masks") and len(place) > 1 else name
 
 
 def _too_large(limits: Limits) -> ServiceError:
@@ -99,42 +126,84 @@ async def _joined(http: HttpRequest, limits: Limits) -> bytes:
 async def _read_json(http: HttpRequest, limits: Limits) -> dict:
     body = await _joined(http, limits)
     try:
-        fields = await asyncio.to_thread(json.loads, body, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise ServiceError(400, "invalid_body", "the body is not JSON") from None
+        fields = await asyncio.to_thread(_from_json, body)
+    except ValueError as error:
+        problem = f"the body is not JSON ({error}); send an object such as {EXAMPLE}"
+        raise ServiceError(400, "invalid_body", problem) from None
     if not isinstance(fields, dict):
-        raise ServiceError(400, "invalid_body", "the body is not a JSON object")
+        raise ServiceError(400, "invalid_body", f"the body is not an object of JSON; send one such as {EXAMPLE}")
     return fields
+
+
+def _from_json(text: str | bytes):
+    """Raises ValueError with what is wrong in words for the client, ServiceError for a name that is there twice."""
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg}: line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError:
+        reason = "it is not in UTF-8"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError:
+        reason = "it has a number that cannot be read"
+    raise ValueError(reason)
 
 
 def _no_constant(name: str):
     raise ValueError(name)  # NaN and Infinity are not JSON
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON; of the values of a repeated name all but the last would be dropped without a word."""
+    fields: dict[str, object] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise refused(name, "is given twice; give it once")
+        fields[name] = value
+    return fields
+
+
+class _FormParser(MultiPartParser):
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
 async def _read_form(http: HttpRequest, limits: Limits, model: type[BaseModel]) -> dict:
-    """A form's fields; numbers, booleans, lists and objects are written as in JSON."""
-    parser = MultiPartParser(
+    """A form's fields. Numbers, booleans and objects are written as in JSON; lists also item by item."""
+    parser = _FormParser(
         http.headers, _chunks(http, limits), max_files=8, max_fields=MOST_PARTS, max_part_size=limits.body_bytes
     )
     try:
         form = await parser.parse()
-    except (MultiPartException, ValueError, LookupError):
-        raise ServiceError(400, "invalid_body", "the body is not multipart/form-data") from None
-    properties, fields = _properties(model), {}
+        if not parser.ended:
+            raise MultiPartException("Its last boundary is missing.")
+    except (MultiPartException, ValueError, LookupError) as error:
+        reason = f" ({error.message.rstrip('.')})" if isinstance(error, MultiPartException) else ""
+        problem = f"the body is not a form that can be read{reason}; send multipart/form-data"
+        raise ServiceError(400, "invalid_body", problem) from None
+    properties, fields, lists = _properties(model), {}, {}
     try:
         for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if not value.filename and not value.size:  # what browsers send for a file that was not chosen
+                    continue
+                value = await value.read()
             name = name.removesuffix("[]")
             part = PART_OF.fullmatch(name)
+            schema = {} if part else properties.get(name, {})
+            if any("items" in kind for kind in _kinds(schema)):
+                lists.setdefault(name, []).append(value)
+                continue
             target, key = (fields.setdefault(part[1], {}), part[2]) if part else (fields, name)
             if not isinstance(target, dict) or key in target:
                 raise refused(name, "is given twice; give it once")
-            if isinstance(value, UploadFile):
-                target[key] = await value.read()
-            else:
-                target[key] = value if part else _from_form(name, value, properties.get(name, {}))
+            target[key] = _from_form(name, value, schema)
     finally:
         await form.close()
-    return fields
+    return fields | {name: _list_from_form(name, values, properties[name]) for name, values in lists.items()}
 
 
 @cache
@@ -143,14 +212,29 @@ def _properties(model: type[BaseModel]) -> dict[str, dict]:
     return model.model_json_schema()["properties"]
 
 
-def _from_form(name: str, value: str, schema: dict):
-    types = {kind.get("type") for kind in (schema, *schema.get("anyOf", ()))}
-    if not types & {"integer", "number", "boolean", "array", "object"} or ("string" in types and value[:1] != "["):
+def _kinds(schema: dict) -> list[dict]:
+    """A JSON schema and its alternatives."""
+    return [schema, *schema.get("anyOf", ())]
+
+
+def _from_form(name: str, value: str | bytes, schema: dict):
+    types = {kind.get("type") for kind in _kinds(schema)}
+    if isinstance(value, bytes) or not types - {"string", "null", None} or ("string" in types and value[:1] != "["):
         return value
     try:
-        return json.loads(value, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise refused(name, "cannot be read; write it as in JSON") from None
+        return _from_json(value)
+    except ValueError:
+        remedy = " or ".join(text for kind, text in IN_FORMS.items() if kind in types) or "it as in JSON"
+        raise refused(name, f"{shown(value)} cannot be read; write {remedy}") from None
+
+
+def _list_from_form(name: str, values: list[str | bytes], schema: dict):
+    """A list as one field in JSON, or as a field for each item; or a word that may stand in its place."""
+    words = [kind.get("const") for kind in _kinds(schema)]
+    if len(values) == 1 and (values[0][:1] == "[" or values[0] in (*words, "null")):
+        return _from_form(name, values[0], schema)
+    item = next(kind["items"] for kind in _kinds(schema) if "items" in kind)
+    return [_from_form(name, value, item) for value in values]
 
 
 def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
@@ -171,8 +255,9 @@ def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
 
 def _from_base64(value: str, param: str) -> bytes:
     prefix = DATA_URL.match(value)
+    text = value[prefix.end() :] if prefix else value
     try:
-        return base64.b64decode(value[prefix.end() :] if prefix else value, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # MIME's has lines of 76 characters
     except (binascii.Error, ValueError):
         problem = "is neither base64 nor a data: URL of an image; URLs are not fetched, files not opened"
         raise refused(param, problem, "invalid_image") from None

@@ -102,13 +102,13 @@ class Word(BaseModel):
 
 
 class SampleAnswer(BaseModel):
-    index: int
+    index: int = Field(description="0 to num - 1")
     seed: int
-    outputs: dict[str, str]
-    image: str | None = Field(None, description="base64")
-    text: str | None = None
-    confidence: dict[str, float]
-    words: list[Word]
+    outputs: dict[str, str] = Field(description="of each modality, given ones too: a text, or an image in base64")
+    image: str | None = Field(None, description="the output of that name")
+    text: str | None = Field(None, description="the output of that name")
+    confidence: dict[str, float] = Field(description="of each text, 0 to 1")
+    words: list[Word] = Field(description="of the text")
 
 
 class Timings(BaseModel):
@@ -132,14 +132,42 @@ class InfillAnswer(BaseModel):
 
 
 class ErrorObject(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
+    message: str = Field(description="what is wrong and what to do")
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = Field(description="the field that it is about")
+    code: str = Field(description="for programs, such as invalid_value or queue_full")
 
 
 class ErrorAnswer(BaseModel):
     error: ErrorObject
+
+
+class QueuedEvent(BaseModel):
+    id: str = Field(description="with which the request can be cancelled")
+    position: int = Field(description="samples of other requests that enter before those of this one")
+
+
+class ProgressEvent(BaseModel):
+    done: int = Field(description="steps, those of all samples counted")
+    total: int
+
+
+class PreviewSample(SampleAnswer):
+    outputs: dict[str, str] = Field(description="of each modality that has begun: a text, or an image in base64")
+
+
+class PreviewEvent(BaseModel):
+    done: int = Field(description="steps, those of all samples counted")
+    samples: list[PreviewSample]
+
+
+INFILL_EVENTS: dict[str, type[BaseModel]] = {
+    "queued": QueuedEvent,
+    "progress": ProgressEvent,
+    "preview": PreviewEvent,
+    "result": InfillAnswer,
+    "error": ErrorAnswer,
+}
 
 
 class GenerationBody(Body):
@@ -191,6 +219,31 @@ class ImagesAnswer(BaseModel):
     size: str
 
 
+class ImageEvent(BaseModel):
+    type: str = Field(description="the event's name")
+    b64_json: str
+    index: int = Field(description="of the image, 0 to n - 1")
+    created_at: int
+    size: str
+    quality: Literal["auto"]
+    background: Literal["opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+
+
+class PartialImageEvent(ImageEvent):
+    partial_image_index: int = Field(description="0 to partial_images - 1")
+
+
+class CompletedImageEvent(ImageEvent):
+    revised_prompt: str | None = Field(None, description="the words, with those that were filled in")
+    seed: int
+
+
+def image_events(kind: str) -> dict[str, type[BaseModel]]:
+    """The events of images; their names begin with `kind`."""
+    return {f"{kind}.partial_image": PartialImageEvent, f"{kind}.completed": CompletedImageEvent, "error": ErrorAnswer}
+
+
 class CaptionBody(Body):
     """An image to describe."""
 
@@ -216,3 +269,48 @@ class Caption(BaseModel):
 class CaptionsAnswer(BaseModel):
     created: int
     data: list[Caption]
+
+
+class CancelAnswer(BaseModel):
+    id: str
+    cancelled: Literal[True]
+
+
+class Modality(BaseModel):
+    name: str
+    kind: str = Field(description="that of its codec: text, or one for images")
+
+
+class ModelDefaults(BaseModel):
+    steps: int
+    guidance: dict[str, float] = Field(description="by task")
+    order: list[str] | Literal["together"]
+    feather: int = Field(description="pixels over which generated and given parts of an image blend")
+    solver: str | None
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    modalities: list[Modality]
+    size: str | None = Field(None, description="of images, such as 64x64")
+    words: int | None = Field(None, description="of a text at most")
+    vocabulary_size: int | None = None
+    tasks: list[str]
+    defaults: ModelDefaults
+    limits: dict[str, float] = Field(description="of one request; queue: of the service")
+
+
+class ModelsAnswer(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class VocabularyAnswer(BaseModel):
+    words: list[str] = Field(description="that begin with `prefix`: that word itself, then the most frequent ones")
+
+
+class StatusAnswer(BaseModel):
+    status: Literal["ok", "closed", "ready", "not ready"]

@@ -45,7 +45,7 @@ class TrainOptions:
     compile: bool = False  # torch.compile of the denoiser
     fsdp: bool = False  # processes share weights, gradients and optimiser state (FSDP2); each has all without it
     log: str | None = None  # report the denoiser's training to one of TRACKERS
-    grad_checkpointing: bool = False  # of the denoiser's blocks: less memory, about a third more time
+    grad_checkpointing: bool = False  # compute the denoiser's blocks again in the backward pass: less memory
     split: str = "train"  # of the data
     seed: int = 0
     device: str = "auto"

@@ -1,0 +1,98 @@
+"""The OpenAPI document: FastAPI's, with what it does not know of endpoints that read their bodies themselves."""
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from engine.serving.inputs import Limits
+from engine.serving.schemas import ErrorAnswer
+
+ABOUT = """\
+Bodies are JSON or `multipart/form-data`. In JSON, an image is base64 or a data: URL; in a form it may be a file. In a
+form, numbers and booleans are written as in JSON, a list as in JSON or as a field for each item, and `inputs` and
+`masks` as a field for each modality, such as `inputs[image]`.
+
+Of a given image the middle square is used, resized to the model's size (`size` in `/v1/models`). A mask has the size of
+its image.
+
+Every error has a status and an error object: `param` names the field, `message` says what to do, `code` is for
+programs. What one request may ask for is in `/v1/models` under `limits`."""
+STREAM = """\
+With `stream`, the answer is server-sent events, of which each has a name and JSON as data: {}. The last line of data is
+`[DONE]`; lines that begin with a colon are comments. A request that is refused has a status and no events; one that
+fails later ends with the event `error`. A client that disconnects cancels its request."""
+FILE = {"type": "string", "format": "binary", "description": "a file: PNG, JPEG, WebP, GIF or BMP"}
+TOKEN = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "asked for where the service was started with --token-file",
+}
+REF = "#/components/schemas/{model}"
+Events = Mapping[str, type[BaseModel]]  # the schemas of their data, by their names
+
+
+def errors(*statuses: int) -> dict[int | str, dict]:
+    """Answers of an endpoint that are errors."""
+    return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+def about_stream(events: Events) -> dict:
+    """What an endpoint that can stream says of it: its description, and the content of its answer."""
+    return {
+        "description": STREAM.format(", ".join(f"`{name}`" for name in events)),
+        "content": {"text/event-stream": {"itemSchema": {"oneOf": [_event(*event) for event in events.items()]}}},
+    }
+
+
+def _event(name: str, data: type[BaseModel]) -> dict:
+    content = {"contentMediaType": "application/json", "contentSchema": {"$ref": REF.format(model=data.__name__)}}
+    properties = {"event": {"const": name}, "data": {"type": "string", **content}}
+    return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+
+def document(
+    app: FastAPI, bodies: Mapping[str, type[BaseModel]], events: list[type[BaseModel]], limits: Limits
+) -> dict:
+    """The document of `app`.
+
+    bodies  of the endpoints that read theirs themselves, by path
+    events  data of events, beside answers that FastAPI knows
+    limits  of the service, which can be lower than the bodies' own bounds
+    """
+    found = FastAPI.openapi(app)
+    components = found["components"]
+    components["schemas"] |= models_json_schema([(model, "serialization") for model in events], ref_template=REF)[1][
+        "$defs"
+    ]
+    components["securitySchemes"] = {"token": TOKEN}
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    for path, operations in found["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # which FastAPI lists everywhere, and this service never returns
+            if "401" in operation["responses"]:
+                operation["security"] = [{"token": []}, {}]
+        if path in bodies:  # here, and not by FastAPI: it would make numbers floats, of which 2^64 − 1 is none
+            operations["post"]["requestBody"] = _body(bodies[path], limits)
+    return found
+
+
+def _body(model: type[BaseModel], limits: Limits) -> dict:
+    schema = model.model_json_schema(ref_template=REF)
+    examples = {f"example {i}": {"value": value} for i, value in enumerate(schema.pop("examples", ()), 1)}
+    for name, field in schema["properties"].items():
+        for kind in (field, *field.get("anyOf", ())):
+            if limits.most(name) < kind.get("maximum", 0):
+                kind["maximum"] = limits.most(name)
+    form = {**schema, "properties": {name: _in_form(field) for name, field in schema["properties"].items()}}
+    content = {"application/json": {"schema": schema, "examples": examples}, "multipart/form-data": {"schema": form}}
+    return {"required": True, "content": content}
+
+
+def _in_form(field: dict) -> dict:
+    """The schema of a body's field as a form has it: images are files."""
+    if not any("contentEncoding" in kind for kind in (field, *field.get("anyOf", ()))):
+        return field
+    return FILE | {key: field[key] for key in ("title", "description") if key in field}
