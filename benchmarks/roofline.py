@@ -96,7 +96,7 @@ def forward_operations(
 
     device_type  "cuda": with the kernels that are the default there where nothing was measured; "cpu": PyTorch's own
     """
-    with torch.device("meta"), _kernels_of(device_type), torch.inference_mode():
+    with torch.device("meta"), kernels_of(device_type), torch.inference_mode():
         network = build(model).to(dtype)
         inputs, index = torch.empty(rows, model.size), torch.empty(rows, model.tokens, dtype=torch.int32)
         table = network.time_table(torch.arange(TIMES))
@@ -107,7 +107,7 @@ def forward_operations(
 
 
 @contextmanager
-def _kernels_of(device_type: str) -> Iterator[None]:
+def kernels_of(device_type: str) -> Iterator[None]:
     """Within it, tensors without memory take the kernels that tensors on such a device would take."""
     chosen = backend.UNMEASURED if device_type == "cuda" else backend.PORTABLE
     with patch.dict(backend.ENVIRONMENT, chosen), patch.object(backend, "INTERPRETED", True):

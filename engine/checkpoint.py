@@ -79,7 +79,7 @@ def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     if not is_folder(path, "checkpoint"):
         raise InputError("checkpoint", path, REMEDY, "is not a folder")
     config = read_config(path / "config.json")
-    network = _read_network(path, config.model)
+    network = read_network(path, config.model)
     checkpoint = Checkpoint(config, network, path)
     for modality in config.model.modalities:
         checkpoint.codec(modality.name)  # now, so that damage is reported before minutes of work
@@ -142,7 +142,7 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def _read_network(folder: Path, config: ModelConfig) -> PSUNet | UViT:
+def read_network(folder: Path, config: ModelConfig) -> PSUNet | UViT:
     weights: dict[str, Tensor] = {}
     files = _weights_files(folder)
     for path in files:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.adapters import CONFIG, read_adapter
+from engine.checkpoint import PIPELINE_PREFIX
 from engine.codecs.autoencoder import AUTOENCODERS, import_diffusers
 from engine.codecs.text import TextCodec, read_vocabulary
 from engine.config import DiffusionConfig, ModelConfig
@@ -150,9 +152,16 @@ class PSUNetLoraMixin(LoraBaseMixin):
     ) -> None:
         """Adds layers that `save_lora_weights` wrote, from a folder, a file, the hub or a state dict.
 
+        A folder that engine.train --lora or peft wrote is taken too; raises InputError if it does not fit the model.
         kwargs  of `PeftAdapterMixin.load_lora_adapter`
         """
         source, kwargs = pretrained_model_name_or_path_or_dict, {**kwargs, "use_safetensors": True, "_pipeline": self}
+        if isinstance(source, str | PathLike) and (Path(source) / CONFIG).is_file():
+            layers = read_adapter(source, self.transformer.model_config).layers
+            source = {}
+            for name, pair in layers.items():
+                for part, tensor in zip("AB", pair, strict=True):
+                    source[f"transformer.{PIPELINE_PREFIX}{name}.lora_{part}.weight"] = tensor
         self.transformer.load_lora_adapter(source, adapter_name=adapter_name, **kwargs)
 
     @classmethod

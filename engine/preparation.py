@@ -1,18 +1,22 @@
-"""From a request to what the sampler takes: reads what is given and settles what the request leaves open. Host only."""
+"""From a request to what the sampler takes: reads and encodes what is given, settles what the request leaves open."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.codecs.codec import Codec, Given
-from engine.config import Config
+from engine.config import Config, Modality
 from engine.diffusion import masks
 from engine.diffusion.schedule import default_spacing, way_to_time
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, spaced_table
 from engine.errors import InputError, shown
+from engine.model.lora import Adapter
 from engine.request import INPUTS, MASKS, Request, Result, Sample
+from engine.sampling.batch import SampleSpec
+from engine.sampling.sampler import Sampler
 
 GUIDANCE = 3.0  # the scale of tasks for which a checkpoint's config names none
 
@@ -32,21 +36,38 @@ class PreparedRequest:
     given: dict[str, Given]  # by modality
     generate: Tensor  # [N] bool
     table: StepTable
+    adapter: Adapter | None = None
 
     @property
     def seeds(self) -> range:
         return range(self.request.seed, self.request.seed + self.request.num)
 
+    def spec(self, seed: int, known: Tensor, null: Tensor | None, on_arrival: Mapping) -> SampleSpec:
+        """One of its samples, `known` [N] being what is given as encoded; other arguments as there."""
+        adapted = self.adapter, self.request.adapter_scale
+        return SampleSpec(seed, self.table, self.generate, known, null, on_arrival, *adapted)
+
     def result(self, samples: tuple[Sample, ...]) -> Result:
         return Result(self.request, self.task, self.guidance, self.order, self.solver, self.spacing, samples)
 
 
-def prepare(request: Request, config: Config, codecs: Mapping[str, Codec], can_cache: bool) -> PreparedRequest:
+def prepare(
+    request: Request,
+    config: Config,
+    codecs: Mapping[str, Codec],
+    can_cache: bool,
+    adapters: Mapping[str, Adapter] | None = None,
+) -> PreparedRequest:
     """Reads and checks a request; raises InputError if it cannot be served.
 
     can_cache  whether the model has inner blocks that step caching can leave out
+    adapters   by the names that requests may ask for
     """
     _check_names(request, config)
+    adapter = None if request.adapter is None else (adapters or {}).get(request.adapter)
+    if request.adapter is not None and adapter is None:
+        names = ", ".join(sorted(adapters or {})) or "none"
+        raise InputError("adapter", request.adapter, f"load it first (loaded: {names})", "is not loaded")
     if request.step_cache > 1 and not can_cache:
         raise InputError("step_cache", request.step_cache, "use 1", "needs a model of 3 or more shared blocks")
     given = {
@@ -60,7 +81,7 @@ def prepare(request: Request, config: Config, codecs: Mapping[str, Codec], can_c
         )
         for m in config.model.modalities
     }
-    return settle(request, given, config)
+    return replace(settle(request, given, config), adapter=adapter)
 
 
 def settle(request: Request, given: dict[str, Given], config: Config) -> PreparedRequest:
@@ -87,6 +108,39 @@ def settle(request: Request, given: dict[str, Given], config: Config) -> Prepare
     table = _table(request, guidance, stages, generate, config, solver, spacing)
     order = tuple(model.modalities[i].name for stage in stages for i in stage)
     return PreparedRequest(request, task, guidance, order, solver, spacing, given, generate, table)
+
+
+def known_patterns(config: Config, codecs: Mapping[str, Codec]) -> list[tuple[dict[str, Given], str | None]]:
+    """What is given and the order of every task in which each modality is wholly known or wholly generated."""
+    names = set(codecs)
+    known = [()] if len(names) == 1 else [(), *((name,) for name in sorted(names))]
+    patterns = []
+    for some in known:
+        if names - {*some} <= {*config.model.predicted}:
+            given = {n: c.null() if n in some else c.read(None, n) for n, c in codecs.items()}
+            patterns += [(given, order) for order in ((None,) if some else (None, "together"))]
+    return patterns
+
+
+def encoded(sampler: Sampler, modality: Modality, codec: Codec, given: list[Given]):
+    """Known values of a modality, [n, L·C] float32, zero where nothing is given; a generator that waits in `yield`."""
+    values = torch.zeros(len(given), modality.tokens, modality.channels)
+    partly = [i for i, g in enumerate(given) if not g.generate.all()]
+    if partly:
+        rows = yield sampler.call(codec.encode, [given[i] for i in partly])
+        for i, row in zip(partly, rows, strict=True):
+            values[i] = row
+    return values.flatten(1)
+
+
+def encoded_null(sampler: Sampler, prepared: list[PreparedRequest], config: Config, codecs: Mapping[str, Codec]):
+    """What "empty" guidance knows of every modality, [N] float32, or None where no request uses it; as `encoded`."""
+    if not any(p.request.guidance_kind == "empty" for p in prepared):
+        return None
+    parts = []
+    for m in config.model.modalities:
+        parts.append((yield from encoded(sampler, m, codecs[m.name], [codecs[m.name].null()]))[0])
+    return torch.cat(parts)
 
 
 def argument_of(request: Request, modality: str) -> str:

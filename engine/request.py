@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 TASKS = ("auto", "joint", "text-to-image", "image-to-text", "infill")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 QUANTIZATIONS = ("none", "fp8")  # of the large products of each block
+ADAPTER = "adapter"  # what command lines that take one adapter call it
 SOLVERS = ("dpm++", "unipc", "sde-dpm++", "ddim", "ddpm")
 SPACINGS = ("even", "power")
 INFILLS = ("repaint", "langevin")
@@ -28,7 +29,7 @@ MAX_STEPS = 20_000  # calls of the model, see `Request.calls`
 MAX_SEED = 2**64 - 1
 WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
                  "inner_steps": (1, 100), "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
-NUMBERS = {"guidance": (-100, 100), "eta": (0, 1), "step_size": (0.001, 100)}
+NUMBERS = {"guidance": (-100, 100), "eta": (0, 1), "step_size": (0.001, 100), "adapter_scale": (-100, 100)}
 
 OnStep: TypeAlias = Callable[[int, int], None] | None  # called with the steps that are done and those in all
 OnPreview: TypeAlias = "Callable[[dict[int, Sample]], None] | None"  # with samples in progress by number
@@ -64,6 +65,8 @@ class Request:
     guidance_kind  "masked" drops the known part (the paper's); "alternate" guides one modality a step by dropping the
               others; "unidiffuser" has an extra pass for each modality; "empty" replaces the known part by the empty
               text and a grey image; None: masked, or alternate where nothing is known and all are generated together
+    adapter   the name of a LoRA adapter of `Engine.load_adapter`; None: the checkpoint's own weights
+    adapter_scale  how much of it is added to the weights
     inputs    what is given of any modality, by its name: `prompt` is inputs["text"], `image` inputs["image"]
     masks     for given images by modality: `mask` is masks["image"]
     sketch    for models that have sketches: inputs["sketch"], black lines on white, like `image`
@@ -95,6 +98,8 @@ class Request:
     infill: str = "repaint"
     inner_steps: int = 7
     step_size: float = 2.0
+    adapter: str | None = None
+    adapter_scale: float = 1.0
     sketch: "Image | str | PathLike | None" = None
     sketch_mask: "Image | str | PathLike | None" = None
 
@@ -183,6 +188,10 @@ class Request:
             object.__setattr__(self, key, float(value))
         if self.eta != 0 and self.solver != "ddim":
             raise InputError("eta", self.eta, f"use solver ddim; {self.solver or 'the default'} has no eta")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InputError("adapter", self.adapter, "give the name that it was loaded under", "is not a string")
+        if self.adapter is None and self.adapter_scale != 1:
+            raise InputError("adapter_scale", self.adapter_scale, "give adapter too", "needs an adapter")
         if self.guidance_interval is not None:
             pair = self.guidance_interval
             ends = [_plain(x) for x in pair] if isinstance(pair, tuple | list) else []

@@ -3,7 +3,7 @@
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from os import PathLike
 from queue import SimpleQueue
@@ -12,7 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from engine.checkpoint import BUILT_IN, Checkpoint, load
+from engine.adapters import fingerprint, read_adapter
+from engine.checkpoint import BUILT_IN, Checkpoint, load, read_network
 from engine.codecs.codec import Codec, Decoded, Given
 from engine.decoding import Decoder, on_arrival, results_of, sample_of
 from engine.device import check_quantization, resolve_device, resolve_dtype
@@ -20,9 +21,9 @@ from engine.errors import InputError
 from engine.kernels import backend
 from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
-from engine.preparation import PreparedRequest, prepare, settle
+from engine.model.lora import Adapter
+from engine.preparation import PreparedRequest, encoded, encoded_null, known_patterns, prepare, settle
 from engine.request import ATTENTIONS, MAX_NUM, OnPreview, OnStep, Request, Result, Stats, Watch, is_whole
-from engine.sampling.batch import SampleSpec
 from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
@@ -46,6 +47,8 @@ class Engine:
         self.config, self.device, self.dtype, self.max_rows = loaded.config, device, dtype, max_rows
         self.codecs: dict[str, Codec] = {name: loaded.codec(name, device) for name in loaded.config.codecs}
         self._lock, self._seconds, self._built = threading.Lock(), [0.0, 0.0, 0.0], False
+        self._adapters: dict[str, Adapter] = {}
+        self._folder, self._fingerprint = loaded.folder, ""  # of the weights; made when an adapter is loaded
         network = loaded.network.to(device, dtype)
         set_up(network, device, compile, attention, quantize)
         cuda = device.type == "cuda"
@@ -75,6 +78,7 @@ class Engine:
         graphs: bool = True,
         max_rows: int = 64,
         quantize: str = "none",
+        adapters: Mapping[str, str | PathLike] | None = None,
     ) -> "Engine":
         """Loads a checkpoint: a folder, or "owner/name" on the Hugging Face hub; default the built-in one.
 
@@ -89,6 +93,7 @@ class Engine:
         max_rows   samples computed together
         quantize   "fp8" keeps the weights of each block's four large products in 8 bits; needs an NVIDIA GPU that has
                    such products. "none" leaves them in dtype
+        adapters   folders of LoRA adapters by name, see `load_adapter`
         Raises InputError, naming the argument or the damaged file, and RuntimeError in a process that was forked from
         one in which an engine had been made.
         """
@@ -104,7 +109,10 @@ class Engine:
         def make() -> Engine:
             loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
             what = resolve_dtype(dtype, where, loaded.config.model)
-            return cls(loaded, where, what, int(max_rows), graphs, compile, attention, quantize)
+            engine = cls(loaded, where, what, int(max_rows), graphs, compile, attention, quantize)
+            for name, folder in (adapters or {}).items():
+                engine.load_adapter(name, folder)
+            return engine
 
         return in_own_thread(make)
 
@@ -126,6 +134,31 @@ class Engine:
         self._sampler.close()
         self._denoiser = self._sampler.denoiser = None
         self.codecs = {}
+
+    def load_adapter(self, name: str, folder: str | PathLike) -> None:
+        """Reads a LoRA adapter that `Request(adapter=name)` asks for from now on, also while other requests run.
+
+        folder  that `engine.train --lora` or peft has written
+        Samples with any adapters, and without, share their steps. Steps with an adapter run on blocks that are neither
+        compiled nor in packages; others are as before. One of the same name is replaced: requests that were submitted
+        before keep it. Raises InputError about "name", or about "adapter" if it does not fit the checkpoint, naming the
+        file.
+        """
+        if not isinstance(name, str) or not name:
+            raise InputError("name", name, "give a string of one character or more", "is not a name")
+        # Of the file's weights: those of the network may be of another dtype, or in 8 bits.
+        self._fingerprint = self._fingerprint or fingerprint(read_network(self._folder, self.config.model).state_dict())
+        self._adapters[name] = read_adapter(folder, self.config.model, self._fingerprint)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests that were submitted before keep it. Raises InputError if there is none."""
+        if self._adapters.pop(name, None) is None:
+            raise InputError("name", name, f"use one of {', '.join(self.adapters) or 'none'}", "is not loaded")
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that are loaded."""
+        return sorted(self._adapters)
 
     @overload
     def generate(self, requests: Request, callback: OnStep = None) -> Result: ...
@@ -199,7 +232,7 @@ class Engine:
         denoiser, codecs = self._denoiser, self.codecs  # first, since the engine may be closed at any moment
         self._sampler.worker.check()
         assert denoiser is not None, "only a closed engine has none"
-        prepared = [prepare(r, self.config, codecs, denoiser.can_cache) for r in listed]
+        prepared = [prepare(r, self.config, codecs, denoiser.can_cache, self._adapters) for r in listed]
         self._build(codecs)  # now, since a damaged file is to be reported before the sampling, not after
         return drive(self._flow(prepared, codecs, watch, isinstance(requests, Request), started))
 
@@ -213,8 +246,8 @@ class Engine:
         known = {}
         for m in model.modalities:
             given = [p.given[m.name] for p in prepared]
-            known[m.name] = yield from self._encoded(m.name, codecs[m.name], given)  # [n, L·C]
-        null = yield from self._null(prepared, codecs)
+            known[m.name] = yield from encoded(self._sampler, m, codecs[m.name], given)  # [n, L·C]
+        null = yield from encoded_null(self._sampler, prepared, self.config, codecs)
         values = torch.cat([known[m.name] for m in model.modalities], dim=1)  # [n, N]
         owners = [(i, p, seed) for i, p in enumerate(prepared) for seed in p.seeds]
         usable = values.isfinite().all(1)  # [n]
@@ -222,8 +255,8 @@ class Engine:
         # Why samples are not finite, by their positions.
         failed = {k: f"what is given is encoded as {NOT_FINITE}" for k, (i, _, _) in enumerate(owners) if not usable[i]}
         arrivals = [on_arrival(p, codecs) for p in prepared]
-        specs = [SampleSpec(seed, p.table, p.generate, values[i], null, arrivals[i]) for i, p, seed in owners]
-        encoded = self._count(0, started)
+        specs = [p.spec(seed, values[i], null, arrivals[i]) for i, p, seed in owners]
+        begun = self._count(0, started)
 
         self._sampler.worker.check()  # it may have been closed meanwhile
         try:
@@ -235,7 +268,7 @@ class Engine:
         except NotFiniteError as error:
             states = error.states
             failed |= dict.fromkeys(set(error.positions) - failed.keys(), str(error))
-        sampled = self._count(1, encoded)
+        sampled = self._count(1, begun)
 
         outputs: list[dict[str, Decoded]] = [{} for _ in owners]
         for m in model.modalities:
@@ -267,26 +300,6 @@ class Engine:
         if outputs:
             show({i: sample_of(owners[i][2], output) for i, output in outputs.items()})
 
-    def _encoded(self, name: str, codec: Codec, given: list[Given]):
-        """Known values of a modality, [n, L·C] float32; zero where nothing is given."""
-        m = self.config.model.modality(name)
-        values = torch.zeros(len(given), m.tokens, m.channels)
-        partly = [i for i, g in enumerate(given) if not g.generate.all()]
-        if partly:
-            rows = yield self._sampler.call(codec.encode, [given[i] for i in partly])
-            for i, row in zip(partly, rows, strict=True):
-                values[i] = row
-        return values.flatten(1)
-
-    def _null(self, prepared: list[PreparedRequest], codecs: dict[str, Codec]):
-        """What "empty" guidance knows of every modality, [N] float32; None where no request uses it."""
-        if not any(p.request.guidance_kind == "empty" for p in prepared):
-            return None
-        parts = []
-        for m in self.config.model.modalities:
-            parts.append((yield from self._encoded(m.name, codecs[m.name], [codecs[m.name].null()]))[0])
-        return torch.cat(parts)
-
     def warmup(self, batch: int = 1) -> None:
         """Runs a step of every task with and without guidance, so that nothing is loaded, compiled or captured later.
 
@@ -303,24 +316,14 @@ class Engine:
         self._sampler.worker.check()
         # The largest first: the smaller ones fit into its memory.
         sizes = [batch, *(rows for rows in reversed(self._warm_sizes) if rows < batch)]
-        kinds = [(rows, given, order, w) for rows in sizes for given, order in self._patterns() for w in (1.0, 2.0)]
+        patterns = known_patterns(self.config, self.codecs)
+        kinds = [(rows, given, order, w) for rows in sizes for given, order in patterns for w in (1.0, 2.0)]
         self._build(self.codecs)
         for rows, given, order, w in tqdm(kinds, desc="warm-up", unit="kind of step", disable=None):
             parts = [min(MAX_NUM, rows - i) for i in range(0, rows, MAX_NUM)]
             requests = [Request(num=num, steps=2, guidance=w, order=order) for num in parts]
             prepared = [settle(request, given, self.config) for request in requests]
             drive(self._flow(prepared, self.codecs, Watch(), alone=False, started=time.perf_counter())).result()
-
-    def _patterns(self) -> list[tuple[dict[str, Given], str | None]]:
-        """What is given and the order of every task in which each modality is wholly known or wholly generated."""
-        names = set(self.codecs)
-        known = [()] if len(names) == 1 else [(), *((name,) for name in sorted(names))]
-        patterns = []
-        for some in known:
-            if names - {*some} <= {*self.config.model.predicted}:
-                given = {n: c.null() if n in some else c.read(None, n) for n, c in self.codecs.items()}
-                patterns += [(given, order) for order in ((None,) if some else (None, "together"))]
-        return patterns
 
     def stats(self) -> Stats:
         """What all calls so far have done together."""

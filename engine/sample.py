@@ -13,6 +13,7 @@ from pathlib import Path
 from engine.command import Parser, add_model, add_quantize, check_writable, path, refuse, run
 from engine.errors import InputError, shown
 from engine.request import (
+    ADAPTER,
     ATTENTIONS,
     GUIDANCE_KINDS,
     INFILLS,
@@ -87,6 +88,10 @@ def _add_solver(add) -> None:
 def _add_engine(add) -> None:
     add_model(add)
     add("--attention", choices=ATTENTIONS, default="auto")
+    text = "a LoRA adapter of the checkpoint, from engine.train --lora or peft"
+    add("--adapter", type=path, metavar="DIR", help=text)
+    text = "how much of the adapter is added to the weights (default: 1)"
+    add("--adapter-scale", type=float, default=1.0, metavar="S", help=text)
     text = "compile the model: on a CPU once, for all later runs too, with --compile or without"
     add("--compile", action="store_true", help=text)
     add_quantize(add)
@@ -153,8 +158,9 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     same = {key: getattr(options, key) for key in (
         "image", "mask", "task", "steps", "solver", "guidance", "seed", "resample", "jump", "unknown_words",
         "step_cache", "order", "eta", "guidance_kind", "spacing", "infill", "inner_steps", "step_size", "sketch",
-        "sketch_mask",
+        "sketch_mask", "adapter_scale",
     )}  # fmt: skip
+    same["adapter"] = ADAPTER if options.adapter else None
     interval = tuple(options.guidance_interval) if options.guidance_interval else None
     given = {"inputs": _once("input", options.input), "masks": _once("input_mask", options.input_mask)}
     return [
@@ -167,8 +173,8 @@ def _inputs(options: argparse.Namespace) -> list[tuple[str, Path]]:
     named = [(option, Path(file)) for option in ("input", "input_mask") for _, file in getattr(options, option)]
     options_of_files = ("image", "mask", "sketch", "sketch_mask")
     given = [(option, getattr(options, option)) for option in options_of_files if getattr(options, option)]
-    checkpoint = options.checkpoint.rglob("*") if options.checkpoint else []
-    return [*given, *named, *(("checkpoint", file) for file in checkpoint)]
+    folders = [(key, getattr(options, key)) for key in ("checkpoint", "adapter") if getattr(options, key)]
+    return [*given, *named, *((key, file) for key, folder in folders for file in folder.rglob("*"))]
 
 
 def _about_options(error: InputError) -> InputError:
@@ -202,6 +208,7 @@ def _run(options: argparse.Namespace, requests: list[Request]) -> tuple[list[dic
     with Engine.from_pretrained(
         options.checkpoint, device=options.device, dtype=options.dtype, attention=options.attention,
         compile=options.compile, graphs=not options.no_graphs, quantize=options.quantize,
+        adapters={ADAPTER: options.adapter} if options.adapter else None,
     ) as engine:  # fmt: skip
         loaded = time.perf_counter()
         images = [name for name, codec in engine.config.codecs.items() if codec.kind == "image"]

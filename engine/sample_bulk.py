@@ -27,7 +27,7 @@ from engine.data.sample_files import FileWriter, SampleFiles, ShardWriter
 from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
 from engine.images import images_up_to_the_limit, open_image
-from engine.request import MAX_SEED, NotFiniteSamplesError, Request, Result
+from engine.request import ADAPTER, MAX_SEED, NotFiniteSamplesError, Request, Result
 from engine.runtime import Engine
 from engine.sample_folder import is_image
 
@@ -71,11 +71,16 @@ def run_bulk(options: argparse.Namespace) -> int:
     settings = {key: getattr(options, key) for key in SETTINGS}
     interval = settings["guidance_interval"]
     settings["guidance_interval"] = tuple(interval) if interval else None
+    digests = {"checkpoint": options.checkpoint or BUILT_IN}
+    if options.adapter or options.adapter_scale != 1:
+        settings |= {"adapter": options.adapter and ADAPTER, "adapter_scale": options.adapter_scale}
+        digests["adapter"] = options.adapter
     Request(seed=options.seed, **settings | {"task": "auto"})  # checks all before the model is loaded
     check_writable(options.out)
     with Engine.from_pretrained(
         options.checkpoint, device=_device(options.device), dtype=options.dtype, attention=options.attention,
         compile=options.compile, graphs=not options.no_graphs, max_rows=options.batch,
+        adapters={ADAPTER: options.adapter} if options.adapter else None,
     ) as engine:  # fmt: skip
         source = _source(options, engine)
         if options.seed + source.count - 1 > MAX_SEED:
@@ -83,7 +88,8 @@ def run_bulk(options: argparse.Namespace) -> int:
         if options.shards > source.count:
             raise InputError("shards", options.shards, f"use at most {source.count}", "are more than samples")
         files = SampleFiles(options.out, source.count, options.shards)
-        files.begin({**source.settings, "seed": options.seed, **settings, "checkpoint": _digest(options.checkpoint)})
+        digests = {key: _digest(folder) for key, folder in digests.items()}
+        files.begin({**source.settings, "seed": options.seed, **settings, **digests})
         if source.note and not options.quiet and process == 0:
             print(source.note, flush=True)
         making = _Making(engine, source, options.seed, settings, options.batch)
@@ -112,9 +118,9 @@ def _device(name: str) -> str:
     return name
 
 
-def _digest(checkpoint: Path | None) -> str:
-    """Of the contents of a checkpoint's files."""
-    folder, found = checkpoint or BUILT_IN, hashlib.sha256()
+def _digest(folder: Path) -> str:
+    """Of the contents of the files of a checkpoint or an adapter."""
+    found = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
         found.update(hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()

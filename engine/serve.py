@@ -32,6 +32,8 @@ def _parser() -> Parser:
     add("--name", type=name, help="the model's name for clients (default: the checkpoint folder's)")
     add("--compile", action="store_true", help="compile the model before the first request")
     add_quantize(add)
+    text = "a LoRA adapter of the checkpoint, which requests ask for by this name; may be repeated"
+    add("--adapter", action="append", default=[], type=_adapter, metavar="NAME=DIR", help=text)
     add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0: none (default: 1; with --compile on a GPU: --max-rows)"
@@ -62,6 +64,13 @@ def _limit(text: str) -> tuple[str, float]:
     return name, number
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR; give a name and the folder of an adapter")
+    return name, Path(folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)  # while loading; the server has handlers of its own, and then calls these
@@ -90,6 +99,7 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
     engine = {
         key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows", "quantize")
     }
+    engine["adapters"] = {name: folder.resolve() for name, folder in options.adapter}  # replicas start elsewhere
     if options.replicas is None:
         from engine.runtime import Engine
         from engine.serving.app import create_app
@@ -162,6 +172,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, key)
         if value is not None and not lowest <= value <= 10_000:  # also NaN
             raise InputError(key, value, f"use a number from {lowest} to 10000")
+    names = [name for name, _ in options.adapter]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError("adapter", repeated[0], "give each adapter another name", "is given twice")
     for origin in options.cors:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise InputError("cors", origin, "give scheme, host and port, such as https://example.org")

@@ -30,6 +30,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--init", type=path, metavar="DIR",
         help="a checkpoint to start from, a folder or on the hub, or a U-ViT weights file")  # fmt: skip
     add("--init-heads", type=int, metavar="N", help="attention heads of the weights file (default: the preset's)")
+    text = "train LoRA adapters of this rank on the checkpoint of --init, which go to RUN/adapter (extra [lora])"
+    add("--lora", type=int, metavar="RANK", help=text)
+    add("--lora-alpha", type=float, metavar="A", help="the adapters are scaled by A / RANK (default: A = RANK)")
     add("--steps", type=int, help="optimiser steps of the denoiser")
     add("--batch", type=int, help="samples per step of the denoiser")
     add("--learning-rate", type=float, help="of the denoiser")
@@ -38,6 +41,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--autoencoder-learning-rate", type=float, help="of the autoencoder")
     add("--save-every", type=int, default=250, metavar="STEPS",
         help="save the state and sample images every N steps (default: %(default)s)")  # fmt: skip
+    add("--evaluate-every", type=int, metavar="STEPS",
+        help="score RUN/checkpoint on the data's test split every N steps, a multiple of --save-every")  # fmt: skip
     add("--keep", type=int, default=1, metavar="K", help="saved states that are kept (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
     add("--grad-checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")

@@ -26,6 +26,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.codecs": 3,
     "engine.diffusion": 4,
     "engine.model": 4,
+    "engine.adapters": 5,
     "engine.checkpoint": 5,
     "engine.model_card": 5,
     "engine.data": 5,
@@ -52,8 +53,8 @@ LONGEST_FILE, LONGEST_FUNCTION = 360, 65  # lines
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
 OF_DIFFUSERS = {"engine.pipeline", "engine.pipeline_components"}  # classes derived from those of diffusers
 IMPORTED_WHERE_USED = {
-    "accelerate", "diffusers", "gensim", "huggingface_hub", "matplotlib", "pynvml", "ray", "scipy", "torchmetrics",
-    "transformers", "xformers",
+    "accelerate", "diffusers", "gensim", "huggingface_hub", "matplotlib", "peft", "pynvml", "ray", "scipy",
+    "torchmetrics", "transformers", "xformers",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_cases import write_adapter
 from engine_cases import assert_same, mixed_requests
 
 from engine import Engine, Request, packages
@@ -145,11 +146,18 @@ def test_no_call_takes_more_rows_than_other_threads_can_wait_for(cached, network
 
 
 def test_samples_are_the_eager_ones_and_nothing_is_built_when_batch_task_or_steps_change(
-    built, cached, builds, engine, mixed, tiny_checkpoint
+    built, cached, builds, engine, mixed, tiny_checkpoint, tmp_path
 ):
     assert len(built[1]) == 3, "a block with a skip, one without, and the decoder"
     eager = engine.generate(mixed)
-    with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True) as compiled:
+    style = write_adapter(tmp_path / "style", tiny_checkpoint)
+    with Engine.from_pretrained(tiny_checkpoint, dtype="float32", adapters={"style": style}) as adapted:
+        request = Request("red cat", steps=3, adapter="style")
+        styled = adapted.generate(request)
+    with Engine.from_pretrained(
+        tiny_checkpoint, device="cpu", dtype="float32", compile=True, adapters={"style": style}
+    ) as compiled:
+        assert_same(compiled.generate(request), styled)
         for found, expected in zip(compiled.generate(mixed_requests()), eager, strict=True):
             assert_same(found, expected)
         compiled.generate([Request(num=5, steps=3, step_cache=2), Request(prompt="red", order="together", steps=7)])

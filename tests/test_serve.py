@@ -146,6 +146,7 @@ async def test_leaving_a_connection_ends_its_request(live):
         ["--token-file", "missing"],
         ["--token-file", "empty"],
         ["--limit", "speed=5"],
+        ["--adapter", "style"],
         ["--limit", "num"],
         ["--limit", "num=0"],
         ["--limit", "num=1.5"],
@@ -164,6 +165,12 @@ def test_a_bad_option_is_refused_in_one_line(options, capsys, monkeypatch, tmp_p
     message = capsys.readouterr().err
     assert status == 2 and message.count("\n") == 1
     assert message.replace("argument ", "").startswith(f"python -m engine.serve: {options[0]}: ")
+
+
+def test_a_name_of_two_adapters_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    assert command.main(["--adapter", "style=a", "--adapter", "style=b"]) == 2
+    assert "--adapter: 'style' is given twice; give each adapter another name" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_refused(live, capsys, monkeypatch):

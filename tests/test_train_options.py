@@ -77,6 +77,11 @@ def test_a_model_of_text_alone_needs_no_autoencoder_and_takes_none():
         ("save_every", 0, "whole number"),
         ("save_every", None, "whole number"),
         ("keep", 0, "from 1 to 1000000000"),
+        ("evaluate_every", 0, "from 1 to 1000000000"),
+        ("evaluate_every", 300, "use a multiple of 250"),
+        ("lora", 0, "from 1 to 1024"),
+        ("lora", 8, "give the checkpoint to adapt as init"),
+        ("lora_alpha", 8.0, "give lora, the rank, too"),
         ("learning_rate", 0.0, "above 0"),
         ("learning_rate", math.nan, "above 0"),
         ("learning_rate", math.inf, "above 0"),
@@ -92,6 +97,16 @@ def test_values_out_of_range_are_refused_with_a_remedy(argument, value, remedy):
     with pytest.raises(InputError, match=remedy) as error:
         options(**{argument: value})
     assert error.value.argument == argument and repr(error.value.value) == repr(value)
+
+
+def test_a_model_of_text_alone_has_no_scores_to_follow():
+    with pytest.raises(InputError, match="^evaluate_every: 250 needs a model of images and texts; leave it out"):
+        options(preset="text", evaluate_every=250)
+
+
+def test_adapters_are_not_shared_among_processes(tmp_path):
+    with pytest.raises(InputError, match="^fsdp: True conflicts with lora; leave out one of them"):
+        options(init=tmp_path, lora=8, fsdp=True)
 
 
 def test_a_preset_without_an_autoencoder_needs_a_trained_one(tmp_path):

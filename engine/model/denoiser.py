@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.model.blocks import InnerCache, one_by_one
+from engine.model.lora import AdapterRows, Adapters
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 
@@ -43,6 +44,18 @@ class Denoiser:
             # All times at once: the sampling loop only changes indices into this table.
             self.table = network.time_table(torch.arange(timesteps + 1, device=device))  # [N+1, ·], row t for time t
         self.few_times = device.type == "cpu" and network.time.adaln  # blocks add their modulation to every row
+        self._adapters: Adapters | None = None
+
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRA adapters of calls with `adapted`; made when first needed."""
+        if self._adapters is None:
+            self._adapters = Adapters(self.network)
+        return self._adapters
+
+    def free_adapters(self) -> None:
+        """Frees the memory of the adapters."""
+        self._adapters = None
 
     @property
     def can_cache(self) -> bool:
@@ -57,6 +70,7 @@ class Denoiser:
         features: Mapping[str, Tensor] | None = None,
         cache: Tensor | None = None,
         refresh: Tensor | None = None,
+        adapted: AdapterRows | None = None,
     ) -> Tensor:
         """Predicts the noise (or v) of every element.
 
@@ -67,23 +81,28 @@ class Denoiser:
         cache     [R, L, D] from `new_cache`, step caching: the inner blocks' last results, updated in place
         refresh   [R] bool, with a cache: the rows for which the inner blocks run and the cache is updated, the others
                   use what it holds; None: all rows use it, and the inner blocks do not run
+        adapted   the adapters of the rows, by their places in `adapters`; None: no row has one
         returns   [R, N] in inputs' dtype
         """
         assert cache is None or self.can_cache, "no inner blocks: ask can_cache first"
         inner = None if cache is None else InnerCache(cache, refresh)
-        return self.network(inputs, *self._rows_of(times), outputs, features, inner, self.run_branches)
+        network = self._network_of(adapted)
+        return network(inputs, *self._rows_of(times), outputs, features, inner, self.run_branches)
 
-    def branch_features(self, name: str, inputs: Tensor, times: Tensor) -> Tensor:
+    def branch_features(self, name: str, inputs: Tensor, times: Tensor, adapted: AdapterRows | None = None) -> Tensor:
         """The outputs of the in-blocks of one modality with depth ≥ 1, [depth, R, L, D] in the network's dtype.
 
         Arguments as in a call. They depend on the modality's own inputs and times alone: while these do not change, one
         call serves every step.
         """
-        return self.network.branch_features(name, inputs, *self._rows_of(times))
+        return self._network_of(adapted).branch_features(name, inputs, *self._rows_of(times))
 
     def new_cache(self, rows: int) -> Tensor:
         """Memory for `cache`, [R, L, D] in the network's dtype, L with time tokens; it holds no results yet."""
         return self.network.new_cache(rows)
+
+    def _network_of(self, adapted: AdapterRows | None) -> PSUNet | UViT:
+        return self.network if adapted is None else self.adapters.of_rows(adapted)
 
     def _rows_of(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """(table [T, ·], index [R, L]) for the network: where it saves time, only the rows that these times have."""

@@ -14,6 +14,7 @@ from engine.errors import InputError
 from engine.kernels.cfg_step import init_state
 from engine.kernels.sampler_state import BatchConstants, new_state
 from engine.kernels.step_table import NOOP_STEP, PassKind, StepColumn
+from engine.model.lora import Adapter, AdapterRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class SampleSpec:
     # By modality, for those that arrive before others start: a function from its tokens [n, L, C] to those that the
     # later modalities are given, such as the nearest word vectors. Samples with the same function share its calls.
     on_arrival: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    adapter: Adapter | None = None  # of the denoiser's network
+    adapter_scale: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**64:
@@ -51,6 +54,10 @@ class Batch:
         self.constants, self.state = constants, new_state(constants)
         self.features: dict[str, Tensor] = {}  # by modality [depth, P·B, L, D], pass-major like the inputs
         self.cache: Tensor | None = None  # [P·B, L, D], the inner blocks' last result; made when first needed
+        device = self.state.state.device
+        # Of the slots; written before each step with an adapter. Graphs read this memory.
+        self.adapted = AdapterRows(torch.zeros(self.slots, dtype=torch.int64, device=device),
+                                   torch.ones(self.slots, device=device))  # fmt: skip
         init_state(constants, self.state)
 
     @property
@@ -93,6 +100,10 @@ class Batch:
     def rows(self, slots: Tensor) -> Tensor:
         """Rows of the pass-major inputs that belong to these slots [k], [P·k] int64."""
         return (torch.arange(self.passes, device=slots.device)[:, None] * self.slots + slots).flatten()
+
+    def adapted_rows(self, passes: int) -> AdapterRows:
+        """The adapters of the rows of so many passes."""
+        return AdapterRows(*(x.repeat(passes) for x in self.adapted))
 
     def _by_slot(self) -> dict[str, tuple[Tensor, int]]:
         """Everything that belongs to a slot, by name, and which dimension counts the slots."""

@@ -39,6 +39,7 @@ class StepPlan:
     outputs: tuple[str, ...]  # modalities whose prediction is used
     cached: tuple[str, ...]  # modalities whose branch features are read instead of running their in-blocks
     cache_mode: CacheMode
+    adapted: bool = False  # whether a sample has an adapter
 
 
 @dataclass(eq=False)
@@ -161,7 +162,8 @@ class Scheduler:
         if any(job.needs.uses_cache for job in live):
             mode = CacheMode.REFRESH if any(job.needs.refresh[job.step] for job in live) else CacheMode.REUSE
         passes = max(job.needs.passes[job.step] for job in live)
-        return StepPlan(len(self.slots), passes, tuple(n for n in names if n in used), cached, mode)
+        adapted = any(job.spec.adapter is not None for job in live)
+        return StepPlan(len(self.slots), passes, tuple(n for n in names if n in used), cached, mode, adapted)
 
     def missing_features(self, plan: StepPlan) -> dict[str, list[int]]:
         """Slots whose branch features have to be computed before a step of this plan; they count as computed then."""

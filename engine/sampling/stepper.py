@@ -12,6 +12,7 @@ from engine.kernels.cfg_step import write_inputs
 from engine.kernels.sampler_state import BatchConstants
 from engine.kernels.step_table import StepColumn
 from engine.model.denoiser import Denoiser
+from engine.model.lora import AdapterRows
 from engine.sampling.batch import Batch, SampleSpec, batch_constants, upload
 from engine.sampling.graphs import StepGraphs
 from engine.sampling.scheduler import Arrangement, CacheMode, Job, Scheduler, StepPlan
@@ -46,6 +47,7 @@ class Stepper:
         self._batches: dict[int, Batch] = {}  # by slots; only the one in use, unless graphs use their memory
         self.batch: Batch | None = None  # the one in use: its slots are the scheduler's
         self._shape = (0, 0)  # lines and passes of the batches' tables
+        self._adapted = False  # whether the denoiser holds adapters
 
     @property
     def forwards(self) -> int:
@@ -63,6 +65,8 @@ class Stepper:
             if self.batch is None:
                 return False
             plan, batch = self.scheduler.plan(), self.batch
+            if plan.adapted:
+                self._place_adapters(batch)
             self._compute_features(batch, plan)
             if plan.cache_mode is not CacheMode.OFF and batch.cache is None:
                 batch.cache = self.denoiser.new_cache(batch.passes * batch.slots)
@@ -83,8 +87,11 @@ class Stepper:
         return states
 
     def free(self) -> None:
-        """Frees the memory of the batches."""
+        """Frees the memory of the batches and of adapters."""
         self._drop_batches()
+        if self._adapted:
+            self.denoiser.free_adapters()
+            self._adapted = False
         self.batch = None
         if self.device.type == "cuda":
             with suppress(RuntimeError):  # on a failed device; the callers' futures report that
@@ -119,10 +126,23 @@ class Stepper:
         for name, slots in self.scheduler.missing_features(plan).items():
             size = next(size for size in self.scheduler.buckets if size >= len(slots))  # shapes that were compiled
             rows = batch.rows(upload(torch.tensor(slots + slots[:1] * (size - len(slots))), self.device))
-            features = self.denoiser.branch_features(name, batch.state.inputs[rows], batch.state.times[rows])
+            adapted = {"adapted": AdapterRows(*(x[rows % batch.slots] for x in batch.adapted))} if plan.adapted else {}
+            inputs = batch.state.inputs[rows], batch.state.times[rows]
+            features = self.denoiser.branch_features(name, *inputs, **adapted)
             self.feature_rows[name] += len(rows)
             batch.new_features(name, features)
             batch.features[name].index_copy_(1, rows, features)  # [depth, P·B, L, D]
+
+    def _place_adapters(self, batch: Batch) -> None:
+        """Makes the adapters of the samples in slots, and what the batch knows of them, ready for the step."""
+        self._adapted = True
+        specs = [None if job is None else job.spec for job in self.scheduler.slots]
+        places, moved = self.denoiser.adapters.place([spec and spec.adapter for spec in specs])
+        if moved and self.graphs is not None:
+            self.graphs.clear()
+        batch.adapted.place.copy_(upload(torch.tensor(places), self.device))
+        scales = [1.0 if spec is None else spec.adapter_scale for spec in specs]
+        batch.adapted.scale.copy_(upload(torch.tensor(scales), self.device))
 
     def _arrive(self, batch: Batch) -> None:
         """Applies the samples' `on_arrival` to the modalities that this step completes."""

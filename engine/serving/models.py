@@ -33,6 +33,7 @@ def model_card(service: Service) -> dict:
             "feather": config.sampling.feather,
             "solver": defaults.solver,
         },
+        "adapters": service.engine.engine.adapters,
         "limits": asdict(service.limits) | {"queue": service.engine.max_queue},
     }
 

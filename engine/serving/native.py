@@ -8,7 +8,8 @@ from engine.serving.schemas import InfillBody
 from engine.serving.service import Event, Job, Service, created, described, timings
 
 SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interval", "eta", "resample", "jump",
-        "step_cache", "order", "unknown_words", "task", "spacing", "infill", "inner_steps", "step_size")  # fmt: skip
+        "step_cache", "order", "unknown_words", "task", "spacing", "infill", "inner_steps", "step_size",
+        "adapter", "adapter_scale")  # fmt: skip
 
 IMAGES = ("image", "mask", "sketch", "sketch_mask")
 

@@ -86,6 +86,8 @@ class InfillBody(Body):
     inner_steps: int = _whole("inner_steps", "of langevin: further calls of the model at each step")
     step_size: float = _number("step_size", "of langevin, in units of the noise's variance")
     step_cache: int = _whole("step_cache", "an approximation: run inner blocks at every `step_cache`-th step only")
+    adapter: str | None = Field(None, description="the name of a LoRA adapter in the list of models; null: none")
+    adapter_scale: float = _number("adapter_scale", "how much of the adapter is added to the weights")
     order: list[str] | Literal["together"] | None = Field(None, description="modalities, first to last; or together")
     unknown_words: Literal["error", "fill"] = Request.unknown_words
     task: Literal[TASKS] = Request.task

@@ -21,11 +21,12 @@ from engine.model.uvit import UViT
 from engine.request import Request
 from engine.runtime import Engine
 from engine.sampling.graphs import compile_blocks
+from engine.training.adapter import Lora, TrainedAdapter
 from engine.training.examples import Examples, shortened
 from engine.training.initial import start_from
 from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, StageOptions, plot_curve
+from engine.training.stage import Draw, Losses, Stage, StageOptions, plot_curve
 from engine.training.tracking import Report
 
 PROMPTS, JOINT_SAMPLES, SKETCHES = 24, 16, 8  # in the sample sheets
@@ -39,22 +40,26 @@ def train_denoiser(
     recipe: Recipe,
     options: StageOptions,
     init: PSUNet | UViT | None = None,
+    lora: Lora | None = None,
 ) -> None:
     """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
 
     cache  latents and captions of the images; captions alone for a model of text
     text   the codec of the captions
     init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
+    lora   adapters are trained, and written to RUN/adapter; RUN/checkpoint has the weights with them
     Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
     """
-    image_name, text_name = image_and_text(config)
+    text_name = image_and_text(config)[1]
     torch.manual_seed(recipe.denoiser.seed)
     network = build(config.model).to(options.device)
     not_copied = start_from(init, network) if init is not None else []
+    adapter = None if lora is None else TrainedAdapter(network, lora)
     examples = Examples(cache, text, config, recipe)
     with errors_named("out"):
-        how = {"processes": options.processes, "keep": options.keep, "blocks": network.blocks()}
-        stage = Stage(run / "denoiser", network, recipe.denoiser, len(examples), options.dtype, **how)
+        how = {"processes": options.processes, "keep": options.keep, "blocks": () if adapter else network.blocks()}
+        trained = adapter.parameters if adapter else network
+        stage = Stage(run / "denoiser", trained, recipe.denoiser, len(examples), options.dtype, **how)
     if stage.step == 0 and options.processes.is_main:
         for line in not_copied:
             print(f"init: not copied: {line}")
@@ -63,6 +68,36 @@ def train_denoiser(
     if options.compile:
         compile_blocks(network.blocks())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
+    draw, losses = _draw_and_losses(network, loss, examples, options.device)
+    prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
+    if options.tracker is not None:
+        batch = recipe.denoiser.batch
+        report = Report(options.tracker, loss, batch, options.processes, options.device, options.dtype).step
+
+    def export(step: int, weights: dict[str, Tensor]) -> None:
+        if adapter is not None:
+            weights = adapter.save(run / "adapter", stage.average)
+        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
+        plot_curve(stage.curve, stage.folder / "curve.png")
+        _sample(run, step, prompts, cache, config, recipe.denoiser.seed, options)
+        if evaluations is not None and evaluations.is_due(step, stage.done):
+            evaluations.run(step, run / "checkpoint", options.device, options.dtype, options.tracker)
+
+    evaluations = options.evaluations
+    if evaluations is not None:
+        evaluations.begin(stage.step)
+    missing = evaluations is not None and evaluations.is_due(stage.step, stage.done)  # the run was killed before it
+    if stage.done or options.processes.from_main(missing):
+        weights = stage.averaged()
+        options.processes.on_main(lambda: export(stage.step, weights))
+    stage.run(draw, losses, options.save_every, export, report)
+
+
+def _draw_and_losses(
+    network: PSUNet | UViT, loss: DenoisingLoss, examples: Examples, device: torch.device
+) -> tuple[Draw, Losses]:
+    """What `Stage` calls at every step."""
+    config, image_name = loss.config, image_and_text(loss.config)[0]
 
     def denoise(inputs: Tensor, times: Tensor) -> Tensor:
         # A sample has at most one time for each modality, or one beside the times 0 and N of its known tokens.
@@ -78,22 +113,9 @@ def train_denoiser(
 
     def losses(batch: tuple, part: slice) -> dict[str, Tensor]:
         choice, *drawn = batch
-        return loss(denoise, examples.read(choice, part).to(options.device), *drawn, part)
+        return loss(denoise, examples.read(choice, part).to(device), *drawn, part)
 
-    prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
-    if options.tracker is not None:
-        batch = recipe.denoiser.batch
-        report = Report(options.tracker, loss, batch, options.processes, options.device, options.dtype).step
-
-    def export(step: int, weights: dict[str, Tensor]) -> None:
-        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
-        plot_curve(stage.curve, stage.folder / "curve.png")
-        _sample(run, step, prompts, cache, config, recipe.denoiser.seed, options)
-
-    if stage.done:
-        weights = stage.averaged()
-        options.processes.on_main(lambda: export(stage.step, weights))
-    stage.run(draw, losses, options.save_every, export, report)
+    return draw, losses
 
 
 def _prompts(cache: LatentCache, words: int) -> list[str]:

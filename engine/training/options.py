@@ -12,6 +12,7 @@ from engine.hub import local_folder
 from engine.presets import PRESETS
 from engine.training.recipes import RECIPES, Recipe
 
+MAX_RANK = 1024  # of adapters
 MAX_STEPS, MAX_BATCH = 1_000_000_000, 65_536  # of a stage, of a step: far above anything useful
 MAX_SEED = (1 << 32) - 1  # gensim takes no more than 32 bits
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,6 +35,8 @@ class TrainOptions:
     autoencoder: str | None = None  # a trained diffusers autoencoder: a folder or a hub id; None: train one
     init: Path | None = None  # start from this checkpoint folder (or owner/name on the hub) or file of U-ViT weights
     init_heads: int | None = None  # attention heads of a weights file, also those of the run; None: the preset's
+    lora: int | None = None  # train adapters of this rank on the blocks of `init`, a checkpoint; None: all weights
+    lora_alpha: float | None = None  # the adapters are scaled by alpha / rank; None: alpha is the rank
     steps: int | None = None  # optimiser steps of the denoiser; None: the recipe's, like the next four
     batch: int | None = None  # samples per step of the denoiser
     learning_rate: float | None = None  # of the denoiser
@@ -41,6 +44,7 @@ class TrainOptions:
     autoencoder_steps: int | None = None  # optimiser steps of the autoencoder; None: the recipe's, like the next one
     autoencoder_learning_rate: float | None = None
     save_every: int = 250  # steps between saves of the state, with sample images
+    evaluate_every: int | None = None  # steps between scores on the data's test split, a multiple of save_every
     keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
     fsdp: bool = False  # processes share weights, gradients and optimiser state (FSDP2); each has all without it
@@ -69,6 +73,10 @@ class TrainOptions:
             self._require_whole(key, 1, MAX_BATCH, optional=True)
         for key in ("save_every", "keep"):
             self._require_whole(key, 1, MAX_STEPS)
+        self._require_whole("evaluate_every", 1, MAX_STEPS, optional=True)
+        if self.evaluate_every is not None and self.evaluate_every % self.save_every:
+            remedy = f"use a multiple of {self.save_every}, or change save_every"
+            raise InputError("evaluate_every", self.evaluate_every, remedy, "is not a multiple of save_every")
         self._require_whole("seed", 0, MAX_SEED)
         for key in ("learning_rate", "autoencoder_learning_rate"):
             rate = getattr(self, key)
@@ -78,14 +86,33 @@ class TrainOptions:
             if self.init.suffix not in WEIGHTS:  # names of missing files are not looked up on the hub
                 object.__setattr__(self, "init", local_folder(self.init, "init"))
             _check_init(self.init)
+        self._check_lora()
         object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
-        image_and_text(self.config)
+        if image_and_text(self.config)[0] is None and self.evaluate_every is not None:
+            problem = "needs a model of images and texts"
+            raise InputError("evaluate_every", self.evaluate_every, "leave it out", problem)
 
     @property
     def init_has_codecs(self) -> bool:
         """Whether the run starts from a checkpoint folder, whose codecs it then uses."""
         return self.init is not None and not is_file(self.init, "init")
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            if self.lora_alpha is not None:
+                raise InputError("lora_alpha", self.lora_alpha, "give lora, the rank, too", "needs lora")
+            return
+        self._require_whole("lora", 1, MAX_RANK)
+        if self.fsdp:
+            raise InputError("fsdp", self.fsdp, "leave out one of them", "conflicts with lora")
+        if not self.init_has_codecs:
+            remedy = "give the checkpoint to adapt as init"
+            raise InputError("lora", self.lora, remedy, "needs a checkpoint, and trains no other weights")
+        alpha = self.lora if self.lora_alpha is None else self.lora_alpha
+        if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):  # also NaN
+            raise InputError("lora_alpha", alpha, "use a number above 0", "is out of range")
+        object.__setattr__(self, "lora_alpha", alpha)
 
     def _with_heads(self, config: Config) -> Config:
         """The config with the heads of the weights file that the run starts from, if they were given."""

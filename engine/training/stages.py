@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint
+from engine.adapters import fingerprint
 from engine.codecs.codec import Codec, codec_folder, load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
@@ -37,8 +38,10 @@ from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.presets import PRESETS
 from engine.processes import INSTALL, Processes
+from engine.training.adapter import Lora, require_peft
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
+from engine.training.evaluations import Evaluations
 from engine.training.initial import initial_network
 from engine.training.options import TrainOptions, image_and_text, sketch_of
 from engine.training.recipes import Recipe
@@ -58,6 +61,8 @@ def train(options: TrainOptions) -> None:
     """
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError(f"matplotlib, which plots the loss curves, is not installed; use {INSTALL}")
+    if options.lora:
+        require_peft()
     for module in ("matplotlib.figure", "gensim.models"):  # now: a broken one would be found after hours
         import_module(module)
     config, run = options.config, options.out
@@ -71,23 +76,28 @@ def train(options: TrainOptions) -> None:
     with errors_named("data"):
         data = Texts.open(options.data) if image_name is None else open_captioned(options.data, options.split)
     init = initial_network(options.init, config) if options.init else None
+    if options.lora and init.config != config.model:
+        problem = "holds a model of another kind than the preset, which cannot be adapted"
+        raise InputError("init", options.init, "use the preset it was trained with", problem)
+    base = fingerprint(init.state_dict()) if options.lora else None
     with ExitStack() as stack:
 
-        def begin() -> tuple[dict[str, list], ImageCodec | None]:
+        def begin() -> tuple[dict[str, list], ImageCodec | None, Evaluations | None]:
             several = f" in {processes.count} processes" if processes.count > 1 else ""
             print(f"{options.data}: {data.summary()}; on {device} in {dtype}{several}")
             image = None
             if options.autoencoder and not _codec_folder(run, config, image_name).exists():
                 with errors_named("autoencoder"):
                     image = _given_autoencoder(options.autoencoder, config)
+            evaluations = Evaluations(options, data) if options.evaluate_every else None
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_lock(run))
-            _require_same_run(options)
+            _require_same_run(options, base)
             record = _require_same_data(data, options)
             record_start(options, device, dtype, processes.count)
-            return record, image
+            return record, image, evaluations
 
-        record, image = processes.on_main(begin) or (None, None)
+        record, image, evaluations = processes.on_main(begin) or (None, None, None)
         if tracker is not None:
             processes.on_main(tracker.start)
             if processes.is_main:
@@ -100,6 +110,7 @@ def train(options: TrainOptions) -> None:
             compile=options.compile,
             grad_checkpointing=options.grad_checkpointing,
             tracker=tracker,
+            evaluations=evaluations,
             processes=processes,
         )
         _run_stages(data, record, options, how, image, init)
@@ -144,7 +155,8 @@ def _run_stages(
         cache, codec = cache.with_unit_sketches(), config.codecs[sketch]
         scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
         config = replace(config, codecs={**config.codecs, sketch: scaled})
-    train_denoiser(run, cache, text, config, recipe, how, init)
+    lora = Lora(options.lora, options.lora_alpha, str(options.init)) if options.lora else None
+    train_denoiser(run, cache, text, config, recipe, how, init, lora)
 
 
 def _latents(
@@ -225,12 +237,17 @@ def _given_autoencoder(source: str, config: Config) -> ImageCodec:
     return codec
 
 
-def _require_same_run(options: TrainOptions) -> None:
-    """Refuses to resume a run of other settings; `Stage` checks those of the optimiser. Records the settings."""
+def _require_same_run(options: TrainOptions, base: str | None) -> None:
+    """Refuses to resume a run of other settings; `Stage` checks those of the optimiser. Records the settings.
+
+    base  the fingerprint of the weights that adapters are trained for, which no saved state has
+    """
     file = options.out / "run.json"
     recorded = _recorded(file, lambda setting: isinstance(setting, str))
     settings = {key: str(getattr(options, key)) for key in RUN_OPTIONS}
     settings |= {key: str(getattr(options.recipe, key)) for key in RUN_RECIPE}
+    if base is not None:
+        settings |= {"lora": str(options.lora), "lora_alpha": str(options.lora_alpha), "base": base[:16]}
     if options.config != PRESETS[options.preset]:
         settings["config"] = hashlib.sha256(json.dumps(options.config.to_dict()).encode()).hexdigest()[:16]
     if recorded not in (None, settings):
