@@ -14,6 +14,14 @@ For names that were trained on and for held-out names (a name is an image's firs
                       faces and objects, see `engine.data.emoji.name_class`. The tables leave out a single class
     disturbed         word_f1 and caption_exact of images changed a little, see `engine.data.disturb`
 
+For a model that has sketches, of sketches that are drawn from the images (`engine.data.sketch`):
+
+    retrieval_base, retrieval_exact   sketch-to-image+text: as above, of the image generated for a sketch
+    word_f1           of the text generated for a sketch against the name
+    edge_f1           image-to-sketch: F1 of the dark pixels of the generated sketch against those of a drawn one, where
+                      one may lie a pixel beside the other
+    edge_f1_drawn     the same of two drawn ones, for comparison: no two are alike
+
 For joint samples, of which nothing is given and everything is generated, image and text:
 
     word_f1           of each sample's text against the name of the image that is nearest to the sample's image
@@ -22,8 +30,8 @@ For joint samples, of which nothing is given and everything is generated, image 
 
 With --json, one object: "train" and "test" with "count" (images) and the keys above; "joint" with "count" (samples),
 "seed", "order" (in which the modalities were generated, the checkpoint's default; [] for all together) and its keys
-above; "skipped", what this model cannot do and why. The scores of skipped tasks are null. Modalities other than the
-image and its text are generated with them and not scored.
+above; "skipped", what this model cannot do and why. The scores of skipped tasks are null. "train" and "test" of a model
+with sketches have "sketch", with "count" and its keys. Other modalities are generated with these and not scored.
 
 With --samples, a folder that `engine.sample` has written in bulk (or any of images, .txt and .json) is scored against
 the images and captions of --data, split --split. Each score has a 95 % interval (bootstrap) and a count:
@@ -55,6 +63,7 @@ from engine.evaluation import (
     evaluate,
     evaluate_disturbed,
     evaluate_joint,
+    evaluate_sketches,
     evaluated_modalities,
     skipped_tasks,
     spread,
@@ -154,6 +163,9 @@ def _run(options: argparse.Namespace) -> dict:
         for split, pairs in splits.items():
             chosen = spread(pairs, count)
             report[split] = asdict(evaluate(engine, chosen, gallery, how))
+            sketches = evaluate_sketches(engine, chosen, gallery, how)
+            if sketches is not None:
+                report[split]["sketch"] = asdict(sketches)
             if options.disturbed:
                 images = list(replace(data[split], items=tuple(item for item, _ in chosen)).images())
                 report[split]["disturbed"] = evaluate_disturbed(engine, images, how)
@@ -169,6 +181,9 @@ def _print_tables(report: dict) -> None:
         if len(scores["classes"]) > 1:
             print(f"\n{split} by class of name")
             _print_table(_keys(NameScores), [(kind, list(means.values())) for kind, means in scores["classes"].items()])
+        if sketch := scores.get("sketch"):
+            print(f"\n{split} sketches")
+            _print_table(list(sketch)[1:], [(f"of {sketch['count']} images", list(sketch.values())[1:])])
         if scores.get("disturbed"):
             print(f"\n{split} images changed")
             changed = scores["disturbed"]

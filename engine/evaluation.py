@@ -15,10 +15,12 @@ from engine.config import Config
 from engine.data.captioned import CaptionedImage
 from engine.data.disturb import DISTURBANCES
 from engine.data.emoji import base_name, name_class
+from engine.data.sketch import draw_sketch
 from engine.errors import InputError
 from engine.images import to_levels
 from engine.request import Request, Sample
 from engine.runtime import Engine
+from engine.training.options import sketch_of
 
 JOINT_SAMPLES = 64
 CHUNK = 256  # samples requested at a time, for the progress bar
@@ -43,6 +45,18 @@ class Scores(NameScores):
     infill_rmse: float | None  # lower is better
     autoencoder_psnr: float
     classes: dict[str, NameScores]  # by class of name
+
+
+@dataclass(frozen=True)
+class SketchScores:
+    """The scores of one split's sketches; higher is better."""
+
+    count: int
+    retrieval_base: float
+    retrieval_exact: float
+    word_f1: float
+    edge_f1: float
+    edge_f1_drawn: float
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     size = engine.config.codecs[image].settings["size"]
     names = [item.captions[0] for item, _ in pairs]
     prompts = [" ".join(tokenize(name)) for name in names]
-    images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for _, pixels in pairs]
+    images = [_image(pixels) for _, pixels in pairs]
     flat = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
     values: dict[str, list[float]] = {}  # by score, one of each name
 
@@ -174,6 +188,48 @@ def evaluate_disturbed(
         values = _described(engine, label, [change(image, size) for _, image in images], names, how)
         scores[label] = {key: _mean(of_names) for key, of_names in values.items()}
     return scores
+
+
+def evaluate_sketches(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> SketchScores | None:
+    """Scores of sketches, two of each image; None for a model that has or predicts none.
+
+    how  as for `evaluate`; the drawings are decided by its seed too
+    """
+    (image, text), sketch = evaluated_modalities(engine.config), sketch_of(engine.config)
+    if sketch is None or not {image, text, sketch} <= set(engine.config.model.predicted):
+        return None
+    names = [item.captions[0] for item, _ in pairs]
+    images = [_image(pixels) for _, pixels in pairs]
+    given, other = (
+        [draw_sketch(x, np.random.default_rng((how.seed, i, k))) for i, x in enumerate(images)] for k in range(2)
+    )
+    made = _samples(engine, "sketch-to-image+text", ({"inputs": {sketch: drawing}} for drawing in given), how)
+    nearest = gallery.nearest(torch.stack([pixels_of(s.outputs[image]) for s in made]).flatten(1))
+    drawn = _samples(engine, "image-to-sketch", ({"inputs": {image: i}} for i in images), how)
+    return SketchScores(
+        len(pairs),
+        retrieval_base=_mean(base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)),
+        retrieval_exact=_mean(a == b for a, b in zip(nearest, names, strict=True)),
+        word_f1=_mean(word_f1(s.outputs[text], name) for s, name in zip(made, names, strict=True)),
+        edge_f1=_mean(edge_f1(s.outputs[sketch], b) for s, b in zip(drawn, other, strict=True)),
+        edge_f1_drawn=_mean(edge_f1(a, b) for a, b in zip(given, other, strict=True)),
+    )
+
+
+def edge_f1(drawing: Image.Image, reference: Image.Image) -> float:
+    """How well the dark pixels of two drawings of one size agree: F1, where one may lie a pixel beside the other.
+
+    The harmonic mean of the parts of each drawing's dark pixels that have one of the other's among their 9 neighbours;
+    1 if neither has any.
+    """
+    from scipy.ndimage import binary_dilation
+
+    dark = [np.asarray(x.convert("L")) < 128 for x in (drawing, reference)]  # [S, S] each
+    if not (dark[0].any() and dark[1].any()):
+        return float(dark[0].any() == dark[1].any())
+    near = [binary_dilation(x, np.ones((3, 3))) for x in dark]
+    precision, recall = near[1][dark[0]].mean(), near[0][dark[1]].mean()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
 def evaluate_joint(engine: Engine, gallery: Gallery, how: Request, count: int = JOINT_SAMPLES) -> JointScores | None:
@@ -226,6 +282,11 @@ def _psnr(engine: Engine, image: str, pixels: Tensor) -> float:
     decoded = [codec.decode_pixels(codec.encode_pixels(p.to(engine.device))).cpu() for p in pixels.split(64)]
     error = ((torch.cat(decoded) - pixels) / 2).square().mean((1, 2, 3))  # [n], of levels 0..1
     return float(-10 * error.log10().mean())
+
+
+def _image(levels: Tensor) -> Image.Image:
+    """uint8 [3, S, S] as an RGB image."""
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
 def pixels_of(image: Image.Image) -> Tensor:

@@ -14,7 +14,7 @@ from engine.diffusion.schedule import default_spacing, way_to_time
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, spaced_table
 from engine.errors import InputError, shown
 from engine.model.lora import Adapter
-from engine.request import SHORTHANDS, Request, Result, Sample
+from engine.request import INPUTS, MASKS, Request, Result, Sample
 from engine.sampling.batch import SampleSpec
 from engine.sampling.sampler import Sampler
 
@@ -145,15 +145,18 @@ def encoded_null(sampler: Sampler, prepared: list[PreparedRequest], config: Conf
 
 def argument_of(request: Request, modality: str) -> str:
     """The argument that gives this modality, or could."""
-    shorthands = {name: argument for argument, name in SHORTHANDS.items() if argument != "mask"}
-    inputs = f"inputs[{shown(modality)}]"
-    return inputs if request.inputs.get(modality) is not None else shorthands.get(modality, inputs)
+    return _argument("inputs", request.inputs, INPUTS, modality)
 
 
 def mask_argument_of(request: Request, modality: str) -> str:
     """The argument that gives this modality's mask, or could."""
-    masks_of = f"masks[{shown(modality)}]"
-    return masks_of if request.masks.get(modality) is not None or modality != SHORTHANDS["mask"] else "mask"
+    return _argument("masks", request.masks, MASKS, modality)
+
+
+def _argument(key: str, named: Mapping[str, object], shorthands: Mapping[str, str], modality: str) -> str:
+    short = {name: argument for argument, name in shorthands.items()}
+    full = f"{key}[{shown(modality)}]"
+    return full if named.get(modality) is not None else short.get(modality, full)
 
 
 def _check_names(request: Request, config: Config) -> None:

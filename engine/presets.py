@@ -1,5 +1,7 @@
 """`PRESETS`: named configurations to train."""
 
+from dataclasses import replace
+
 from engine.config import (
     GUIDANCE,
     CodecConfig,
@@ -21,6 +23,18 @@ def _uvit(modalities: tuple[Modality, ...], blocks: int, dim: int, uvit: UViTCon
     """A U-ViT, by default U-ViT-multi: a time token per modality, all of them predicted."""
     names = tuple(m.name for m in modalities)
     return ModelConfig(modalities, blocks, dim, time_conditioning="token", uvit=uvit or UViTConfig(names, names))
+
+
+def _with_sketch(config: Config) -> Config:
+    """With drawings of the images, which share their codec and its files; they have no blocks of their own."""
+    image, codec = config.model.modality("image"), config.codecs["image"]
+    sketch = replace(image, name="sketch", depth=0)
+    return replace(
+        config,
+        model=replace(config.model, modalities=(*config.model.modalities, sketch)),
+        codecs={**config.codecs, "sketch": replace(codec, folder="image")},
+        sampling=replace(config.sampling, order=(*config.sampling.order, "sketch")),
+    )
 
 
 # 256 px MS-COCO latents (4×32×32, patch 2) and 64 words of Word2Vec-64; L = 320.
@@ -90,3 +104,4 @@ PRESETS: dict[str, Config] = {
         TEXT_FIRST,
     ),
 }
+PRESETS |= {f"{name}-sketch": _with_sketch(PRESETS[name]) for name in ("emoji", "tiny")}

@@ -20,7 +20,9 @@ SOLVERS = ("dpm++", "unipc", "sde-dpm++", "ddim", "ddpm")
 SPACINGS = ("even", "power")
 INFILLS = ("repaint", "langevin")
 GUIDANCE_KINDS = ("masked", "alternate", "unidiffuser", "empty")
-SHORTHANDS = {"prompt": "text", "image": "image", "mask": "image"}  # the modalities that these arguments stand for
+# The modalities that these arguments stand for.
+INPUTS = {"prompt": "text", "image": "image", "sketch": "sketch"}
+MASKS = {"mask": "image", "sketch_mask": "sketch"}
 NO_WORD = "give words, or leave it out to have them generated"
 MAX_NUM = 1024
 MAX_STEPS = 20_000  # calls of the model, see `Request.calls`
@@ -67,6 +69,8 @@ class Request:
     adapter_scale  how much of it is added to the weights
     inputs    what is given of any modality, by its name: `prompt` is inputs["text"], `image` inputs["image"]
     masks     for given images by modality: `mask` is masks["image"]
+    sketch    for models that have sketches: inputs["sketch"], black lines on white, like `image`
+    sketch_mask  masks["sketch"]
 
     Raises InputError on values out of range.
     """
@@ -96,25 +100,28 @@ class Request:
     step_size: float = 2.0
     adapter: str | None = None
     adapter_scale: float = 1.0
+    sketch: "Image | str | PathLike | None" = None
+    sketch_mask: "Image | str | PathLike | None" = None
 
     def __post_init__(self):
         self._check_choices()
         self._check_numbers()
-        for key, shorthands in (("inputs", ("prompt", "image")), ("masks", ("mask",))):
+        for key, shorthands in (("inputs", INPUTS), ("masks", MASKS)):
             names = getattr(self, key)
             if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names):
                 raise InputError(key, names, "give a mapping from names of modalities", "is not a mapping of names")
             object.__setattr__(self, key, dict(names))  # a copy: the caller may change its own
-            for shorthand in shorthands:
-                if getattr(self, shorthand) is not None and SHORTHANDS[shorthand] in names:
-                    raise InputError(shorthand, SHORTHANDS[shorthand], f"leave it out of {key}", "is given twice")
+            for shorthand, name in shorthands.items():
+                if getattr(self, shorthand) is not None and name in names:
+                    raise InputError(shorthand, name, f"leave it out of {key}", "is given twice")
         text = self.inputs.get("text")
         if not isinstance(text, str) or text:  # "" is known to be empty
             _check_text(self.given.get("text"), "prompt" if self.prompt is not None else "inputs['text']")
         unmasked = sorted(self.given_masks.keys() - self.given.keys())
         if unmasked:
             name = unmasked[0]
-            argument = "mask" if name == "image" and self.mask is not None else f"masks[{shown(name)}]"
+            shorthands = [short for short, of in MASKS.items() if of == name and getattr(self, short) is not None]
+            argument = shorthands[0] if shorthands else f"masks[{shown(name)}]"
             raise InputError(
                 argument, self.given_masks[name], f"give {name} too", f"needs the {name} that it belongs to"
             )
@@ -128,13 +135,16 @@ class Request:
     @property
     def given(self) -> dict[str, Any]:
         """What is given, by modality."""
-        shorthand = {"text": self.prompt, "image": self.image}
-        return {name: value for name, value in [*self.inputs.items(), *shorthand.items()] if value is not None}
+        return self._with_shorthands(self.inputs, INPUTS)
 
     @property
     def given_masks(self) -> dict[str, Any]:
         """The masks that are given, by modality."""
-        return {name: value for name, value in [*self.masks.items(), ("image", self.mask)] if value is not None}
+        return self._with_shorthands(self.masks, MASKS)
+
+    def _with_shorthands(self, named: Mapping[str, Any], shorthands: Mapping[str, str]) -> dict[str, Any]:
+        short = {name: getattr(self, argument) for argument, name in shorthands.items()}
+        return {name: value for name, value in [*named.items(), *short.items()] if value is not None}
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[str, ...]] = {"task": TASKS, "infill": INFILLS, "unknown_words": ("error", "fill")}

@@ -46,6 +46,8 @@ def _add_request(add) -> None:
     add("--prompt", action="append", metavar="TEXT", help="words, _ for each one to be filled in; may be repeated")
     add("--image", type=path, metavar="FILE", help="an image to describe, or to infill with --mask or _ in --prompt")
     add("--mask", type=path, metavar="FILE", help="white where the image is to be regenerated")
+    add("--sketch", type=path, metavar="FILE", help="a line drawing, of a model that has sketches")
+    add("--sketch-mask", type=path, metavar="FILE", help="white where the sketch is to be regenerated")
     text = "a value of any modality, an image's file or a text; may be repeated"
     add("--input", action="append", type=_named, default=[], metavar="NAME=VALUE", help=text)
     text = "the mask of an image given with --input; may be repeated"
@@ -151,11 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _requests(options: argparse.Namespace) -> list[Request]:
-    joint = options.prompt is None and options.image is None and not options.input
+    joint = options.prompt is None and options.image is None and options.sketch is None and not options.input
     num = options.num if options.num is not None else JOINT_NUM if joint else 1
     same = {key: getattr(options, key) for key in (
         "image", "mask", "task", "steps", "solver", "guidance", "seed", "resample", "jump", "unknown_words",
-        "step_cache", "order", "eta", "guidance_kind", "spacing", "infill", "inner_steps", "step_size", "adapter_scale",
+        "step_cache", "order", "eta", "guidance_kind", "spacing", "infill", "inner_steps", "step_size", "sketch",
+        "sketch_mask", "adapter_scale",
     )}  # fmt: skip
     same["adapter"] = ADAPTER if options.adapter else None
     interval = tuple(options.guidance_interval) if options.guidance_interval else None
@@ -168,7 +171,8 @@ def _requests(options: argparse.Namespace) -> list[Request]:
 def _inputs(options: argparse.Namespace) -> list[tuple[str, Path]]:
     """(option, file) of all files that are read, and the texts given as --input, which could be names of files too."""
     named = [(option, Path(file)) for option in ("input", "input_mask") for _, file in getattr(options, option)]
-    given = [(option, getattr(options, option)) for option in ("image", "mask") if getattr(options, option)]
+    options_of_files = ("image", "mask", "sketch", "sketch_mask")
+    given = [(option, getattr(options, option)) for option in options_of_files if getattr(options, option)]
     folders = [(key, getattr(options, key)) for key in ("checkpoint", "adapter") if getattr(options, key)]
     return [*given, *named, *((key, file) for key, folder in folders for file in folder.rglob("*"))]
 

@@ -32,7 +32,8 @@ from engine.runtime import Engine
 from engine.sample_folder import is_image
 
 MAX_BULK = 10_000_000
-SINGLE = ("prompt", "image", "mask", "input", "input_mask", "json")  # options of runs that are not in bulk
+# Options of runs that are not in bulk.
+SINGLE = ("prompt", "image", "mask", "sketch", "sketch_mask", "input", "input_mask", "json")
 SETTINGS = ("steps", "solver", "eta", "order", "guidance", "guidance_kind", "guidance_interval", "step_cache",
             "resample", "jump", "unknown_words", "task")  # fmt: skip
 

@@ -23,6 +23,8 @@ from engine.evaluation import (
     NameScores,
     Pairs,
     Scores,
+    SketchScores,
+    edge_f1,
     evaluate,
     evaluate_disturbed,
     evaluate_joint,
@@ -342,6 +344,26 @@ def test_a_model_of_three_modalities_is_evaluated(capsys, three_modality_checkpo
     scores = json.loads(out)
     assert (code, scores["skipped"], scores["joint"]["order"]) == (0, {}, ["text", "sketch", "image"])
     assert all(value is not None for split in ("train", "test") for value in scores[split].values())
+    for split in ("train", "test"):
+        sketch = scores[split]["sketch"]
+        assert set(sketch) == {field.name for field in fields(SketchScores)} and sketch["count"] == 1
+        assert all(0 <= value <= 1 for value in sketch.values())
+    out = run(capsys, "--checkpoint", three_modality_checkpoint, *arguments[:-1], "--no-disturbed")[1]
+    heads = [line.split() for line in out.splitlines()[out.splitlines().index("train sketches") + 1 :][:2]]
+    assert heads[0] == [f.name for f in fields(SketchScores)][1:] and heads[1][:3] == ["of", "1", "images"]
+
+
+def test_drawings_agree_where_their_lines_are_at_most_a_pixel_apart():
+    def drawing(*columns):
+        image = Image.new("RGB", (20, 10), "white")
+        for column in columns:
+            image.paste("black", (column, 0, column + 1, 10))
+        return image
+
+    line = drawing(5)
+    assert [edge_f1(line, drawing(column)) for column in (4, 5, 6, 7)] == [1, 1, 1, 0]
+    assert edge_f1(line, drawing(5, 10)) == edge_f1(drawing(5, 10), line) == pytest.approx(2 / 3)
+    assert (edge_f1(drawing(), drawing()), edge_f1(line, drawing()), edge_f1(drawing(), line)) == (1, 0, 0)
 
 
 def test_what_is_skipped_is_said(capsys, monkeypatch, pairs, data):

@@ -90,6 +90,14 @@ def test_a_saved_codec_comes_back(folders, tmp_path, kind, dtype):
     assert not any(p.requires_grad for p in again.autoencoder.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_is_of_the_latents_and_not_of_the_pixels(folders, kind):
+    plain, scaled = load(folders[kind]), load(folders[kind], scale=0.75)
+    tokens = plain.encode_pixels(some_pixels())
+    torch.testing.assert_close(scaled.encode_pixels(some_pixels()), 0.75 * tokens)
+    torch.testing.assert_close(scaled.decode_pixels(0.75 * tokens), plain.decode_pixels(tokens))
+
+
 @pytest.mark.parametrize("size, patch", [(30, 1), (36, 2), (32, 16)])
 def test_sizes_that_leave_part_of_a_token_are_refused(folders, size, patch):
     with pytest.raises(InputError, match=rf"^codecs.sketch.size: {size} .*multiple of {4 * patch}"):
@@ -110,6 +118,10 @@ def test_sizes_that_leave_part_of_a_token_are_refused(folders, size, patch):
         ({"patch": 0}, "codecs.sketch.patch"),
         ({"patch": 33}, "codecs.sketch.patch"),
         ({"patch": None}, "codecs.sketch.patch"),
+        ({"scale": 0}, "codecs.sketch.scale"),
+        ({"scale": float("nan")}, "codecs.sketch.scale"),
+        ({"scale": True}, "codecs.sketch.scale"),
+        ({"scale": "1"}, "codecs.sketch.scale"),
         ({"colour": 1}, "codecs.sketch"),
     ],
     ids=str,

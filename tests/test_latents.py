@@ -190,6 +190,44 @@ def test_changed_versions_follow_an_images_own(dataset, tmp_path):
     assert torch.equal(again.latents([5, 1], [3, 2]), versions[[3, 2], [5, 1]])  # whatever the size of shards
 
 
+def test_drawings_of_an_image_and_of_its_versions_follow(dataset, tmp_path, monkeypatch, capsys):
+    marks = {}
+
+    def marked(levels, random):
+        """The drawn image's first level and its generator's first number stand for a drawing."""
+        drawing = torch.full_like(levels, random.integers(1, 250))
+        drawing[:, 0, 0] = levels[0, 0, 0]
+        return drawing
+
+    monkeypatch.setattr("engine.data.latents.sketch_levels", marked)
+    options = {"augmentation": CHANGES, "dtype": torch.float32}
+    plain = cache(dataset, tmp_path / "plain", Encoder(), **options)
+    encode = lambda pixels: pixels[:, :, :1, :2].flatten(2).transpose(1, 2)  # noqa: E731 - [B, 2, 3]: two pixels
+    drawn = cache(dataset, tmp_path / "cache", encode, sketches=2, **options)
+    assert (plain.versions, plain.sketches, drawn.versions, drawn.sketches) == (4, 0, 4, 2)
+    for image in range(6):
+        for version in range(4):
+            shown = drawn.latents([image], [version])[0, 0, 0].item()
+            for drawing in range(2):
+                first, second = drawn.sketch_latents([image], [version], [drawing])[0, :, 0].tolist()
+                assert first == shown, "the drawing is of that version"
+                marks.setdefault((image, version, drawing if version == 0 else 0), second)
+    assert len(set(marks.values())) > 20  # of 30
+    scaled = drawn.with_unit_sketches()
+    first = list(range(6)), [0] * 6, [0] * 6
+    assert scaled.sketch_latents(*first).square().mean().item() == pytest.approx(1, abs=1e-3)
+    others = list(range(6)), [0, 1, 2, 3, 0, 1], [1] * 6
+    torch.testing.assert_close(scaled.sketch_latents(*others), scaled.sketch_scale * drawn.sketch_latents(*others))
+    assert torch.equal(scaled.latents(*first[:2]), drawn.latents(*first[:2])), "images are as they were"
+    assert scaled.with_unit_sketches().sketch_scale == scaled.sketch_scale
+    encode = Encoder()
+    cache(dataset, tmp_path / "cache", encode, sketches=3, **options)
+    assert encode.images == 6 * (4 + 3 + 3)
+    capsys.readouterr()
+    cache(dataset, tmp_path / "cache", Encoder(), **options)
+    assert "these have changed: sketches\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"augmentation": replace(CHANGES, shift=0.2)}, {"augmentation": None}])
 def test_other_changes_are_encoded_anew(dataset, tmp_path, change):
     options = {"augmentation": CHANGES}

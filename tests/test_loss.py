@@ -1,5 +1,6 @@
 """The denoising loss: the model's inputs and times, and the targets of its predictions."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -211,6 +212,22 @@ def test_masks_have_the_documented_proportions():
     knows = ~generate.all(1)
     assert share(dropped[knows].any(1)) == pytest.approx(DROPPED, abs=0.01)
     assert abs(share(image[mixed]) - 0.5) < 0.1 and abs(share(text[mixed]) - 0.5) < 0.1
+
+
+def test_every_choice_of_known_modalities_is_as_frequent():
+    model = replace(MODEL, modalities=(*MODEL.modalities, Modality("sketch", 6, 4, depth=0)))
+    generate = DenoisingLoss(Config(model, MASKED)).draw(20_000, generator()).generate
+    parts = [generate[:, part] for part in model.token_slices.values()]
+    whole, none = torch.stack([p.all(1) for p in parts], 1), torch.stack([~p.any(1) for p in parts], 1)  # [B, M]
+    counts = Counter(map(tuple, none[(whole | none).all(1)].tolist()))
+    assert len(counts) == 7  # without (True, True, True)
+    for known, count in counts.items():
+        expected = WHOLE_MODALITY / 6 if any(known) else JOINT
+        assert expected - 0.01 < count / 20_000 < expected + 0.03, known
+    # Half a sketch and nothing else, or with a word.
+    half_sketch = ~(whole | none)[:, 2]
+    assert (half_sketch & whole[:, 0] & whole[:, 1]).float().mean() > 0.01
+    assert (half_sketch & whole[:, 0] & ~(whole | none)[:, 1]).float().mean() > 0.01
 
 
 def test_random_masks_have_single_words_and_runs_of_tokens():

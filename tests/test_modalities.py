@@ -128,6 +128,13 @@ def test_warmup_runs_every_task_of_the_model(three_modality_checkpoint):
         ({"inputs": {"sketch": noise()}, "masks": {"sketch": left_half((8, 8))}}, "masks['sketch']", "is 8x8"),
         ({"inputs": {"sketch": noise()}, "masks": {"sketch": "none.png"}}, "masks['sketch']", "does not exist"),
         ({"order": ("text", "sound")}, "order", "use one of image, text, sketch"),
+        ({"sketch": "none.png"}, "sketch", "none.png does not exist"),
+        ({"sketch": noise(), "sketch_mask": left_half((8, 8))}, "sketch_mask", "is 8x8"),
+        (
+            {"prompt": "red", "image": noise(), "sketch": noise()},
+            "prompt, image, sketch",
+            "nothing is left to generate",
+        ),
         (
             {"prompt": "red", "image": noise(), "inputs": {"sketch": noise()}},
             "inputs['sketch'], prompt, image",
@@ -194,8 +201,12 @@ def test_inputs_of_the_command_line_name_any_modality(three_modality_checkpoint,
     given = ["--input", "text=red cat", "--input", "sketch=sketch.png"]
     (line,) = sample(three_modality_checkpoint, *given)
     assert (line["task"], line["text"], line["order"]) == ("text+sketch-to-image", "red cat", "together")
-    (short,) = sample(three_modality_checkpoint, "--prompt", "red cat", "--input", "sketch=sketch.png")
-    assert short | {"prompt": None} == line
+    for sketch in (["--input", "sketch=sketch.png"], ["--sketch", "sketch.png"]):
+        (short,) = sample(three_modality_checkpoint, "--prompt", "red cat", *sketch)
+        assert short | {"prompt": None} == line
+    masked = ["--input", "sketch=sketch.png", "--input-mask", "sketch=left.png"]
+    short = ["--sketch", "sketch.png", "--sketch-mask", "left.png"]
+    assert sample(three_modality_checkpoint, *short) == sample(three_modality_checkpoint, *masked)
 
 
 def test_a_grid_has_the_images_of_a_sample_side_by_side(three_modality_checkpoint, files):
@@ -229,6 +240,9 @@ def test_a_grid_has_the_images_of_a_sample_side_by_side(three_modality_checkpoin
             "none.png does not exist",
         ),
         (["--input", "image=image.png", "--image", "image.png"], "--image", "is given twice"),
+        (["--input", "sketch=sketch.png", "--sketch", "sketch.png"], "--sketch", "is given twice"),
+        (["--sketch", "none.png"], "--sketch", "none.png does not exist"),
+        (["--sketch-mask", "left.png"], "--sketch-mask", "left.png needs the sketch"),
         (["--order", "text,sound"], "--order", "'sound' is not a modality of the model"),
         (["--order", "text,text"], "--order", "give distinct names"),
         (["--order", ""], "--order", "''"),

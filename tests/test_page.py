@@ -243,6 +243,11 @@ def test_only_what_the_brush_painted_is_generated(open_page):
 
     page.click("#undo")
     expect(page.locator("#summary")).to_have_text("Image: given. Words: all generated.")
+    page.fill("#steps", "2")  # where the focus then is
+    page.mouse.click(x + side / 2, y + side / 2)
+    expect(page.locator("#summary")).to_contain_text("% generated.")
+    page.keyboard.press("Control+z")
+    expect(page.locator("#summary")).to_have_text("Image: given. Words: all generated.")
     page.click("#invert")
     expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
 
@@ -441,3 +446,58 @@ def test_further_modalities_are_shown(open_page, three_modality_checkpoint):
         expect(page.locator(".other")).to_have_attribute("alt", "sketch")
     finally:
         served.close()
+
+
+def test_a_sketch_is_drawn_undone_cleared_and_made_into_an_image(open_page, three_modality_checkpoint):
+    served = Served(three_modality_checkpoint)
+    try:
+        page = open_page(served.url, viewport={"width": 900, "height": 1400}, has_touch=True)
+        sent = sent_by(page)
+        set_options(page, **FEW_STEPS)
+        summary, pad = page.locator("#summary"), page.locator("#sketch")
+        expect(summary).to_have_text("Image: all generated. Sketch: all generated. Words: all generated.")
+        box = pad.bounding_box()
+        x, y, side = box["x"], box["y"], box["width"]
+        page.mouse.move(x + side / 4, y + side / 4)
+        page.mouse.down()
+        page.mouse.move(x + side / 4, y + side * 3 / 4, steps=3)
+        page.mouse.up()
+        expect(summary).to_have_text("Image: all generated. Sketch: given. Words: all generated.")
+        page.touchscreen.tap(x + side * 3 / 4, y + side / 2)
+        assert ink_of(page)[8:24, 8].max() < 200 and ink_of(page)[16, 24] < 240
+        page.keyboard.press("Control+z")
+        assert ink_of(page)[16, 24] == 255 and ink_of(page)[8:24, 8].max() < 200
+        generate(page)
+        drawn = np.asarray(image_of(sent[0]["sketch"].partition(",")[2]).convert("L"))  # [512, 512]
+        assert drawn[200, 128] == 0 and drawn[:, 256:].min() == 255 and "image" not in sent[0]
+        expect(page.locator(".run h3")).to_have_text("Image and caption for a sketch")
+        page.click("#clear-sketch")
+        expect(summary).to_contain_text("Sketch: all generated.")
+        page.click("#undo-sketch")
+        expect(summary).to_contain_text("Sketch: given.")
+        page.click("#clear-sketch")
+        page.click(".use-sketch")  # of the result, which is the sketch that was given
+        expect(summary).to_contain_text("Sketch: given.")
+        assert ink_of(page)[8:24, 8].max() < 200
+        page.click(".use-image")
+        page.click(".use-caption")
+        expect(summary).to_contain_text("Everything is given.")
+        expect(page.locator("#generate")).to_be_disabled()
+        page.click("#clear-sketch")
+        generate(page)
+        assert "sketch" not in sent[1] and {"image", "prompt"} <= sent[1].keys()
+    finally:
+        served.close()
+
+
+def ink_of(page) -> np.ndarray:
+    """The sketch as the page shows it, [32, 32] from 0, black, to 255."""
+    data = page.locator("#sketch").evaluate("(c) => c.toDataURL()").partition(",")[2]
+    return np.asarray(image_of(data).convert("L").resize((32, 32), Image.Resampling.BOX))
+
+
+def test_only_a_model_of_sketches_has_a_canvas_for_them(open_page):
+    page = open_page()
+    expect(page.locator("#about")).to_contain_text("tiny")
+    expect(page.locator("#image-card")).to_be_visible()
+    expect(page.locator("#sketch-card")).to_be_hidden()

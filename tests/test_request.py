@@ -136,6 +136,7 @@ def test_resampling_needs_stretches_shorter_than_the_way():
     [
         ({"mask": "mask.png"}, "mask"),
         ({"mask": "mask.png", "prompt": "red"}, "mask"),
+        ({"sketch_mask": "mask.png", "image": "a.png", "mask": "m.png"}, "sketch_mask"),
         ({"masks": {"image": "mask.png"}}, "masks['image']"),
         ({"masks": {"sketch": "mask.png"}, "image": "a.png", "mask": "m.png"}, "masks['sketch']"),
         ({"masks": {"sketch": "mask.png"}, "inputs": {"sketch": None}}, "masks['sketch']"),
@@ -245,12 +246,13 @@ def test_any_other_kind_of_guidance_is_refused(kind):
         Request(guidance_kind=kind)
 
 
-def test_prompt_image_and_mask_are_short_for_inputs_and_masks():
+def test_prompt_image_sketch_and_masks_are_short_for_inputs_and_masks():
     image, mask = Image.new("RGB", (4, 4)), Image.new("L", (4, 4))
-    short = Request("red _", image, mask)
-    long = Request(inputs={"text": "red _", "image": image}, masks={"image": mask})
-    assert short.given == long.given == {"text": "red _", "image": image}
-    assert short.given_masks == long.given_masks == {"image": mask}
+    short = Request("red _", image, mask, sketch=image, sketch_mask=mask)
+    both = {"image": image, "sketch": image}, {"image": mask, "sketch": mask}
+    long = Request(inputs={"text": "red _", **both[0]}, masks=both[1])
+    assert short.given == long.given == {"text": "red _", **both[0]}
+    assert short.given_masks == long.given_masks == both[1]
     assert Request(inputs={"text": None}, masks={"image": None}).given == {}, "None is not given"
 
 
@@ -260,6 +262,8 @@ def test_prompt_image_and_mask_are_short_for_inputs_and_masks():
         ({"prompt": "red", "inputs": {"text": "blue"}}, "prompt"),
         ({"image": "a.png", "inputs": {"image": "a.png"}}, "image"),
         ({"image": "a.png", "mask": "m.png", "masks": {"image": "m.png"}}, "mask"),
+        ({"sketch": "a.png", "inputs": {"sketch": "a.png"}}, "sketch"),
+        ({"sketch": "a.png", "sketch_mask": "m.png", "masks": {"sketch": "m.png"}}, "sketch_mask"),
     ],
 )
 def test_what_is_given_twice_is_refused(given, argument):

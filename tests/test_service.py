@@ -133,13 +133,22 @@ async def test_another_modality_goes_in_and_out_by_its_name(three_modality_check
             body = {"inputs": {"sketch": PHOTO}, "masks": {"sketch": MASK}, "steps": 1}
             sample = (await http.post(INFILL, json=body)).json()["samples"][0]
             card = (await http.get("/v1/models")).json()["data"][0]
+            short = {"sketch": PHOTO, "sketch_mask": MASK, "steps": 1, "seed": sample["seed"]}
+            form = {"sketch": file_of(noise()), "sketch_mask": file_of(left_half())}
+            same = [
+                (await http.post(INFILL, json=short)).json()["samples"][0],
+                (await http.post(INFILL, data={"steps": 1, "seed": sample["seed"]}, files=form)).json()["samples"][0],
+            ]
             bad = await http.post(INFILL, json={"inputs": {"sketch": "no"}})
+            worse = await http.post(INFILL, json={"sketch": "no"})
             unknown = await http.post(INFILL, json={"inputs": {"sound": PHOTO}})
     assert set(sample["outputs"]) == {"image", "text", "sketch"}
     kept = (16, 0, 32, 32)
     assert difference(image_of(sample["outputs"]["sketch"]).crop(kept), noise().crop(kept)) == 0
     assert [m["name"] for m in card["modalities"]] == ["image", "text", "sketch"]
+    assert [other["outputs"] for other in same] == [sample["outputs"]] * 2
     assert_error(bad, 400, "invalid_image", "inputs['sketch']")
+    assert_error(worse, 400, "invalid_image", "sketch")
     assert_error(unknown, 400, "invalid_value", "inputs['sound']")
 
 

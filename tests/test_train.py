@@ -456,6 +456,77 @@ def test_a_run_starts_from_a_checkpoint(images, run, tmp_path):
         torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=0)
 
 
+def test_a_third_modality_is_added_to_a_checkpoint_and_taken_away(images, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(denoiser, "SKETCHES", 1)
+    caches, train_denoiser = [], stages.train_denoiser
+    monkeypatch.setattr(stages, "train_denoiser", lambda *a: caches.append(a[1]) or train_denoiser(*a))
+    source, new, back = run / "checkpoint", tmp_path / "new", tmp_path / "back"
+    options = ["--preset", "tiny-sketch", "--learning-rate", "1e-9", "--steps", "2", "--init"]
+    assert train_main(images, new, *options, str(source)) == 0
+    assert "init: not copied: branch sketch: the checkpoint has none\n" in capsys.readouterr().out
+    loaded = checkpoint.load(new / "checkpoint")
+    codecs, preset = loaded.config.codecs, PRESETS["tiny-sketch"]
+    scale = codecs["sketch"].settings["scale"]
+    assert [cache.sketch_scale for cache in caches] == [scale] and scale != 1
+    assert loaded.codec("sketch").latents.scale == scale * loaded.codec("image").latents.scale
+    assert replace(loaded.config, codecs={**codecs, "sketch": preset.codecs["sketch"]}) == preset
+    assert stages.initial_network(new / "checkpoint", preset).config == preset.model, "whatever its scale"
+    assert not (new / "checkpoint" / "sketch").exists() and (new / "denoiser" / "samples-0000002.png").exists()
+    rows = [json.loads(line) for line in (new / "denoiser" / CURVE).read_text().splitlines()]
+    assert all(row["sketch"] > 0 for row in rows)
+    before, after = (checkpoint.load(folder).network.state_dict() for folder in (source, new / "checkpoint"))
+    assert len(after) > len(before)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=0)
+
+    options[1] = "tiny"
+    assert train_main(images, back, *options, str(new / "checkpoint")) == 0
+    assert "init: not copied: branch sketch of the checkpoint: the model has none\n" in capsys.readouterr().out
+    for name, weight in checkpoint.load(back / "checkpoint").network.state_dict().items():
+        torch.testing.assert_close(weight, before[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "given"),
+    [
+        (("image", "text", "sketch"), [["text"], [], ["sketch"]]),
+        (("image", "sketch"), [["text"]]),
+        (("image", "text"), [["sketch"]]),
+        (("text", "sketch"), []),
+    ],
+)
+def test_sample_sheets_have_what_the_model_can_do(tmp_path, monkeypatch, predicted, given):
+    class Asked(Exception):
+        pass
+
+    class FakeEngine(nullcontext):
+        from_pretrained = classmethod(lambda cls, *_, **__: cls(cls()))
+
+        def generate(self, requests):
+            raise Asked([sorted(request.inputs) for request in requests])
+
+    monkeypatch.setattr(denoiser, "Engine", FakeEngine)
+    monkeypatch.setattr(denoiser, "_drawings", lambda *_: ["drawing.png"])
+    drawn = PRESETS["tiny-sketch"]
+    modalities = tuple(replace(m, depth=0) for m in drawn.model.modalities)
+    uvit = UViTConfig(tuple(m.name for m in modalities), predicted)
+    model = replace(drawn.model, modalities=modalities, time_conditioning="token", uvit=uvit)
+    times = "independent" if len(predicted) == 3 else "conditional"
+    config = replace(drawn, model=model, diffusion=replace(drawn.diffusion, time_sampling=times))
+    options = StageOptions(torch.device("cpu"), torch.float32)
+    with pytest.raises(Asked) if given else nullcontext() as asked:
+        denoiser._sample(tmp_path, 1, ["red cat"], None, config, 0, options)
+    assert not given or asked.value.args == (given,)
+
+
+def test_the_autoencoder_is_trained_on_sketches_too(images, tmp_path, monkeypatch):
+    calls, drawn = [], autoencoder.sketch_levels
+    monkeypatch.setattr(autoencoder, "sketch_levels", lambda *a: calls.append(a) or drawn(*a))
+    monkeypatch.setattr(denoiser, "SKETCHES", 1)
+    assert train_main(images, tmp_path, "--preset", "tiny-sketch", "--steps", "1") == 0
+    assert 0 < len(calls) < 3 * 8
+
+
 def test_a_checkpoint_of_another_shape_is_refused_as_a_start(images, run, tmp_path, capsys):
     options = ["--preset", "emoji", "--data", str(images), "--out", str(tmp_path / "new")]
     assert train.main([*options, "--init", str(run / "checkpoint")]) == 2

@@ -17,7 +17,7 @@ from engine.data.latents import LatentCache
 from engine.errors import InputError
 from engine.presets import PRESETS
 from engine.training.examples import Examples, shortened, with_repeats
-from engine.training.options import TrainOptions, image_and_text
+from engine.training.options import TrainOptions, image_and_text, sketch_of
 from engine.training.recipes import RECIPES, TINY
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +183,28 @@ def test_the_image_and_the_text_are_found_by_their_codecs():
 def test_a_model_of_other_modalities_is_refused(kinds):
     with pytest.raises(InputError, match="cannot be trained on images with captions; use a model with exactly one"):
         options(config=with_codecs(**kinds))
+
+
+@pytest.mark.parametrize(
+    ("codec", "is_sketch"),
+    [
+        (CodecConfig("image", "photo", {"size": 32}), True),
+        (CodecConfig("image", "photo", {"size": 32, "scale": 0.7}), True),
+        (CodecConfig("image", "photo", {"size": 64}), False),
+        (CodecConfig("image", "", {"size": 32}), False),
+        (CodecConfig("text", "words"), False),
+    ],
+)
+def test_a_sketch_is_what_has_the_codec_of_the_image(codec, is_sketch):
+    config = with_codecs(sketch="image", words="text", photo="image")
+    codecs = {"sketch": codec, "words": CodecConfig("text"), "photo": CodecConfig("image", "", {"size": 32})}
+    config = replace(config, codecs=codecs)
+    assert sketch_of(config) == ("sketch" if is_sketch else None) and sketch_of(TINY_CONFIG) is None
+    if is_sketch:
+        assert image_and_text(config) == ("photo", "words")
+    else:
+        with pytest.raises(InputError, match="cannot be trained"):
+            image_and_text(config)
 
 
 def test_help_and_bad_options_import_no_torch():

@@ -5,7 +5,7 @@ for decoding alone it need not be, once its decoder was compiled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -39,9 +39,12 @@ class ImageCodec:
     size         pixels a side
     patch        latents a side of one token
     device       where a saved one computes
+    scale        of the latents, beside the autoencoder's own, for images of another variance than those it was made for
     """
 
-    def __init__(self, autoencoder: nn.Module | SavedAutoencoder, size: int, patch: int, device="cpu"):
+    def __init__(
+        self, autoencoder: nn.Module | SavedAutoencoder, size: int, patch: int, device="cpu", scale: float = 1.0
+    ):
         self.size, self.patch, self.device = size, patch, device
         self._lock = Lock()  # guards the building
         self._saved: SavedAutoencoder | None = None
@@ -52,7 +55,8 @@ class ImageCodec:
         else:
             self._built = autoencoder.eval()
             latents = LatentSpace.of(self._built.config, type(autoencoder).__name__)
-        self.latents, self.factor, self.latent_channels = latents, latents.factor, latents.channels
+        self.latents = replace(latents, scale=latents.scale * scale)
+        self.factor, self.latent_channels = latents.factor, latents.channels
         if size % (self.factor * patch):
             remedy = f"use a multiple of {self.factor * patch} ({self.factor} pixels a latent, {patch} latents a token)"
             raise InputError("size", size, remedy)
@@ -71,13 +75,13 @@ class ImageCodec:
     def load(cls, folder: str | Path, settings: Mapping, modality: Modality, device="cpu") -> "ImageCodec":
         """Reads config.json of a diffusers autoencoder's folder or, if that does not exist, of a model on the hub.
 
-        settings  size (pixels a side) and patch (latents a side of a token)
+        settings  size (pixels a side), patch (latents a side of a token) and, if it is not 1, scale
         Raises InputError: about "checkpoint", naming the file, or about a setting such as "codecs.image.size".
         """
-        size, patch = _size_and_patch(settings, f"codecs.{modality.name}")
+        size, patch, scale = _checked(settings, f"codecs.{modality.name}")
         saved = SavedAutoencoder.open(folder)
         try:
-            codec = cls(saved, size, patch, device)
+            codec = cls(saved, size, patch, device, scale)
         except InputError as error:
             argument = f"codecs.{modality.name}.{error.argument}"
             raise InputError(argument, error.value, error.remedy, error.problem) from None
@@ -203,13 +207,15 @@ class ImageCodec:
         return self.autoencoder.decode(latents.to(next(self.autoencoder.parameters()))).sample.float().clamp(-1, 1)
 
 
-def _size_and_patch(settings: Mapping, where: str) -> tuple[int, int]:
-    """The two settings, checked; raises InputError about `where` or one of them."""
-    unknown = sorted(set(settings) - {"size", "patch"})
+def _checked(settings: Mapping, where: str) -> tuple[int, int, float]:
+    """Size, patch and scale; raises InputError about `where` or one of them."""
+    unknown = sorted(set(settings) - {"size", "patch", "scale"})
     if unknown:
-        raise InputError(where, ", ".join(unknown), "use size and patch", "is not a known setting")
-    size = _whole(settings, where, "size", 8, MAX_PIXELS)
-    return size, _whole(settings, where, "patch", 1, size)
+        raise InputError(where, ", ".join(unknown), "use size, patch and scale", "is not a known setting")
+    size, scale = _whole(settings, where, "size", 8, MAX_PIXELS), settings.get("scale", 1.0)
+    if not (isinstance(scale, int | float) and not isinstance(scale, bool) and 1e-3 <= scale <= 1e3):  # also NaN
+        raise InputError(f"{where}.scale", scale, "use a number from 0.001 to 1000")
+    return size, _whole(settings, where, "patch", 1, size), float(scale)
 
 
 def _whole(settings: Mapping, where: str, key: str, lowest: int, highest: int) -> int:

@@ -3,16 +3,16 @@
     folder/index.json                  what the shards were made from; for anything else they are replaced
     folder/latents-00000.safetensors   latents [n, 1 + V, L, C], items int64 [n]; metadata: skipped images, the reasons
 
-The first latents of an image are its own; the V others are those of the image as `engine.data.augment` changes it. A
-shard holds a fixed part of the data set's items and is renamed when complete, so a killed run resumes after its last
-complete shard, and several processes share the work. Shards are memory-mapped: only the latents of a batch are read
-from disk.
+The first latents of an image are its own; the V others are those of the image as `engine.data.augment` changes it. With
+sketches, S drawings of the image and one of each changed image follow, [n, 1 + V + S + V, L, C]. A shard holds a fixed
+part of the data set's items and is renamed when complete, so a killed run resumes after its last complete shard, and
+several processes share the work. Shards are memory-mapped: only the latents of a batch are read from disk.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from engine.config import Augmentation
 from engine.data.augment import augment
 from engine.data.captioned import CaptionedImages
 from engine.data.record import record_of
+from engine.data.sketch import sketch_levels
 from engine.errors import InputError
 from engine.files import save_tensors
 from engine.images import fit_image, to_levels
@@ -40,6 +41,8 @@ class LatentCache:
 
     shards: list[Tensor]  # [n, 1 + V, L, C] each, of images in order
     captions: list[list[str]]  # of each image, at least one
+    sketches: int = 0  # S
+    sketch_scale: float = 1.0  # of sketches' latents
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -47,7 +50,25 @@ class LatentCache:
     @property
     def versions(self) -> int:
         """1 + V, of each image; the first is the image itself."""
-        return self.shards[0].shape[1]
+        columns = self.shards[0].shape[1]
+        return 1 + (columns - 1 - self.sketches) // 2 if self.sketches else columns
+
+    def sketch_latents(self, images: list[int], versions: list[int], drawings: list[int]) -> Tensor:
+        """[B, L, C] float32 of a drawing of that version of each image; drawings are 0 … S - 1, used for version 0."""
+        first = self.versions
+        drawn = zip(versions, drawings, strict=True)
+        columns = [first + d if v == 0 else first + self.sketches + v - 1 for v, d in drawn]
+        return self.sketch_scale * self.latents(images, columns)
+
+    def with_unit_sketches(self) -> "LatentCache":
+        """The same, sketches scaled so that those of about 512 images have latents of mean square 1.
+
+        An autoencoder's own factor does this for images. Sketches have more contrast.
+        """
+        images = list(range(0, len(self), max(1, len(self) // 512)))
+        first = [0] * len(images)
+        rms = replace(self, sketch_scale=1.0).sketch_latents(images, first, first).square().mean().sqrt().item()
+        return replace(self, sketch_scale=round(1 / rms, 4))
 
     def latents(self, images: list[int], versions: list[int]) -> Tensor:
         """[B, L, C] float32 of one version of each of these images."""
@@ -70,6 +91,7 @@ def cache_latents(
     shard_size: int | None = None,
     dtype: torch.dtype = torch.float16,
     processes: Processes | None = None,
+    sketches: int = 0,
 ) -> LatentCache:
     """Encodes a data set's images, or maps the latents that an earlier run has encoded.
 
@@ -84,6 +106,7 @@ def cache_latents(
     shard_size    images per file; None: 2048, fewer for data sets that processes could not share then
     dtype         of the shards; the error of half precision is far below an autoencoder's own
     processes     that encode together, each its share of the shards
+    sketches      S, how many drawings there are of each image, see `engine.data.sketch`; 0: none, nor of its versions
     Raises InputError about `dataset` if no image can be read.
     """
     folder = Path(folder)
@@ -100,7 +123,7 @@ def cache_latents(
             "shard_size": shard_size,
             "dtype": str(dtype),
         }
-        _drop_shards_of_other_origin(folder, origin)
+        _drop_shards_of_other_origin(folder, origin | ({"sketches": [sketches, seed]} if sketches else {}))
 
     processes.on_main(drop_stale_shards)
     paths = [folder / f"latents-{i:05d}.safetensors" for i in range(-(-len(dataset.items) // shard_size))]
@@ -110,15 +133,15 @@ def cache_latents(
     with tqdm(total=total, desc="latents", unit="image", disable=hidden) as bar:
         for n, i in enumerate(own, 1):
             if not _is_complete(paths[i]):
-                images = _versions(dataset, i * shard_size, (i + 1) * shard_size, size, augmentation, seed)
+                images = _versions(dataset, i * shard_size, (i + 1) * shard_size, size, augmentation, seed, sketches)
                 _write_shard(paths[i], dataset, encode, images, dtype, bar)
             bar.update(min(n * shard_size, total) - bar.n)  # also for images that were there or are left out
     processes.wait()
-    return map_latents(paths, dataset)
+    return map_latents(paths, dataset, sketches)
 
 
-def map_latents(paths: list[Path], dataset: CaptionedImages) -> LatentCache:
-    """Maps all shards of a data set; what they have skipped is added to its `skipped`.
+def map_latents(paths: list[Path], dataset: CaptionedImages, sketches: int = 0) -> LatentCache:
+    """Maps all shards of a data set, encoded with this number of sketches; their skipped images are added to its own.
 
     Raises InputError about `dataset` if no image could be read.
     """
@@ -127,7 +150,8 @@ def map_latents(paths: list[Path], dataset: CaptionedImages) -> LatentCache:
     if not shards:
         problem = f"has no readable image ({dataset.summary()})"
         raise InputError("dataset", dataset.items[0].path.parent, "give a data set with intact images", problem)
-    return LatentCache(shards, [list(dataset.items[i].captions) for _, items in read for i in items.tolist()])
+    captions = [list(dataset.items[i].captions) for _, items in read for i in items.tolist()]
+    return LatentCache(shards, captions, sketches)
 
 
 def default_shard_size(images: int) -> int:
@@ -136,9 +160,15 @@ def default_shard_size(images: int) -> int:
 
 
 def _versions(
-    dataset: CaptionedImages, start: int, stop: int, size: int, augmentation: Augmentation | None, seed: int
+    dataset: CaptionedImages,
+    start: int,
+    stop: int,
+    size: int,
+    augmentation: Augmentation | None,
+    seed: int,
+    sketches: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(place in the data set, uint8 [1 + V, 3, S, S]) of each readable image of `items[start:stop]`."""
+    """(place in the data set, uint8 [1 + V (+ S + V), 3, size, size]) of each readable image of `items[start:stop]`."""
     place_of = {item.image_id: start + i for i, item in enumerate(dataset.items[start:stop])}
     for item, image in dataset.images(start, stop):
         levels, place = [fit_image(image, size)], place_of[item.image_id]
@@ -146,6 +176,9 @@ def _versions(
             random = np.random.default_rng((seed, place, version))
             changed = augment(image, size, augmentation, random, augmentation.may_flip(item.captions))
             levels.append(to_levels(changed))
+        if sketches:
+            sources = [levels[0]] * sketches + levels[1:]
+            levels += [sketch_levels(x, np.random.default_rng((seed, place, i, 1))) for i, x in enumerate(sources)]
         yield place, torch.stack(levels)
 
 
@@ -163,7 +196,7 @@ def _drop_shards_of_other_origin(folder: Path, origin: dict) -> None:
         return
     stale = list(folder.glob("latents-*.safetensors*"))
     if stale:
-        differing = ", ".join(key for key in origin if before.get(key) != origin[key])
+        differing = ", ".join(key for key in before | origin if before.get(key) != origin.get(key))
         print(f"{folder}: encoding the images again, since these have changed: {differing}")
     for shard in stale:
         shard.unlink()

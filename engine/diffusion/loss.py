@@ -6,7 +6,8 @@ Training times (`DiffusionConfig.time_sampling`)
     shared       one t for all modalities of a sample (arXiv 2311.16488, section 3.2)
     independent  one t per modality (UniDiffuser, arXiv 2303.06555)
     masked       one t for the tokens to generate; a sample's known tokens enter clean at time 0, or, in some samples,
-                 as pure noise at time N; the loss is over the generated tokens only
+                 as pure noise at time N; the loss is over the generated tokens only. Known are no tokens, random
+                 ones, or some whole modalities: all choices of these are equally frequent
     conditional  like masked; the known tokens are those of modalities that the model does not predict (U-ViT's text)
 """
 
@@ -19,9 +20,10 @@ from torch import Tensor
 from engine.config import Config
 from engine.diffusion.schedule import NoiseSchedule
 
-# Masked times: the fraction of samples in which every token is generated, and in which one whole modality is known. In
+# Masked times: the fraction of samples in which every token is generated, and in which whole modalities are known. In
 # the rest random tokens are known.
 JOINT, WHOLE_MODALITY = 0.1, 0.75
+UNKNOWN = 1 / 3  # of the rest: how often a modality has no known token, where there are more than two
 DROPPED = 0.1  # fraction of samples whose known tokens are pure noise: trains the unconditional pass
 
 
@@ -167,21 +169,26 @@ class DenoisingLoss:
         return N - (N * u**self.skew).long()
 
     def _draw_masks(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Generate masks [B, L] bool: all tokens, all modalities but one, or random tokens (single ones or runs)."""
+        """Generate masks [B, L] bool: all tokens, some whole modalities, or random tokens (single ones or runs)."""
 
         def uniform(*shape):
             return torch.rand(*shape, generator=generator)
 
         model, kind = self.config.model, uniform(batch, 1)
-        known = torch.randint(len(model.modalities), (batch, 1), generator=generator)  # index of the known modality
+        count = len(model.modalities)
+        # Bit i: modality i is known. At least one is; not all are, unless there is only one.
+        known = 1 + torch.randint(max(1, 2**count - 2), (batch, 1), generator=generator)
         whole, scattered = [], []
         for i, m in enumerate(model.modalities):
-            whole.append((known != i).expand(batch, m.tokens))
+            whole.append((known >> i & 1 == 0).expand(batch, m.tokens))
             single = uniform(batch, m.tokens) < uniform(batch, 1)
             position, length = torch.arange(m.tokens), uniform(batch, 1) * m.tokens
             start = uniform(batch, 1) * (m.tokens - length)
             run = (position >= start.floor()) & (position < start + length)
-            scattered.append(torch.where(uniform(batch, 1) < 0.5, single, run))
+            random = torch.where(uniform(batch, 1) < 0.5, single, run)
+            if count > 2:  # as when half a sketch is given and nothing else
+                random = random | (uniform(batch, 1) < UNKNOWN)
+            scattered.append(random)
         generate = torch.where(kind < JOINT + WHOLE_MODALITY, torch.cat(whole, 1), torch.cat(scattered, 1))
         # A sample in which every token is known has no loss, so it generates all of them instead.
         return generate | (kind < JOINT) | ~generate.any(1, keepdim=True)

@@ -9,6 +9,7 @@ from PIL import Image
 from engine.errors import EngineClosed, InputError, cut, shown
 from engine.serving.async_engine import Cancelled, DeadlineExceeded, QueueFull
 
+IMAGES = ("image", "mask", "mask_image", "masks", "sketch", "sketch_mask")  # arguments
 RETRY_AFTER = {"Retry-After": "1"}  # seconds
 
 
@@ -78,7 +79,7 @@ def service_error(error: BaseException, names: Mapping[str, str] | None = None) 
 def _input_error(error: InputError, names: Mapping[str, str]) -> ServiceError:
     param = ", ".join(names.get(name, name) for name in error.argument.split(", "))
     value = "" if isinstance(error.value, Image.Image | bytes) or error.value is None else f"{shown(error.value)} "
-    code = "invalid_image" if param.partition("[")[0] in ("image", "mask", "mask_image", "masks") else "invalid_value"
+    code = "invalid_image" if param.partition("[")[0] in IMAGES else "invalid_value"
     return refused(param, f"{value}{error.problem}; {error.remedy}", code)
 
 

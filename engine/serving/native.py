@@ -11,6 +11,8 @@ SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interva
         "step_cache", "order", "unknown_words", "task", "spacing", "infill", "inner_steps", "step_size",
         "adapter", "adapter_scale")  # fmt: skip
 
+IMAGES = ("image", "mask", "sketch", "sketch_mask")
+
 
 def infill(service: Service, body: InfillBody) -> Job:
     if body.preview_every and not body.stream:
@@ -45,11 +47,11 @@ def _request(body: InfillBody, service: Service) -> Request:
         given[name] = read(value, f"inputs[{name!r}]", limits)
     if body.prompt is not None and "text" in given:
         raise refused("prompt", "is given twice; leave it out of inputs")
+    uploads = {key: getattr(body, key) for key in IMAGES}
     words = known_text(body.prompt, limits)
     return Request(
         prompt=words.get("prompt"),
-        image=None if body.image is None else open_upload(body.image, "image", limits),
-        mask=None if body.mask is None else open_upload(body.mask, "mask", limits),
+        **{key: None if data is None else open_upload(data, key, limits) for key, data in uploads.items()},
         inputs=given | words.get("inputs", {}),
         masks={name: open_upload(value, f"masks[{name!r}]", limits) for name, value in body.masks.items()},
         seed=body.seed,

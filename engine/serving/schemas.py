@@ -65,6 +65,8 @@ class InfillBody(Body):
     prompt: str | None = Field(None, description="words; _ is a word to be filled in; empty: known to be empty")
     image: ImageData | None = None
     mask: ImageData | None = Field(None, description="white: generate; black or transparent: keep")
+    sketch: ImageData | None = Field(None, description="black lines on white, for a model that has sketches")
+    sketch_mask: ImageData | None = Field(None, description="white: generate")
     inputs: dict[str, ImageData] = Field({}, description="what is given of any modality, by its name")
     masks: dict[str, ImageData] = Field({}, description="masks of given images, by modality")
     num: int = _whole("num", "samples")

@@ -11,10 +11,11 @@ from engine.codecs.image import ImageCodec
 from engine.config import Config
 from engine.data.augment import augment
 from engine.data.captioned import CaptionedImages
+from engine.data.sketch import sketch_levels
 from engine.errors import InputError, errors_named
 from engine.files import write_atomically
 from engine.images import fit_image, grid, to_image, to_levels
-from engine.training.options import image_and_text
+from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
 from engine.training.stage import Stage, StageOptions, plot_curve
 
@@ -22,6 +23,7 @@ from engine.training.stage import Stage, StageOptions, plot_curve
 # denoiser.
 LATENT_NOISE = 0.1
 CHANGED = 0.5  # fraction of the images that are augmented, if the recipe says how
+SKETCHED = 0.25  # fraction of which a sketch is taken, if the model has sketches
 
 
 def train_autoencoder(
@@ -34,7 +36,7 @@ def train_autoencoder(
     torch.manual_seed(recipe.autoencoder.seed)
     network = autoencoder_class("AutoencoderDC")(**recipe.autoencoder_config)
     network.to(options.device, memory_format=torch.channels_last)  # the faster layout for convolutions
-    name = image_and_text(config)[0]
+    name, has_sketches = image_and_text(config)[0], sketch_of(config) is not None
     settings, values = config.codecs[name].settings, config.model.modality(name).size  # values of an image's latents
     size = settings["size"]
     plain, sources = [], []  # uint8 [3, S, S]; if there are to be changed versions, what these are made from
@@ -57,6 +59,8 @@ def train_autoencoder(
             else:
                 image, flip = sources[i]
                 levels.append(to_levels(augment(image, size, recipe.augmentation, random, flip)))
+            if random is not None and has_sketches and random.random() < SKETCHED:
+                levels[-1] = sketch_levels(levels[-1], random)
         pixels = torch.stack(levels).float() / 127.5 - 1
         return pixels.to(options.device, memory_format=torch.channels_last)
 

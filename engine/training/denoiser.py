@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine import checkpoint
@@ -23,12 +24,12 @@ from engine.sampling.graphs import compile_blocks
 from engine.training.adapter import Lora, TrainedAdapter
 from engine.training.examples import Examples, shortened
 from engine.training.initial import start_from
-from engine.training.options import image_and_text
+from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
 from engine.training.stage import Draw, Losses, Stage, StageOptions, plot_curve
 from engine.training.tracking import Report
 
-PROMPTS, JOINT_SAMPLES = 24, 16  # in the sample sheets
+PROMPTS, JOINT_SAMPLES, SKETCHES = 24, 16, 8  # in the sample sheets
 
 
 def train_denoiser(
@@ -78,7 +79,7 @@ def train_denoiser(
             weights = adapter.save(run / "adapter", stage.average)
         checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
         plot_curve(stage.curve, stage.folder / "curve.png")
-        _sample(run, step, prompts, config, recipe.denoiser.seed, options)
+        _sample(run, step, prompts, cache, config, recipe.denoiser.seed, options)
         if evaluations is not None and evaluations.is_due(step, stage.done):
             evaluations.run(step, run / "checkpoint", options.device, options.dtype, options.tracker)
 
@@ -123,24 +124,42 @@ def _prompts(cache: LatentCache, words: int) -> list[str]:
     return [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
 
 
-def _sample(run: Path, step: int, prompts: list[str], config: Config, seed: int, options: StageOptions) -> None:
-    """Writes what RUN/checkpoint generates: from prompts and jointly, as far as it can do both; texts where it is of
-    text alone, else a grid of images."""
-    (image, text), predicted = image_and_text(config), config.model.predicted
-    requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if image in predicted]
-    if text in predicted and (image is None or image in predicted):
+def _drawings(cache: LatentCache, engine: Engine, sketch: str) -> list[Image.Image]:
+    """Sketches of some images."""
+    codec, chosen = engine.codecs[sketch], list(range(0, len(cache), max(1, len(cache) // SKETCHES))[:SKETCHES])
+    codec.build()
+    first = [0] * len(chosen)
+    given = [codec.read(None, sketch)] * len(chosen)
+    return [decoded.value for decoded in codec.decode(cache.sketch_latents(chosen, first, first), given)]
+
+
+def _sample(
+    run: Path, step: int, prompts: list[str], cache: LatentCache, config: Config, seed: int, options: StageOptions
+) -> None:
+    """Writes what RUN/checkpoint generates: from prompts, jointly and from sketches of the data, as far as it can;
+    texts where it is of text alone, else a grid of images, each beside its sketch if it has one."""
+    (image, text), sketch = image_and_text(config), sketch_of(config)
+    names = {m.name for m in config.model.modalities}
+    conditions = names - set(config.model.predicted)
+    requests = [Request(inputs={text: prompt}, seed=seed) for prompt in prompts if conditions <= {text} < names]
+    if not conditions:
         requests.append(Request(num=JOINT_SAMPLES))
-    if not requests:
+    from_sketches = sketch is not None and conditions <= {sketch}
+    if not (requests or from_sketches):
         return
     dtype = str(options.dtype).removeprefix("torch.")
     with Engine.from_pretrained(run / "checkpoint", device=str(options.device), dtype=dtype) as engine:
+        if from_sketches:
+            requests += [Request(inputs={sketch: drawing}, seed=seed) for drawing in _drawings(cache, engine, sketch)]
         outputs = [sample.outputs for result in engine.generate(requests) for sample in result.samples]
     captions = [values[text] for values in outputs]
     file, sheet = run / "denoiser" / f"samples-{step:07d}", None
     if image is None:
         write_atomically(file.with_suffix(".txt"), lambda p: p.write_text("\n".join(captions) + "\n", "utf-8"))
     else:
-        sheet = grid([values[image] for values in outputs], captions, columns=8)
+        images = [image] if sketch is None else [image, sketch]
+        titles = [title for caption in captions for title in (caption, "")[: len(images)]]
+        sheet = grid([values[name] for values in outputs for name in images], titles, columns=8)
         write_atomically(file.with_suffix(".png"), lambda p: sheet.save(p, "PNG"))
     if options.tracker is not None:
         options.tracker.log_samples(step, sheet, captions)

@@ -1,4 +1,4 @@
-"""The denoiser's training data: the images of an epoch, captions drawn at random, and the clean data of both."""
+"""The denoiser's training data: the images of an epoch, captions and sketches drawn at random, and their clean data."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from engine.codecs.words import caption_words
 from engine.config import Config
 from engine.data.latents import LatentCache
 from engine.errors import errors_named
-from engine.training.options import image_and_text
+from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
 
 # Fraction of the known images that are taken in a changed version, if the cache has such versions.
@@ -26,6 +26,7 @@ class Choice(NamedTuple):
     images: list[int]  # [B] of the cache
     captions: list[int]  # [B] of `Examples.captions`
     versions: list[int]  # [B] of the images, 0: as they are
+    sketches: list[int]  # [B] of the drawings of images as they are
 
 
 class Examples:
@@ -33,14 +34,14 @@ class Examples:
 
     cache   latents and captions of the images; of texts alone, captions without latents
     text    the codec of the captions
-    config  the checkpoint's `Config`, with one text codec and at most one image codec
+    config  the checkpoint's `Config`, of a text and perhaps an image, and of sketches if the cache has them
     recipe  tells how often images and captions are used and how captions are weighted
     Raises InputError about `data` if a caption has a word outside the codec's vocabulary.
     """
 
     def __init__(self, cache: LatentCache, text: TextCodec, config: Config, recipe: Recipe):
         self.model, self.recipe, self.vectors, self.cache = config.model, recipe, text.vectors, cache
-        self.image_name, self.text_name = image_and_text(config)
+        (self.image_name, self.text_name), self.sketch_name = image_and_text(config), sketch_of(config)
         words = config.model.modality(self.text_name).tokens
         # Indices into the table of word vectors: as vectors, the captions of MS-COCO would take 10 GB.
         with errors_named("data"):
@@ -70,23 +71,27 @@ class Examples:
             changed = known & (torch.rand(len(images), generator=generator) < CHANGED)
             drawn = torch.randint(1, self.cache.versions, (len(images),), generator=generator)
             versions = torch.where(changed, drawn, 0)
-        return Choice(images, captions, versions.tolist())
+        sketches = [0] * len(images)
+        if self.sketch_name is not None:
+            sketches = torch.randint(self.cache.sketches, (len(images),), generator=generator).tolist()
+        return Choice(images, captions, versions.tolist(), sketches)
 
     def read(self, choice: Choice, part: slice = slice(None)) -> Tensor:
         """x0 [b, N] float32 of the samples of `part`, on the CPU."""
-        parts = {self.text_name: self.vectors[self.captions[choice.captions[part]]].flatten(1)}  # [b, L·C]
+        images, versions = choice.images[part], choice.versions[part]
+        parts = {self.text_name: self.vectors[self.captions[choice.captions[part]]]}  # [b, L, C]
         if self.image_name is not None:
-            parts[self.image_name] = self.cache.latents(choice.images[part], choice.versions[part]).flatten(1)
-        return self._joined(parts)  # [b, N]
+            parts[self.image_name] = self.cache.latents(images, versions)  # [b, L, C]
+        if self.sketch_name is not None:
+            parts[self.sketch_name] = self.cache.sketch_latents(images, versions, choice.sketches[part])  # [b, L, C]
+        return self._joined({name: tokens.flatten(1) for name, tokens in parts.items()})  # [b, N]
 
     def token_weights(self, choice: Choice) -> Tensor | None:
         """[B, L] float32 on the CPU; None: the recipe weights all tokens alike."""
         if not self.recipe.captions_alike:
             return None
-        weights = {self.text_name: token_weights(self.captions[choice.captions])}
-        if self.image_name is not None:
-            weights[self.image_name] = torch.ones(len(choice.images), self.model.modality(self.image_name).tokens)
-        return self._joined(weights)
+        weights = {m.name: torch.ones(len(choice.images), m.tokens) for m in self.model.modalities}
+        return self._joined(weights | {self.text_name: token_weights(self.captions[choice.captions])})
 
     def _joined(self, parts: dict[str, Tensor]) -> Tensor:
         """[B, ·] of each modality side by side, in the model's order."""

@@ -1,6 +1,6 @@
 """What a denoiser's training starts from: the network of a checkpoint, or published U-ViT weights."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from engine import checkpoint
@@ -10,7 +10,7 @@ from engine.files import is_file
 from engine.model.convert import initialise_from, load_uvit, not_copied, require_same_blocks
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
-from engine.training.options import image_and_text
+from engine.training.options import image_and_text, kind_and_settings
 
 REMEDY = "use the preset of its shape; a text-to-image U-ViT can also start a PS-U-Net of its width"
 
@@ -27,16 +27,19 @@ def initial_network(source: Path, config: Config) -> PSUNet | UViT:
             require_same_blocks(model, network.config)
         except InputError as error:
             raise InputError("init", source, REMEDY, f"does not fit: {error.value} {error.problem}") from None
-    elif network.config != model:
+    elif _with_common_modalities(network.config, model) != _with_common_modalities(model, network.config):
         raise InputError("init", source, REMEDY, f"holds a model with {_difference(network.config, model)}")
     return network
 
 
 def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:
-    """Copies the weights of `initial_network` into a network of the config; returns what a PS-U-Net does not get."""
+    """Copies the weights of `initial_network` into a network of the config; returns what is not copied, a line each."""
     if network.config.uvit is not None or init.config.uvit is None:
-        network.load_state_dict(init.state_dict())
-        return []
+        weights, own = init.state_dict(), network.state_dict()
+        network.load_state_dict({name: weights.get(name, own[name]) for name in own})
+        theirs, ours = ([m.name for m in of.config.modalities] for of in (init, network))
+        lacking = [f"branch {name}: the checkpoint has none" for name in ours if name not in theirs]
+        return lacking + [f"branch {name} of the checkpoint: the model has none" for name in theirs if name not in ours]
     return not_copied(network, init, initialise_from(network, init))
 
 
@@ -57,10 +60,24 @@ def _network_of_folder(folder: Path, config: Config) -> PSUNet | UViT:
     with errors_named("init"):
         loaded = checkpoint.load(folder)
     # Not their folders: those of a checkpoint that `engine.pipeline` has saved have other names.
-    ours, theirs = ({name: (c.kind, c.settings) for name, c in of.codecs.items()} for of in (config, loaded.config))
-    if ours != theirs:
+    ours, theirs = ({name: kind_and_settings(c) for name, c in of.codecs.items()} for of in (config, loaded.config))
+    both = ours.keys() & theirs.keys()
+    needed = {name for name in image_and_text(config) if name is not None}
+    if not needed <= both or any(ours[name] != theirs[name] for name in both):
         raise InputError("init", folder, "use the preset it was trained with", "has other codecs than the preset")
     return loaded.network
+
+
+def _with_common_modalities(model: ModelConfig, other: ModelConfig) -> ModelConfig:
+    """A PS-U-Net without the modalities that another one lacks, whose branches have no part in the others; in order.
+
+    A U-ViT as it is: its weights are those of all modalities together.
+    """
+    if model.uvit is not None or other.uvit is not None:
+        return model
+    names = {m.name for m in other.modalities}
+    common = sorted((m for m in model.modalities if m.name in names), key=lambda m: m.name)
+    return replace(model, modalities=tuple(common)) if common else model
 
 
 def _difference(found: ModelConfig, needed: ModelConfig) -> str:

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.config import Config
+from engine.config import CodecConfig, Config
 from engine.errors import InputError
 from engine.files import is_file, is_folder
 from engine.hub import local_folder
@@ -16,6 +16,7 @@ MAX_RANK = 1024  # of adapters
 MAX_STEPS, MAX_BATCH = 1_000_000_000, 65_536  # of a stage, of a step: far above anything useful
 MAX_SEED = (1 << 32) - 1  # gensim takes no more than 32 bits
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SKETCH = "sketch"  # the modality that is drawn from the image, see `engine.data.sketch`
 TRACKERS = ("tensorboard", "wandb", "trackio")
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")  # how names of files of weights end
 
@@ -178,12 +179,31 @@ def _check_init(init: Path) -> None:
 def image_and_text(config: Config) -> tuple[str | None, str]:
     """Names of the modality with the image codec, None in a model of text alone, and of the one with the text codec.
 
-    Raises InputError for a config with other codecs: the data sets have nothing else to train on.
+    Beside them there may be a sketch, see `sketch_of`. Raises InputError for a config with other codecs: the data sets
+    have nothing else to train on.
     """
-    kinds = {name: codec.kind for name, codec in config.codecs.items()}
+    drawn = sketch_of(config)
+    kinds = {name: codec.kind for name, codec in config.codecs.items() if name != drawn}
     if sorted(kinds.values()) not in (["image", "text"], ["text"]):
-        codecs = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        remedy = "use a model with exactly one text codec and at most one image codec"
+        codecs = ", ".join(f"{name}: {codec.kind}" for name, codec in config.codecs.items())
+        remedy = f"use a model with exactly one text codec and at most one image codec, which a {SKETCH} may share"
         raise InputError("config", codecs, remedy, "cannot be trained on images with captions")
     by_kind = {kind: name for name, kind in kinds.items()}
     return by_kind.get("image"), by_kind["text"]
+
+
+def sketch_of(config: Config) -> str | None:
+    """Name of the modality that is a drawing of another one: it is called sketch and has the codec of that image.
+
+    Their scales may differ: training measures that of the sketch.
+    """
+    if SKETCH not in config.codecs:
+        return None
+    alike = {name: (codec.folder or name, *kind_and_settings(codec)) for name, codec in config.codecs.items()}
+    shared = [name for name in alike if name != SKETCH and alike[name] == alike[SKETCH]]
+    return SKETCH if shared and config.codecs[SKETCH].kind == "image" else None
+
+
+def kind_and_settings(codec: CodecConfig) -> tuple[str, dict]:
+    """A codec's kind and its settings but for the scale, which training measures."""
+    return codec.kind, {key: value for key, value in codec.settings.items() if key != "scale"}

@@ -97,10 +97,12 @@ RECIPES: dict[str, Recipe] = {
     "uvit-t2i-coco256": COCO256,
     "uvit-t2i-deep-coco256": COCO256,
     "emoji": EMOJI,
+    "emoji-sketch": EMOJI,
     "photos128": PHOTOS128,
     "uvit-emoji": EMOJI,
     "text": TEXT,
     "text-tiny": TEXT_TINY,
     "tiny": TINY,
+    "tiny-sketch": TINY,
     "uvit-tiny": TINY,
 }

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from engine.config import Config
 from engine.data.captioned import CaptionedImages
 from engine.data.latents import LatentCache, cache_latents
 from engine.data.record import differences, record_of
+from engine.data.sketch import VARIANTS
 from engine.data.sources import open_captioned
 from engine.data.texts import Texts
 from engine.device import DTYPES, resolve_device, resolve_dtype
@@ -41,7 +43,7 @@ from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
 from engine.training.evaluations import Evaluations
 from engine.training.initial import initial_network
-from engine.training.options import TrainOptions, image_and_text
+from engine.training.options import TrainOptions, image_and_text, sketch_of
 from engine.training.recipes import Recipe
 from engine.training.stage import StageOptions, run_lock
 from engine.training.tracking import Tracker, record_start
@@ -149,6 +151,10 @@ def _run_stages(
         cache = LatentCache([], [[text] for text in data.texts])
     else:
         cache = _latents(data, record, options, how)
+    if (sketch := sketch_of(config)) is not None:
+        cache, codec = cache.with_unit_sketches(), config.codecs[sketch]
+        scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
+        config = replace(config, codecs={**config.codecs, sketch: scaled})
     lora = Lora(options.lora, options.lora_alpha, str(options.init)) if options.lora else None
     train_denoiser(run, cache, text, config, recipe, how, init, lora)
 
@@ -172,6 +178,7 @@ def _latents(
             options.seed,
             record,
             processes=how.processes,
+            sketches=VARIANTS if sketch_of(config) is not None else 0,
         )
 
 
@@ -195,10 +202,14 @@ def _require_enough_samples(recipe: Recipe, processes: Processes) -> None:
 
 
 def copy_codecs(source: Path, run: Path, config: Config) -> None:
-    """Copies the codecs of the checkpoint folder `source` into RUN/checkpoint, except for those it already has."""
+    """Copies the codecs of the checkpoint folder `source` into RUN/checkpoint, except for those it already has.
+
+    Left out are those of modalities that the config lacks.
+    """
     file = source / "config.json"  # there is none while a run has only codecs
-    for name, codec in (checkpoint.read_config(file) if file.exists() else config).codecs.items():
-        folder = _codec_folder(run, config, name)
+    codecs = (checkpoint.read_config(file) if file.exists() else config).codecs
+    for name in config.codecs.keys() & codecs.keys():
+        codec, folder = codecs[name], _codec_folder(run, config, name)
         if not folder.exists():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             unfinished.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 // The page of the service: what is given, what is generated, one run at a time, and a gallery of its results.
 // Every address is relative, so that it also works behind a proxy that adds a path.
 
+import { sketchPad } from "./sketch.js";
+
 const $ = (id) => document.getElementById(id);
 const copyOf = (template) => $(template).content.firstElementChild.cloneNode(true);
 
@@ -84,6 +86,7 @@ const FIELDS = { // where an error about an argument is shown, and the control i
   prompt: ["caption-error", "word", "chip-field"],
   image: ["image-error", "choose", "stage"],
   mask: ["image-error", "choose", "stage"],
+  sketch: ["sketch-error", "choose-sketch", "sketch"],
 };
 for (const id of ["num", "steps", "seed", "guidance", "order"]) FIELDS[id] = [`${id}-error`, id, id];
 
@@ -147,23 +150,28 @@ function generatedShare() {
   return image.mask.reduce((sum, on) => sum + on, 0) / image.mask.length;
 }
 
-async function giveFile(file) {
-  clearError("image");
+async function giveFile(file, field = "image", give = giveImage) {
+  clearError(field);
   try {
     if (file.size > MOST_BYTES) throw new Error("too large");
-    await giveImage(await createImageBitmap(file));
+    await give(await createImageBitmap(file));
   } catch {
     const problem = file.size > MOST_BYTES ? "is larger than 50 MB" : "cannot be read as an image";
-    showError("image", `“${file.name}” ${problem}. Give a whole PNG, JPEG, WebP or GIF.`);
+    showError(field, `“${file.name}” ${problem}. Give a whole PNG, JPEG, WebP or GIF.`);
   }
 }
 
-/** Shows an image as the model takes it: on white, its centre cropped to a square and resized. */
-async function giveImage(bitmap) {
+/** The centre of an image as the model takes it, cropped to a square and resized. */
+function fit(bitmap) {
   const side = Math.min(bitmap.width, bitmap.height);
   const [x, y] = [bitmap.width - side, bitmap.height - side].map((rest) => Math.floor(rest / 2));
   const size = { resizeWidth: model.size, resizeHeight: model.size, resizeQuality: "high" };
-  const fitted = await createImageBitmap(bitmap, x, y, side, side, side === model.size ? {} : size);
+  return createImageBitmap(bitmap, x, y, side, side, side === model.size ? {} : size);
+}
+
+/** Shows an image as the model takes it, on white. */
+async function giveImage(bitmap) {
+  const fitted = await fit(bitmap);
   $("canvas").width = $("canvas").height = model.size;
   pixels.fillStyle = "white";
   pixels.fillRect(0, 0, model.size, model.size);
@@ -179,11 +187,22 @@ function removeImage() {
   refresh();
 }
 
+// The sketch; Ctrl Z undoes the last change of it or of the mask.
+let undoLast = undo;
+const sketch = sketchPad($("sketch"), () => {
+  undoLast = sketch.undo;
+  clearError("sketch");
+  refresh();
+});
+
+const giveSketch = async (bitmap) => sketch.give(await fit(bitmap));
+
 /** Replaces the mask, or keeps a copy of it before a stroke changes it in place. */
 function changeMask(mask = image.mask) {
   image.undos = [...image.undos.slice(1 - MOST_UNDOS), image.mask.slice()];
   image.mask = mask;
   image.left = false;
+  undoLast = undo;
   clearError("mask");
   refresh();
 }
@@ -219,6 +238,7 @@ function onStage(event) {
 function draw(event) {
   if (event.button || !event.isPrimary) return;
   event.preventDefault();
+  document.activeElement.blur(); // from now on Ctrl Z is about the mask, not about what was typed
   $("overlay").setPointerCapture(event.pointerId);
   changeMask();
   image.cursor = onStage(event);
@@ -472,7 +492,7 @@ function wordKey(event) {
 
 // -------------------------------------------------------------------------------------- What will be generated
 
-/** What is generated of the image and of the words, each "all", "none" or a part. */
+/** What is generated of the image, of the words and of the sketch, each "all", "none" or a part. */
 function plan() {
   const share = generatedShare();
   const part = share > 0 && share < 1 ? (matchingPreset() ?? `${Math.min(99, Math.max(1, Math.round(100 * share)))} %`) : null;
@@ -482,38 +502,56 @@ function plan() {
     image: share === 0 ? "none" : (part ?? "all"),
     words: caption.left || !words.length ? "all" : blanks ? "some" : "none",
     blanks,
+    sketch: has("sketch") && sketch.isGiven() ? "none" : "all",
   };
 }
 
-function sentenceOf({ image: drawn, words, blanks }) {
-  if (drawn === "none" && words === "none") {
+/** By modality, what of it is generated: "all", "none" or a part. */
+const partsOf = ({ image: drawn, words, sketch: lines }) => ({ image: drawn, text: words, sketch: lines });
+
+/** Names of the modalities of which so much is generated; those that the page cannot give are generated. */
+function modalitiesWith(amount, planned) {
+  const parts = partsOf(planned);
+  return model.modalities.map(({ name }) => name).filter((name) => (parts[name] ?? "all") === amount);
+}
+
+const isAllGiven = (planned) => modalitiesWith("none", planned).length === Math.max(1, model.modalities.length);
+
+function sentenceOf(planned) {
+  const { image: drawn, words, blanks, sketch: lines } = planned;
+  if (isAllGiven(planned)) {
     return "Everything is given. Paint over a part of the image, or blank a word.";
   }
   const imagePart = drawn === "none" ? "given" : `${drawn} generated`;
   const wordPart = { all: "all generated", none: "given", some: `${blanks} of ${allWords().length} generated` }[words];
-  return [has("image") && `Image: ${imagePart}.`, has("text") && `Words: ${wordPart}.`].filter(Boolean).join(" ");
+  const sketchPart = lines === "none" ? "given" : "all generated";
+  const parts = [["image", `Image: ${imagePart}.`], ["sketch", `Sketch: ${sketchPart}.`], ["text", `Words: ${wordPart}.`]];
+  return parts.filter(([name]) => has(name)).map(([, part]) => part).join(" ");
 }
 
-function titleOf({ image: drawn, words }) {
+function titleOf({ image: drawn, words, sketch: lines }) {
   const parts = [];
   if (drawn === "all") parts.push("image");
   else if (drawn in PRESETS) parts.push(`${drawn} of the image`);
   else if (drawn !== "none") parts.push("part of the image");
   if (words !== "none") parts.push(words === "all" ? "caption" : "words");
-  const given = [drawn === "none" && "the image", words !== "all" && `“${prompt()}”`].filter(Boolean);
+  if (!parts.length) parts.push("sketch");
+  const given = [drawn === "none" && "the image", lines === "none" && "a sketch", words !== "all" && `“${prompt()}”`].filter(Boolean);
   const title = parts.join(" and ") + (given.length ? ` for ${given.join(" and ")}` : "");
   return title[0].toUpperCase() + title.slice(1);
 }
 
-function taskOf({ image: drawn, words }) {
-  if (drawn === "all" && words !== "some") return words === "all" ? "joint" : "text-to-image";
-  return drawn === "none" && words === "all" ? "image-to-text" : "infill";
+function taskOf(planned) {
+  const [known, made] = ["none", "all"].map((amount) => modalitiesWith(amount, planned));
+  if (known.length + made.length < model.modalities.length) return "infill";
+  return known.length ? `${known.join("+")}-to-${made.join("+")}` : "joint";
 }
 
 /** Brings the page in line with the state. */
 function refresh() {
   const planned = plan();
   showImage();
+  showSketch();
   showWords();
   const guidance = model.defaults.guidance?.[taskOf(planned)];
   $("guidance").placeholder = guidance === undefined ? "automatic" : `automatic (${guidance})`;
@@ -522,7 +560,14 @@ function refresh() {
   $("options-summary").textContent = `${num} ${num === 1 ? "sample" : "samples"} · ${$("steps").value} steps · ${seed}`;
   const sentence = sentenceOf(planned);
   if ($("summary").textContent !== sentence) $("summary").textContent = sentence; // else it is announced again
-  $("generate").disabled = planned.image === "none" && planned.words === "none";
+  $("generate").disabled = isAllGiven(planned);
+}
+
+function showSketch() {
+  const given = sketch.isGiven();
+  $("undo-sketch").disabled = !sketch.canUndo();
+  $("clear-sketch").disabled = !given;
+  $("sketch-hint").textContent = given ? "" : "Draw with the mouse or a finger. Without lines, the model draws the sketch.";
 }
 
 function showImage() {
@@ -584,7 +629,7 @@ function optionsAreValid() {
   return !wrong.length;
 }
 
-function requestOf({ image: drawn, words }) {
+function requestOf({ image: drawn, words, sketch: lines }) {
   const steps = Number($("steps").value);
   const body = { num: Number($("num").value), steps, seed: Number($("seed").value), stream: true };
   body.preview_every = Math.max(1, Math.round(steps / 8));
@@ -592,6 +637,7 @@ function requestOf({ image: drawn, words }) {
   if ($("order").value) body.order = JSON.parse($("order").value);
   if (words !== "all") body.prompt = prompt();
   if (words !== "all" && $("fill-unknown").checked) body.unknown_words = "fill";
+  if (lines === "none") body.sketch = sketch.data();
   if (drawn === "all") return body;
   body.image = $("canvas").toDataURL("image/png");
   if (drawn === "none") return body;
@@ -754,6 +800,13 @@ function showSample(run, sample, item) {
     const other = Object.assign(new Image(), { className: "sharp other", alt: name, title: name });
     other.src = `data:image/png;base64,${sample.outputs[name]}`;
     find(".frame").after(other);
+    if (name !== "sketch") continue;
+    find(".use-sketch").hidden = false;
+    find(".use-sketch").addEventListener("click", async () => {
+      await other.decode();
+      await giveSketch(await createImageBitmap(other));
+      showCard("sketch-card", "choose-sketch");
+    });
   }
   const words = (sample.words ?? []).map((word, i) => ({ ...word, generated: word.word !== run.words[i] }));
   showCaption(find(".caption"), words);
@@ -829,6 +882,7 @@ async function start() {
   $("order").replaceChildren($("order").options[0], ...orders, new Option("together", JSON.stringify("together")));
   $("image-card").hidden = !has("image");
   $("caption-card").hidden = !has("text");
+  $("sketch-card").hidden = !has("sketch");
   refresh();
   showExamples();
 }
@@ -849,6 +903,7 @@ async function showExamples() {
     }
     button.addEventListener("click", () => {
       removeImage();
+      sketch.clear();
       setCaption(text);
       generate();
     });
@@ -871,6 +926,13 @@ on("file", "change", () => {
   if ($("file").files.length) giveFile($("file").files[0]);
   $("file").value = ""; // so that the same file can be chosen again
 });
+on("choose-sketch", "click", () => $("sketch-file").click());
+on("sketch-file", "change", () => {
+  if ($("sketch-file").files.length) giveFile($("sketch-file").files[0], "sketch", giveSketch);
+  $("sketch-file").value = "";
+});
+on("undo-sketch", "click", sketch.undo);
+on("clear-sketch", "click", sketch.clear);
 on("image-leave", "click", () => {
   image.left = !image.left;
   clearError("image");
@@ -947,9 +1009,9 @@ document.addEventListener("keydown", (event) => {
     generate();
   } else if (event.key === "Escape") {
     cancel();
-  } else if (event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey) && !typing && image.given) {
+  } else if (event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey) && !typing) {
     event.preventDefault();
-    undo();
+    undoLast();
   }
 });
 document.addEventListener("paste", (event) => {
