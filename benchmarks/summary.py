@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import product
 
 from benchmarks.descriptions import DESCRIPTIONS, INTRODUCTION
 from benchmarks.questions import QUESTIONS, Answer, Question, answers
@@ -13,7 +14,8 @@ BENCHMARKS = (
     "forward", "loop", "peers", "sampling", "joint order", "hand-over", "training", "service", "start", "energy"
 )  # fmt: skip
 QUALITY = ("image error", "text error")
-OURS, THEIRS = ("PS-U-Net", "PS-U-Net, independent times"), "U-ViT-multi, equal parameters"
+OURS = ("PS-U-Net", "PS-U-Net, independent times")
+THEIRS = ("U-ViT-multi, equal parameters", "U-ViT-multi, equal parameters, equal training compute")
 
 
 def first_page(runs: dict[str, dict], tables: str) -> str:
@@ -82,15 +84,16 @@ def _quality(runs: dict[str, dict]) -> list[str]:
     lines = []
     for name, run in runs.items():
         rows = {row["model"]: row for row in run["rows"]} if run.get("experiment") == "architecture" else {}
-        for ours in OURS:
-            if ours in rows and THEIRS in rows and all(key in rows[THEIRS] for key in QUALITY):
-                ratios = (f"{rows[ours][key] / rows[THEIRS][key]:.2f}" for key in QUALITY)
+        for ours, theirs in product(OURS, THEIRS):
+            if ours in rows and theirs in rows and all(key in rows[theirs] for key in QUALITY):
+                ratios = (f"{rows[ours][key] / rows[theirs][key]:.2f}" for key in QUALITY)
                 spread = rows[ours].get(f"± {QUALITY[0]}")
                 seeds = spread if isinstance(spread, str) else "several seeds"
-                lines.append([f"{ours} against {THEIRS}", *ratios, f"{rows[ours]['steps']}, {seeds}", name])
+                steps = " and ".join(dict.fromkeys(str(rows[model]["steps"]) for model in (ours, theirs)))
+                lines.append([f"{ours} against {theirs}", *ratios, f"{steps}, {seeds}", name])
     if not lines:
         return []
-    text = "Ratios of the errors after as many steps of training; below 1, PS-U-Net is better."
+    text = "Ratios of the errors on held-out images at the end of training; below 1, PS-U-Net is better."
     return ["## Quality", text, table(["compared", *QUALITY, "steps", "run"], lines)]
 
 
