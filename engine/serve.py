@@ -1,6 +1,7 @@
 """The engine as a service over HTTP: `python -m engine.serve`; see `--help`, and docs/how-to/serve.md.
 
-Parses, loads and serves; the rest is in `engine.serving`. SIGTERM and Ctrl-C finish running requests, then exit with 0.
+Parses, loads and serves; the rest is in `engine.serving`. SIGTERM and Ctrl-C finish running requests, a second one ends
+them; both exit with 0.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from engine.errors import InputError
 COMMAND = "python -m engine.serve"
 INSTALL = "pip install 'psunet-engine[{}]'"
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
-CONNECTIONS = 256  # beyond those of requests that the engines take
+CONNECTIONS = 4096  # beyond those of requests that the engines take: uvicorn counts idle ones, and closes none
 
 
 def _parser() -> Parser:
@@ -73,7 +74,7 @@ def _adapter(text: str) -> tuple[str, Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _stop)  # while loading; the server has handlers of its own, and then calls these
+    signal.signal(signal.SIGTERM, _stop)  # while loading; the server has handlers of its own
     signal.signal(signal.SIGINT, _stop)
     try:
         tokens = _tokens(options.token_file)
@@ -139,17 +140,16 @@ def _warmup(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -> None:
     import uvicorn
 
+    from engine.serving.server import Server
+
     signal.signal(signal.SIGTERM, _stop)  # Ray has set its own
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # to stderr
     logging.getLogger("engine.serving").setLevel(logging.INFO)
-    seconds = max(1, round(options.drain))
     most = (options.max_rows + options.max_queue) * (options.max_replicas or options.replicas or 1) + CONNECTIONS
-    config = uvicorn.Config(
-        app, server_header=False, limit_concurrency=most, timeout_graceful_shutdown=seconds, log_config=None
-    )
+    config = uvicorn.Config(app, server_header=False, limit_concurrency=most, log_config=None)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"{COMMAND}: {model} at http://{host}:{bound.getsockname()[1]}/", flush=True)
-    uvicorn.Server(config).run([bound])
+    Server(config, app.state.drain, options.drain).run([bound])
 
 
 def _stop(*_) -> None:
@@ -202,13 +202,17 @@ def _tokens(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise InputError("token_file", file, "give a readable text file", f"cannot be read ({reason})") from None
     tokens = [line for line in lines if line]
     if not tokens:
         raise InputError("token_file", file, "write a token into it", "holds no token")
+    for number, line in enumerate(lines, 1):
+        if not (line.isascii() and line.isprintable()):  # headers hold no other characters that all clients agree on
+            problem = f"has characters in line {number} that cannot be sent in a header"
+            raise InputError("token_file", file, "use ASCII letters, digits and -._~+/=", problem)
     return tokens
 
 

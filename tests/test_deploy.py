@@ -75,6 +75,11 @@ def test_the_image_runs_the_service_without_root_and_stops_it_with_sigterm():
     assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+def test_an_image_that_was_loaded_into_the_node_is_not_pulled():
+    container = kubernetes()["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["imagePullPolicy"] == "IfNotPresent", "the default for the tag latest is Always"
+
+
 @asynchronous
 async def test_probes_ask_routes_of_the_application(engine):
     routes = {route.path for route in app_of(engine)[0].routes}

@@ -415,6 +415,8 @@ def test_phone_needs_no_sideways_scrolling_and_text_is_readable(open_page, schem
     page.fill("#word", "dragonfly ")
     expect(page.locator("#caption-error")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+    cut_off = "(p) => { p.textContent += ' · many more words'.repeat(5); return p.scrollWidth > p.clientWidth; }"
+    assert not page.locator("#about").evaluate(cut_off)
     low = {text: round(ratio, 2) for text, ratio in page.evaluate(CONTRASTS) if ratio < AA}
     assert not low
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import logging
 import signal
 import subprocess
 import sys
@@ -14,10 +15,24 @@ import openai
 import pytest
 import uvicorn
 from engine_cases import difference, left_half, noise
-from service_cases import LONG, ROOT, app_of, asynchronous, file_of, image_of, start, until
+from service_cases import (
+    LONG,
+    ROOT,
+    app_of,
+    assert_error,
+    asynchronous,
+    events_of,
+    file_of,
+    image_of,
+    start,
+    until,
+)
 
 import engine.serve as command
-from engine import Request
+from engine import Engine, Request
+from engine.serving.app import create_app
+from engine.serving.async_engine import AsyncEngine
+from engine.serving.server import Server
 
 # ------------------------------------------------------------------------------------------------- the process
 
@@ -26,7 +41,7 @@ from engine import Request
 async def test_a_process_serves_offline_and_finishes_what_runs_when_it_is_terminated(tiny_checkpoint, tmp_path):
     """Without a network, as for those who set HF_HUB_OFFLINE=1 (a fault of another engine: vllm-omni 11447)."""
     tokens = tmp_path / "tokens"
-    tokens.write_text("\nsecret\n")
+    tokens.write_bytes("\ufeff\r\nsecret\r\n".encode())  # as Windows writes text
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "http_proxy": "", "OMP_NUM_THREADS": "1"}
     process, address = start("--checkpoint", tiny_checkpoint, "--token-file", tokens, "--limit", "num=3", **offline)
     try:
@@ -43,6 +58,8 @@ async def test_a_process_serves_offline_and_finishes_what_runs_when_it_is_termin
             card = (await http.get("/v1/models")).json()["data"][0]
             assert card["id"] == "tiny" and card["limits"]["num"] == 3
             assert "text/html" in (await http.get("/")).headers["content-type"]
+            port = int(address.rpartition(":")[2])
+            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(700)]
             answer = await http.post("/v1/infill", json={"prompt": "red", "seed": 0, "steps": 2})
             assert answer.status_code == 200 and image_of(answer.json()["samples"][0]["image"]).size == (32, 32)
             body = {"steps": 150, "prompt": "red"}
@@ -51,12 +68,44 @@ async def test_a_process_serves_offline_and_finishes_what_runs_when_it_is_termin
                 await asyncio.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             assert (await running).status_code == 200
+        for _, writer in idle:
+            writer.close()
         assert await asyncio.to_thread(process.wait, 30) == 0
         lines = process.stderr.read().splitlines()
         assert len(lines) == 2 and all("INFO engine.serving: request" in line and ": done, " in line for line in lines)
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(("drain", "signals"), [(0.1, 1), (600, 2)], ids=["past the drain", "a second signal"])
+@asynchronous
+async def test_whoever_waits_at_the_end_is_answered_with_503(tiny_checkpoint, caplog, drain, signals):
+    served = AsyncEngine(Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32"))
+    app = create_app(served, drain=drain)
+    server = Server(uvicorn.Config(app, port=0, log_config=None), app.state.drain, drain)
+    serving = asyncio.ensure_future(server.serve())
+    await until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)  # one whose body never comes
+    head = "POST /v1/infill HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    writer.write(head.encode())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        bodies = (LONG, LONG | {"stream": True})
+        running = [asyncio.ensure_future(http.post("/v1/infill", json=body)) for body in bodies]
+        await until(lambda: served.requests == (2, 0))
+        server.handle_exit(signal.SIGTERM, None)
+        assert b" 503 " in (await reader.read()).partition(b"\r\n")[0]
+        if signals == 2:
+            assert (await http.get("/ready")).status_code == 503, "it still answers"
+            assert_error(await http.post("/v1/infill", json={"steps": 1}), 503, "closed")
+            server.handle_exit(signal.SIGINT, None)
+        answer, stream = await asyncio.gather(*running)
+    assert_error(answer, 503, "closed")
+    assert [(name, data["error"]["code"]) for name, data in events_of(stream.text)[-2:-1]] == [("error", "closed")]
+    await serving
+    writer.close()
+    assert served.engine.closed and not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_process_that_is_stopped_while_it_loads_exits_at_once(tiny_checkpoint):
@@ -145,6 +194,8 @@ async def test_leaving_a_connection_ends_its_request(live):
         ["--cors", "https://example.org/"],
         ["--token-file", "missing"],
         ["--token-file", "empty"],
+        ["--token-file", "UTF-16"],
+        ["--token-file", "not ASCII"],
         ["--limit", "speed=5"],
         ["--adapter", "style"],
         ["--limit", "num"],
@@ -158,6 +209,8 @@ def test_a_bad_option_is_refused_in_one_line(options, capsys, monkeypatch, tmp_p
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     Path("empty").write_text("\n")
+    Path("UTF-16").write_text("secret", encoding="utf-16")
+    Path("not ASCII").write_text("sécret", encoding="utf-8")
     try:
         status = command.main(["--port", "0", *options])
     except SystemExit as end:

@@ -90,6 +90,7 @@ def create_app(
         openapi_tags=[{"name": "native"}, {"name": "OpenAI's shape"}, {"name": "service"}],
         middleware=guards(tokens, origins),
     )
+    app.state.drain = engine.drain  # for a server that drains before it stops
     service = Service(engine, model, limits)
     _add_errors(app)
     _add_sampling(app, service)

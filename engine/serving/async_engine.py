@@ -153,7 +153,7 @@ class AsyncEngine:
         self._handles: dict[str, Handle] = {}  # of requests that are not done
         self._queue: list[Handle] = []  # those that have not started, in the order in which they will
         self._tasks: set[asyncio.Task] = set()
-        self._draining = False
+        self._closing = asyncio.Event()
         self._threads = ThreadPoolExecutor(READERS, "psunet-reader")
 
     @property
@@ -164,7 +164,8 @@ class AsyncEngine:
     @property
     def ready(self) -> bool:
         """Whether a request of one sample would be taken now, and served without warming up."""
-        return self.warm and self.alive and not self._draining and self.samples < self.engine.max_rows + self.max_queue
+        open = self.alive and not self._closing.is_set()
+        return self.warm and open and self.samples < self.engine.max_rows + self.max_queue
 
     @property
     def samples(self) -> int:
@@ -183,10 +184,14 @@ class AsyncEngine:
 
     def check_room(self, samples: int = 1) -> None:
         """Raises EngineClosed or QueueFull if a request of so many samples would not be taken now."""
-        if self._draining or not self.alive:
+        if self._closing.is_set() or not self.alive:
             raise EngineClosed("the engine is shutting down; try again later, or elsewhere")
         if self.samples + samples > self.engine.max_rows + self.max_queue:
             raise QueueFull(max(0, self.samples - self.engine.max_rows), self.max_queue)
+
+    async def closing(self) -> None:
+        """Waits until the engine takes no new requests."""
+        await self._closing.wait()
 
     def find(self, id: str) -> Handle | None:
         """The request of this id, if it is not done."""
@@ -249,8 +254,11 @@ class AsyncEngine:
             return await handle.result()
 
     async def drain(self, seconds: float = 30.0) -> None:
-        """Refuses what is new, waits for what runs, ends after `seconds` what is not done, and closes the engine."""
-        self._draining = True
+        """Refuses what is new, waits for what runs, ends after `seconds` what is not done, and closes the engine.
+
+        Another call, meanwhile, with fewer seconds ends it earlier.
+        """
+        self._closing.set()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=seconds)
         for handle in list(self._handles.values()):

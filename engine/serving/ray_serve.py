@@ -77,7 +77,7 @@ class Replica:
 
     async def __init__(self, settings: Settings):
         engine = await asyncio.to_thread(Engine.from_pretrained, **settings.engine)
-        self._engine = AsyncEngine(engine, settings.max_queue)
+        self._engine, self._drained = AsyncEngine(engine, settings.max_queue), False
         await self._engine.warmup(settings.warmup)
         self._app = create_app(self._engine, model=settings.model, limits=settings.limits, drain=settings.drain)
         self._life = self._app.router.lifespan_context(self._app)
@@ -88,10 +88,11 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray replaces a replica that fails this."""
-        if not self._engine.alive:
+        if not self._engine.alive and not self._drained:
             raise RuntimeError("the engine is closed")
 
     async def drain(self, seconds: float) -> None:
+        self._drained = True  # Ray is not to replace it
         await self._engine.drain(seconds)
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:
@@ -301,9 +302,11 @@ def _front_application(replicas, settings: Settings) -> Starlette:
         yield
         await front.drain(settings.drain)
 
-    return Starlette(
+    application = Starlette(
         routes=[Route("/{path:path}", front)],  # of an object that is not a function, Starlette routes all methods
         middleware=guards(settings.tokens, settings.origins),
         exception_handlers={Exception: lambda http, error: internal_error().response()},
         lifespan=lifespan,
     )
+    application.state.drain = front.drain
+    return application

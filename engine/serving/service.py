@@ -6,7 +6,7 @@ import io
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -15,8 +15,9 @@ from fastapi.responses import Response, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel
 
+from engine.errors import EngineClosed
 from engine.request import Request, Result, Sample
-from engine.serving.async_engine import AsyncEngine, Handle, Preview, Progress
+from engine.serving.async_engine import AsyncEngine, Handle, Preview, Progress, QueueFull
 from engine.serving.errors import AsciiJSON, dumps, internal_error, refused, service_error
 from engine.serving.inputs import Limits, read
 from engine.serving.metrics import Metrics
@@ -69,12 +70,24 @@ class Service:
         """The body of a request, with a seed. If the queue is full it is not read. Raises ServiceError."""
         try:
             self.engine.check_room()
-        except RuntimeError as error:
+            body = await self._unless_closing(read(http, model, self.limits))
+        except (QueueFull, EngineClosed) as error:
             raise service_error(error) from None
-        body = await read(http, model, self.limits)
         if body.seed is None:
             body.seed = http.scope.get(SEED, new_seed())
         return body
+
+    async def _unless_closing(self, reading: Coroutine[None, None, BaseModel]) -> BaseModel:
+        """What is read; raises EngineClosed if the engine closes meanwhile: slow clients would delay the end."""
+        tasks = body, closing = asyncio.ensure_future(reading), asyncio.ensure_future(self.engine.closing())
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not body.done():
+                self.engine.check_room()
+            return await body
+        finally:
+            body.cancel()
+            closing.cancel()
 
     async def serve(self, http: HttpRequest, job: Job) -> Response:
         """Answers with JSON or with events; cancels the request if the client disconnects. Raises ServiceError."""
