@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.checkpoint import BUILT_IN, Checkpoint, load
@@ -36,8 +35,9 @@ from engine.pipeline_values import (
     check_call,
     images_as,
     listed_images,
+    refused,
     seeds_of,
-)  # fmt: skip
+)
 from engine.preparation import PreparedRequest, prepare
 from engine.request import Request
 from engine.sampling.batch import SampleSpec
@@ -108,13 +108,8 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         source = BUILT_IN if pretrained_model_name_or_path is None else pretrained_model_name_or_path
         folder = local_folder(source, variants=kwargs.get("variant") is not None, **hub)
         if (folder / cls.config_name).is_file():
-            try:
+            with refused("checkpoint", source, "save the pipeline again", "cannot be opened"):
                 pipe = super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
-            except InputError:
-                raise
-            except (OSError, TypeError, ValueError) as error:  # of a damaged folder
-                problem = f"cannot be opened ({error})"
-                raise InputError("checkpoint", source, "save the pipeline again", problem) from error
         else:
             pipe = cls._from_checkpoint(load(folder), **kwargs)
         pipe.register_to_config(_name_or_path=str(source))
@@ -163,26 +158,19 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         Arguments are those of `DiffusionPipeline.save_pretrained`; the engine reads weights without a `variant` only.
         Raises InputError about "save_directory".
         """
-        if not isinstance(save_directory, str | PathLike):
-            raise InputError("save_directory", save_directory, "give the name of a folder", "is not one")
-        try:
-            self._save(Path(save_directory), *args, **kwargs)
-        except (OSError, SafetensorError) as error:
-            problem = f"cannot be written ({error})"
-            raise InputError("save_directory", save_directory, "give another folder", problem) from error
-
-    def _save(self, folder: Path, *args, **kwargs) -> None:
         if any(".lora_" in name for name in self.transformer.state_dict()):
             remedy = "call unload_lora_weights first; save_lora_weights writes them"
             raise InputError(
                 "transformer", type(self.transformer).__name__, remedy, "has LoRA layers, which none reads"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         config = self.engine_config
         codecs = {name: replace(codec, folder=FOLDERS[codec.kind]) for name, codec in config.codecs.items()}
         text = json.dumps(replace(config, codecs=codecs).to_dict(), indent=2) + "\n"
-        write_atomically(folder / "config.json", lambda path: path.write_text(text))
-        super().save_pretrained(str(folder), *args, **kwargs)
+        with refused("save_directory", save_directory, "give another folder", "cannot be written"):
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.json", lambda path: path.write_text(text))
+            super().save_pretrained(str(folder), *args, **kwargs)
 
     @property
     def engine_config(self) -> Config:

@@ -1,11 +1,13 @@
 """What callers of a diffusers pipeline give and get, in the engine's terms: images, batches of values, and seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.errors import InputError
@@ -90,6 +92,17 @@ def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, coun
     device = "cpu" if generator is None else generator.device
     drawn = torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
     return [(generator.initial_seed() + i) % 2**64 for i in range(count)] if fresh else drawn
+
+
+@contextmanager
+def refused(argument: str, value: object, remedy: str, problem: str) -> Iterator[None]:
+    """Makes what diffusers raises about a folder an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise InputError(argument, value, remedy, f"{problem} ({error})") from error
 
 
 def check_call(num_images_per_prompt, output_type, callback, tensor_inputs) -> None:
