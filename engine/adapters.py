@@ -22,7 +22,7 @@ from engine.errors import InputError, errors_named
 from engine.files import all_finite, is_folder, load_tensors, read_json, save_tensors, unreadable
 from engine.model.denoiser import build
 from engine.model.lora import Adapter, layer_shapes, merged
-from engine.request import ADAPTER, Request, is_number, is_whole
+from engine.request import ADAPTER, MAX_ALPHA, Request, is_number, is_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the layers' names, as peft has them; with PIPELINE_PREFIX after it for a pipeline's
@@ -35,7 +35,6 @@ PLAIN = {  # settings of peft that change what the tensors mean, and what they h
 # Values of init_lora_weights that leave the weights as they are; PiSSA, OLoRA, CorDA and LoftQ change them, and what
 # is saved is for the changed ones.
 INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")
-MOST = 1e6  # of rank and alpha
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -142,7 +141,9 @@ def _rank_and_scaling(path: Path, config) -> tuple[int, float]:
         remedy = "save it with path_initial_model_for_weight_conversion of peft"
         raise InputError("adapter", path, remedy, f"sets init_lora_weights to {initial}, which changes the weights")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not is_whole(rank) or not 1 <= rank <= MOST or not is_number(alpha) or not abs(alpha) <= MOST:  # also NaN
+    if (
+        not is_whole(rank) or not 1 <= rank <= MAX_ALPHA or not is_number(alpha) or not abs(alpha) <= MAX_ALPHA
+    ):  # also NaN
         raise InputError("adapter", path, REMEDY, "does not say rank and alpha (r, lora_alpha)")
     return rank, alpha / rank
 

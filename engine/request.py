@@ -17,6 +17,7 @@ ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 QUANTIZATIONS = ("none", "fp8")  # of the large products of each block
 ADAPTER = "adapter"  # what command lines that take one adapter call it
 MAX_NAME = 256  # characters of an adapter's name
+MAX_ALPHA = 1_000_000  # of an adapter, also of its rank
 SOLVERS = ("dpm++", "unipc", "sde-dpm++", "ddim", "ddpm")
 SPACINGS = ("even", "power")
 INFILLS = ("repaint", "langevin")

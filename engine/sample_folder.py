@@ -74,8 +74,7 @@ def to_json(report: list[dict], ascii: bool = False) -> str:
 def _write_files(folder: Path, samples: Sequence[Sample], report: list[dict]) -> list[str]:
     """Writes all files and returns their names, samples.json first."""
     names = [RECORD]
-    # Arguments that are not UTF-8 have lone surrogates, which JSON has as \ud800.
-    (folder / RECORD).write_text(to_json(report) + "\n", "utf-8", errors="backslashreplace")
+    (folder / RECORD).write_text(to_json(report) + "\n", "utf-8")
     for i, sample in enumerate(samples):
         for modality, value in sample.outputs.items():
             if is_image(value):

@@ -233,7 +233,7 @@ REFUSED = {
     "half of a pair": (tensors_with(lambda t: t.pop(min(t))), "does not hold lora_A and lora_B of"),
     "nothing": (tensors_with(lambda t: t.clear()), "holds no layers"),
     "not finite": (tensors_with(lambda t: t[min(t)].fill_(float("nan"))), "holds values that are not finite"),
-    "too large": (tensors_with(lambda t: t[max(t)].fill_(1e38)), "holds values that are too large"),
+    "too large": (tensors_with(lambda t: t[max(t)].fill_(3e38)), "holds values that are too large"),
     "one name twice": (
         tensors_with(lambda t: t.update({min(t).removeprefix(PREFIX): t[min(t)] + 1})),
         "holds lora_A.weight of .* under two names",
