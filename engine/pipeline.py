@@ -160,9 +160,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         """
         if any(".lora_" in name for name in self.transformer.state_dict()):
             remedy = "call unload_lora_weights first; save_lora_weights writes them"
-            raise InputError(
-                "transformer", type(self.transformer).__name__, remedy, "has LoRA layers, which none reads"
-            )
+            raise InputError("transformer", type(self.transformer).__name__, remedy, "has LoRA layers")
         config = self.engine_config
         codecs = {name: replace(codec, folder=FOLDERS[codec.kind]) for name, codec in config.codecs.items()}
         text = json.dumps(replace(config, codecs=codecs).to_dict(), indent=2) + "\n"
