@@ -40,7 +40,8 @@ def refuse(command: str, error: object, options: Iterable[str] = ()) -> int:
              about several, separated by ", ". One that a failing import raised is about that package
     options  names of the command's options, as Python spells them: an argument that is one is printed as "--steps"
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, OSError):
+    own = isinstance(error, BaseException) and isinstance(_root(error), OSError)  # such as a full disk
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not own:
         return 2  # the first process that torchrun has started on this machine prints the same
     message, argument = str(error), getattr(error, "argument", None)
     if argument is not None:

@@ -87,7 +87,7 @@ def shape_difference(expected: Mapping[str, "Tensor"], found: Mapping[str, "Tens
 def read_json(path: Path, argument: str, absent: str, damaged: str):
     """The parsed JSON of a file, of any type; InputError about `argument`, with one of two remedies."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise unreadable(argument, path, error, absent) from None
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ module's settings, shapes and dtypes. That is in its name and inside it; an entr
 never loaded. Entries are written beside their place and renamed, so several processes may build at once.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -32,6 +33,7 @@ from engine.files import cache_folder
 from engine.kernels.linear import onednn_computes
 
 LIMIT = 256 << 20  # bytes of the folder; beyond it the least recently used entries are removed
+ROOM = 32 << 20  # bytes that have to be free to build an entry
 ABANDONED = 24 * 3600  # seconds after which the folder of a build that was killed is removed
 LABEL = "psunet-engine"  # of the entry's description among a package's metadata
 PACKED = "packed"  # of the names of the weights in oneDNN's layout, likewise
@@ -166,6 +168,8 @@ def _stored(path: Path, description: str) -> Package | None:
 
 def _build(folder: Path, source: Source) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < ROOM:  # PyTorch's writer aborts the process on a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
         made = Path(building) / source.file
         compile_package(source, made)

@@ -27,9 +27,19 @@ from engine.files import write_atomically
 from engine.hub import local_folder
 from engine.model.denoiser import Denoiser
 from engine.pipeline_components import PSUNetLoraMixin, PSUNetModel, PSUNetScheduler, WordTokenizer
-from engine.pipeline_values import Images, broadcast, images_as, listed_images, seeds_of
+from engine.pipeline_values import (
+    TENSOR_INPUTS,
+    Images,
+    broadcast,
+    changed_latents,
+    check_call,
+    images_as,
+    listed_images,
+    refused,
+    seeds_of,
+)
 from engine.preparation import PreparedRequest, prepare
-from engine.request import MAX_NUM, Request, is_whole
+from engine.request import Request
 from engine.sampling.batch import SampleSpec
 from engine.sampling.stepper import SampleSteps, Stepper
 
@@ -38,7 +48,6 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPi
 from diffusers.utils import BaseOutput  # isort: skip
 
 FOLDERS = {"image": "vae", "text": "tokenizer"}  # of a codec's kind: the component, whose name is that of its folder
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "mask": "mask_image"}  # by Request's name
 
@@ -62,7 +71,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae", "tokenizer"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = [*TENSOR_INPUTS]
 
     def __init__(
         self,
@@ -99,7 +108,8 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         source = BUILT_IN if pretrained_model_name_or_path is None else pretrained_model_name_or_path
         folder = local_folder(source, variants=kwargs.get("variant") is not None, **hub)
         if (folder / cls.config_name).is_file():
-            pipe = super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
+            with refused("checkpoint", source, "save the pipeline again", "cannot be opened"):
+                pipe = super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
         else:
             pipe = cls._from_checkpoint(load(folder), **kwargs)
         pipe.register_to_config(_name_or_path=str(source))
@@ -111,6 +121,9 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         if not isinstance(dtype, Mapping):
             dtype = {"default": dtype}
         dtypes = {name: dtype.get(name, dtype.get("default", torch.float32)) for name in ("transformer", "vae")}
+        for value in dtypes.values():
+            if not isinstance(value, torch.dtype) or not value.is_floating_point:
+                raise InputError("torch_dtype", value, "use torch.float32, torch.bfloat16 or torch.float16")
         config = loaded.config
         components = {
             "transformer": PSUNetModel.from_network(loaded.network.to(dtypes["transformer"])),
@@ -143,14 +156,19 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         """Writes the pipeline's folder, and a config.json with which it is a checkpoint of the engine too.
 
         Arguments are those of `DiffusionPipeline.save_pretrained`; the engine reads weights without a `variant` only.
+        Raises InputError about "save_directory".
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        if any(".lora_" in name for name in self.transformer.state_dict()):
+            remedy = "call unload_lora_weights first; save_lora_weights writes them"
+            raise InputError("transformer", type(self.transformer).__name__, remedy, "has LoRA layers")
         config = self.engine_config
         codecs = {name: replace(codec, folder=FOLDERS[codec.kind]) for name, codec in config.codecs.items()}
         text = json.dumps(replace(config, codecs=codecs).to_dict(), indent=2) + "\n"
-        write_atomically(folder / "config.json", lambda path: path.write_text(text))
-        super().save_pretrained(str(save_directory), *args, **kwargs)
+        with refused("save_directory", save_directory, "give another folder", "cannot be written"):
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.json", lambda path: path.write_text(text))
+            super().save_pretrained(str(folder), *args, **kwargs)
 
     @property
     def engine_config(self) -> Config:
@@ -206,7 +224,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         return_dict                False: the tuple (images, text)
         Raises InputError about an argument, and FloatingPointError if an image comes out as NaN or infinity.
         """
-        self._check_call(num_images_per_prompt, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_call(num_images_per_prompt, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         config, codecs = self.engine_config, self._codecs()
         prompts = prompt if prompt is None or isinstance(prompt, list | tuple) else [prompt]
         given = {"prompt": prompts, "image": listed_images(image, "image")}
@@ -232,19 +250,6 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         images, text = self._decode(states, of_images, seeds, codecs, output_type)
         self.maybe_free_model_hooks()
         return PSUNetPipelineOutput(images, text) if return_dict else (images, text)
-
-    def _check_call(self, num_images_per_prompt, output_type, callback, tensor_inputs) -> None:
-        if not is_whole(num_images_per_prompt) or not 1 <= num_images_per_prompt <= MAX_NUM:
-            remedy = f"use a whole number from 1 to {MAX_NUM}"
-            raise InputError("num_images_per_prompt", num_images_per_prompt, remedy)
-        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-            raise InputError("output_type", output_type, f"use one of {', '.join(OUTPUT_TYPES)}", "is not known")
-        if callback is not None and not callable(callback):
-            raise InputError("callback_on_step_end", callback, "give a function", "cannot be called")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            remedy = f"use some of {', '.join(self._callback_tensor_inputs)}"
-            raise InputError("callback_on_step_end_tensor_inputs", unknown[0], remedy, "is not known")
 
     def _codecs(self) -> dict[str, Codec]:
         """The components as codecs, by modality."""
@@ -291,10 +296,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
                 if callback is not None:
                     states = steps.states()
                     offered = {"latents": states.clone()} if "latents" in tensor_inputs else {}
-                    changed = {**offered, **(callback(self, i, time, offered) or {})}.get("latents", states)
-                    if not isinstance(changed, Tensor) or changed.shape != states.shape:
-                        remedy = f"give a tensor of {list(states.shape)}"
-                        raise InputError("latents", getattr(changed, "shape", changed), remedy, "has another shape")
+                    changed = changed_latents(callback(self, i, time, offered), offered, states)
                     if not torch.equal(changed, states):
                         steps.change(changed)
                 bar.update()

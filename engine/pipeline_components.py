@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.adapters import CONFIG, read_adapter
+from engine.adapters import CONFIG, fingerprint, read_adapter
 from engine.checkpoint import PIPELINE_PREFIX
 from engine.codecs.autoencoder import AUTOENCODERS, import_diffusers
 from engine.codecs.text import TextCodec, read_vocabulary
 from engine.config import DiffusionConfig, ModelConfig
+from engine.errors import InputError
 from engine.model.denoiser import build
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
@@ -152,17 +153,42 @@ class PSUNetLoraMixin(LoraBaseMixin):
     ) -> None:
         """Adds layers that `save_lora_weights` wrote, from a folder, a file, the hub or a state dict.
 
-        A folder that engine.train --lora or peft wrote is taken too; raises InputError if it does not fit the model.
+        A folder that engine.train --lora or peft wrote is taken too; raises InputError if it does not fit the model, or
+        says that it is of other weights than the transformer's (compared in float32 and float16).
         kwargs  of `PeftAdapterMixin.load_lora_adapter`
         """
         source, kwargs = pretrained_model_name_or_path_or_dict, {**kwargs, "use_safetensors": True, "_pipeline": self}
+        if not isinstance(source, str | PathLike | dict):
+            raise InputError("adapter", source, "give a folder, a file or a state dict", "is none of LoRA layers")
+        before = {*getattr(self.transformer, "peft_config", ())}
         if isinstance(source, str | PathLike) and (Path(source) / CONFIG).is_file():
-            layers = read_adapter(source, self.transformer.model_config).layers
+            layers = read_adapter(source, self.transformer.model_config, self._fingerprint()).layers
             source = {}
             for name, pair in layers.items():
                 for part, tensor in zip("AB", pair, strict=True):
                     source[f"transformer.{PIPELINE_PREFIX}{name}.lora_{part}.weight"] = tensor
         self.transformer.load_lora_adapter(source, adapter_name=adapter_name, **kwargs)
+        if {*getattr(self.transformer, "peft_config", ())} == before:  # diffusers only logs it
+            remedy = "give a folder of engine.train --lora or peft, or what save_lora_weights wrote"
+            raise InputError(
+                "adapter", pretrained_model_name_or_path_or_dict, remedy, "has no layers of the transformer"
+            )
+
+    def fuse_lora(self, components: Sequence[str] = ("transformer",), *args, **kwargs) -> None:
+        """As in diffusers: adds the layers to the weights."""
+        super().fuse_lora([*components], *args, **kwargs)
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs) -> None:
+        """As in diffusers: undoes `fuse_lora`."""
+        super().unfuse_lora([*components], **kwargs)
+
+    def _fingerprint(self) -> str | None:
+        """Of the transformer's weights without LoRA layers; None where they are not those of a checkpoint."""
+        named = self.transformer.network.state_dict().items()
+        weights = {name.replace(".base_layer.", "."): weight for name, weight in named if ".lora_" not in name}
+        rounded = {weight.dtype for weight in weights.values()} - {torch.float32, torch.float16}
+        offloaded = any(weight.is_meta for weight in weights.values())
+        return None if rounded or offloaded or self.num_fused_loras else fingerprint(weights)
 
     @classmethod
     def save_lora_weights(

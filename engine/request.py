@@ -16,6 +16,8 @@ TASKS = ("auto", "joint", "text-to-image", "image-to-text", "infill")
 ATTENTIONS = ("auto", "sdpa", "triton", "xformers")
 QUANTIZATIONS = ("none", "fp8")  # of the large products of each block
 ADAPTER = "adapter"  # what command lines that take one adapter call it
+MAX_NAME = 256  # characters of an adapter's name
+MAX_ALPHA = 1_000_000  # of an adapter, also of its rank
 SOLVERS = ("dpm++", "unipc", "sde-dpm++", "ddim", "ddpm")
 SPACINGS = ("even", "power")
 INFILLS = ("repaint", "langevin")
@@ -183,7 +185,7 @@ class Request:
             value = _plain(getattr(self, key))
             if key == "guidance" and value is None:
                 continue
-            if not _is_number(value) or not least <= value <= greatest:  # also NaN
+            if not is_number(value) or not least <= value <= greatest:  # also NaN
                 raise InputError(key, value, f"use a number from {least} to {greatest}")
             object.__setattr__(self, key, float(value))
         if self.eta != 0 and self.solver != "ddim":
@@ -195,7 +197,7 @@ class Request:
         if self.guidance_interval is not None:
             pair = self.guidance_interval
             ends = [_plain(x) for x in pair] if isinstance(pair, tuple | list) else []
-            if len(ends) != 2 or not all(map(_is_number, ends)) or not 0 <= ends[0] < ends[1] <= 1:
+            if len(ends) != 2 or not all(map(is_number, ends)) or not 0 <= ends[0] < ends[1] <= 1:
                 raise InputError("guidance_interval", pair, "use two numbers, 0 <= start < end <= 1")
             object.__setattr__(self, "guidance_interval", (float(ends[0]), float(ends[1])))
 
@@ -238,7 +240,7 @@ def is_whole(value) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

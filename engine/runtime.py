@@ -23,7 +23,7 @@ from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
 from engine.model.lora import Adapter
 from engine.preparation import PreparedRequest, encoded, encoded_null, known_patterns, prepare, settle
-from engine.request import ATTENTIONS, MAX_NUM, OnPreview, OnStep, Request, Result, Stats, Watch, is_whole
+from engine.request import ATTENTIONS, MAX_NAME, MAX_NUM, OnPreview, OnStep, Request, Result, Stats, Watch, is_whole
 from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
@@ -48,7 +48,7 @@ class Engine:
         self.codecs: dict[str, Codec] = {name: loaded.codec(name, device) for name in loaded.config.codecs}
         self._lock, self._seconds, self._built = threading.Lock(), [0.0, 0.0, 0.0], False
         self._adapters: dict[str, Adapter] = {}
-        self._folder, self._fingerprint = loaded.folder, ""  # of the weights; made when an adapter is loaded
+        self.folder, self._fingerprint = loaded.folder, ""  # of the weights; made when an adapter is loaded
         network = loaded.network.to(device, dtype)
         set_up(network, device, compile, attention, quantize)
         cuda = device.type == "cuda"
@@ -105,6 +105,8 @@ class Engine:
         where = resolve_device(device)
         backend.check("attention", attention, where.type)
         check_quantization(quantize, where)
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise InputError("adapters", adapters, "give a dict of names and folders", "is not a mapping")
 
         def make() -> Engine:
             loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
@@ -144,15 +146,15 @@ class Engine:
         before keep it. Raises InputError about "name", or about "adapter" if it does not fit the checkpoint, naming the
         file.
         """
-        if not isinstance(name, str) or not name:
-            raise InputError("name", name, "give a string of one character or more", "is not a name")
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+            raise InputError("name", name, f"give a string of 1 to {MAX_NAME} printable characters", "is not a name")
         # Of the file's weights: those of the network may be of another dtype, or in 8 bits.
-        self._fingerprint = self._fingerprint or fingerprint(read_network(self._folder, self.config.model).state_dict())
+        self._fingerprint = self._fingerprint or fingerprint(read_network(self.folder, self.config.model).state_dict())
         self._adapters[name] = read_adapter(folder, self.config.model, self._fingerprint)
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; requests that were submitted before keep it. Raises InputError if there is none."""
-        if self._adapters.pop(name, None) is None:
+        if not isinstance(name, str) or self._adapters.pop(name, None) is None:
             raise InputError("name", name, f"use one of {', '.join(self.adapters) or 'none'}", "is not loaded")
 
     @property

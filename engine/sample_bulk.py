@@ -19,7 +19,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.checkpoint import BUILT_IN
 from engine.codecs.words import HOLE, tokenize
 from engine.command import check_writable
 from engine.data.prompts import read_prompts
@@ -31,11 +30,12 @@ from engine.request import ADAPTER, MAX_SEED, NotFiniteSamplesError, Request, Re
 from engine.runtime import Engine
 from engine.sample_folder import is_image
 
-MAX_BULK = 10_000_000
+MAX_BULK, MAX_BATCH = 10_000_000, 65_536
 # Options of runs that are not in bulk.
 SINGLE = ("prompt", "image", "mask", "sketch", "sketch_mask", "input", "input_mask", "json")
-SETTINGS = ("steps", "solver", "eta", "order", "guidance", "guidance_kind", "guidance_interval", "step_cache",
-            "resample", "jump", "unknown_words", "task")  # fmt: skip
+SETTINGS = ("steps", "solver", "spacing", "eta", "order", "guidance", "guidance_kind", "guidance_interval",
+            "step_cache", "resample", "jump", "infill", "inner_steps", "step_size", "unknown_words",
+            "task")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def run_bulk(options: argparse.Namespace) -> int:
     for key in SINGLE:
         if getattr(options, key):
             raise InputError(key, getattr(options, key), "leave it out", "cannot be used in a bulk run")
-    for key, lowest, highest in (("num", 1, MAX_BULK), ("joint", 1, MAX_BULK), ("shards", 0, 100_000)):
+    for key, lowest, highest in (
+        ("num", 1, MAX_BULK), ("joint", 1, MAX_BULK), ("shards", 0, 100_000), ("batch", 1, MAX_BATCH)
+    ):  # fmt: skip
         value = getattr(options, key)
         if value is not None and not lowest <= value <= highest:
             raise InputError(key, value, f"use a whole number from {lowest} to {highest}", "is out of range")
@@ -71,15 +73,13 @@ def run_bulk(options: argparse.Namespace) -> int:
     settings = {key: getattr(options, key) for key in SETTINGS}
     interval = settings["guidance_interval"]
     settings["guidance_interval"] = tuple(interval) if interval else None
-    digests = {"checkpoint": options.checkpoint or BUILT_IN}
     if options.adapter or options.adapter_scale != 1:
         settings |= {"adapter": options.adapter and ADAPTER, "adapter_scale": options.adapter_scale}
-        digests["adapter"] = options.adapter
     Request(seed=options.seed, **settings | {"task": "auto"})  # checks all before the model is loaded
     check_writable(options.out)
     with Engine.from_pretrained(
         options.checkpoint, device=_device(options.device), dtype=options.dtype, attention=options.attention,
-        compile=options.compile, graphs=not options.no_graphs, max_rows=options.batch,
+        compile=options.compile, graphs=not options.no_graphs, max_rows=options.batch, quantize=options.quantize,
         adapters={ADAPTER: options.adapter} if options.adapter else None,
     ) as engine:  # fmt: skip
         source = _source(options, engine)
@@ -88,8 +88,10 @@ def run_bulk(options: argparse.Namespace) -> int:
         if options.shards > source.count:
             raise InputError("shards", options.shards, f"use at most {source.count}", "are more than samples")
         files = SampleFiles(options.out, source.count, options.shards)
-        digests = {key: _digest(folder) for key, folder in digests.items()}
-        files.begin({**source.settings, "seed": options.seed, **settings, **digests})
+        model = {"checkpoint": _digest(engine.folder), "quantize": options.quantize}
+        if options.adapter:
+            model["adapter"] = _digest(options.adapter)
+        files.begin({**source.settings, "seed": options.seed, **settings, **model})
         if source.note and not options.quiet and process == 0:
             print(source.note, flush=True)
         making = _Making(engine, source, options.seed, settings, options.batch)
@@ -161,8 +163,7 @@ def _prompts(options: argparse.Namespace, engine: Engine) -> Source:
     cut = sum(len(tokenize(prompt)) > codec.tokens for prompt in texts)
     left_out = f", {prompts.skipped} captions without a word left out" if prompts.skipped else ""
     note = f"{count} samples of {len(texts)} prompts, {cut} cut to {codec.tokens} words{left_out}"
-    content = hashlib.sha256(options.prompts.read_bytes()).hexdigest()
-    return Source({"prompts": content}, count, wanted, note)
+    return Source({"prompts": prompts.digest}, count, wanted, note)
 
 
 def _images(options: argparse.Namespace) -> Source:
@@ -233,7 +234,7 @@ class _Making:
         }  # fmt: skip
         files = {"json": _json(facts)}
         if text is not None:
-            files["txt"] = text.encode()
+            files["txt"] = text.encode(errors="replace")  # of lone surrogates, as JSON may have
         for name, value in outputs.items():
             if is_image(value):
                 stream = io.BytesIO()
@@ -246,7 +247,7 @@ class _Making:
 
 
 def _json(facts: dict) -> bytes:
-    return (json.dumps(facts, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(facts, ensure_ascii=False) + "\n").encode(errors="backslashreplace")  # \ud800, as JSON has it
 
 
 def _make_share(making: _Making, files: SampleFiles, process: int, processes: int, quiet: bool) -> int:
@@ -254,7 +255,7 @@ def _make_share(making: _Making, files: SampleFiles, process: int, processes: in
     parts: list[tuple[Callable[[], AbstractContextManager[FileWriter | ShardWriter]], range]]
     if files.shards:
         mine = range(process, files.shards, processes)
-        missing = [shard for shard in mine if not files.shard_file(shard).exists()]
+        missing = [shard for shard in mine if not files.shard_file(shard).is_file()]
         parts = [(lambda s=shard: files.shard_writer(s), files.shard_range(shard)) for shard in missing]
         total = sum(len(files.shard_range(shard)) for shard in mine)
     else:

@@ -9,11 +9,12 @@ import torch
 from adapter_cases import write_adapter
 from engine_cases import assert_same, difference, mixed_requests
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from service_cases import assert_error, asynchronous, service
 
 from engine import Engine, Request
-from engine.adapters import BASE, CONFIG, WEIGHTS, merge_adapter, read_adapter, unmerge_adapter
+from engine.adapters import BASE, CONFIG, PREFIX, WEIGHTS, merge_adapter, read_adapter, unmerge_adapter
 from engine.checkpoint import load
 from engine.errors import InputError
 from engine.model.blocks import quantize_blocks
@@ -71,9 +72,9 @@ def test_samples_of_several_adapters_and_of_none_share_steps_and_stay_what_they_
 def test_a_scale_of_zero_is_the_checkpoint_and_of_minus_one_undoes_the_adapter(adapted, folders, alone, tmp_path):
     request = mixed_requests()[1]
     assert_same(adapted.generate(replace(request, adapter="a", adapter_scale=0.0)), alone[1])
-    merge_adapter(adapted._folder, folders["a"], tmp_path / "merged")
+    merge_adapter(adapted.folder, folders["a"], tmp_path / "merged")
     unmerge_adapter(tmp_path / "merged", folders["a"], tmp_path / "again")
-    for name, weight in load(adapted._folder).network.state_dict().items():
+    for name, weight in load(adapted.folder).network.state_dict().items():
         torch.testing.assert_close(load(tmp_path / "again").network.state_dict()[name], weight, rtol=0, atol=1e-6)
     other = write_adapter(tmp_path / "other", tmp_path / "merged", rank=2, seed=1)  # the same tensors
     with Engine.from_pretrained(tmp_path / "merged", dtype="float32", adapters={"a": other}) as engine:
@@ -218,12 +219,25 @@ REFUSED = {
     "infinite alpha": (config_with(lora_alpha=float("inf")), "does not say rank and alpha"),
     "wrong rank": (config_with(r=3), r"where rank 3 and this model need \(3, "),
     "dora": (config_with(use_dora=True), "sets use_dora to True, which is not used"),
+    "another base": (
+        config_with(init_lora_weights="pissa"),
+        "sets init_lora_weights to pissa, which changes the weights",
+    ),
+    "layers twice": (config_with(layer_replication=[[0, 1]]), "sets layer_replication to"),
+    "huge rank": (config_with(r=10**400), "does not say rank and alpha"),
+    "huge alpha": (config_with(lora_alpha=10**400), "does not say rank and alpha"),
+    "alpha of another kind": (config_with(lora_alpha=True), "does not say rank and alpha"),
     "ranks by layer": (config_with(rank_pattern={"qkv": 4}), "sets rank_pattern to"),
     "wrong width": (tensors_with(narrower), "where rank 2 and this model need"),
     "other names": (tensors_with(of_other_names), "which is not a linear layer of this model's blocks"),
     "half of a pair": (tensors_with(lambda t: t.pop(min(t))), "does not hold lora_A and lora_B of"),
     "nothing": (tensors_with(lambda t: t.clear()), "holds no layers"),
     "not finite": (tensors_with(lambda t: t[min(t)].fill_(float("nan"))), "holds values that are not finite"),
+    "too large": (tensors_with(lambda t: t[max(t)].fill_(3e38)), "holds values that are too large"),
+    "one name twice": (
+        tensors_with(lambda t: t.update({min(t).removeprefix(PREFIX): t[min(t)] + 1})),
+        "holds lora_A.weight of .* under two names",
+    ),
     "other base": (
         tensors_with(lambda t: None, **{BASE: "0" * 64}),
         "was trained on other weights than the checkpoint's",
@@ -235,7 +249,7 @@ REFUSED = {
 def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(adapted, tiny_checkpoint, tmp_path, change, problem):
     folder = write_adapter(tmp_path / "adapter", tiny_checkpoint)
     change(folder)
-    with pytest.raises(InputError, match=f"^adapter: {folder}.*{problem}.*; (give|copy|train)"):
+    with pytest.raises(InputError, match=f"^adapter: {folder}.*{problem}.*; (give|copy|train|save)"):
         adapted.load_adapter("other", folder)
     assert adapted.adapters == ["a", "b"]
 
@@ -244,9 +258,20 @@ def test_what_is_no_folder_and_no_name_is_refused(adapted, tmp_path):
     for folder in (tmp_path / "none", None, 3):
         with pytest.raises(InputError, match="^adapter: .* is not a folder"):
             adapted.load_adapter("other", folder)
-    for name in ("", None, 3):
+    for name in ("", None, 3, "\0", "\ud800", "x" * 1000, []):
+        with pytest.raises(InputError, match="^name: .* is not loaded"):
+            adapted.unload_adapter(name)
         with pytest.raises(InputError, match="^name: .* is not a name"):
             adapted.load_adapter(name, tmp_path)
+    with pytest.raises(InputError, match="^adapters: .* is not a mapping; give a dict"):
+        Engine.from_pretrained(adapted.folder, adapters=[tmp_path])
+
+
+def test_a_config_with_a_byte_order_mark_is_read(adapted, folders, tmp_path):
+    shutil.copytree(folders["a"], tmp_path / "marked")
+    file = tmp_path / "marked" / CONFIG
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_adapter(tmp_path / "marked", adapted.config.model).rank == 2
 
 
 def test_a_merged_checkpoint_takes_no_adapter_of_its_base_and_overwrites_nothing(tiny_checkpoint, folders, tmp_path):
@@ -255,7 +280,29 @@ def test_a_merged_checkpoint_takes_no_adapter_of_its_base_and_overwrites_nothing
         merge_adapter(tmp_path / "merged", folders["b"], tmp_path / "both")
     with pytest.raises(InputError, match=f"^out: {tmp_path / 'merged'} exists already"):
         merge_adapter(tiny_checkpoint, folders["b"], tmp_path / "merged")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    for out, problem in (
+        (tmp_path / "nowhere", "exists already"),
+        (tmp_path / "merged" / "config.json" / "x", "cannot be written"),
+        (3, "is not a name"),
+        ("", "is not a name"),
+    ):
+        with pytest.raises(InputError, match=f"^out: .*{problem}.*; give "):
+            merge_adapter(tiny_checkpoint, folders["b"], out)
+    for scale in (float("nan"), "x", 1e39):
+        with pytest.raises(InputError, match="^scale: .*; use a number"):
+            merge_adapter(tiny_checkpoint, folders["b"], tmp_path / "scaled", scale)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "nowhere"]
+
+
+def test_a_merge_on_a_full_disk_leaves_nothing(tiny_checkpoint, folders, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(InputError, match="^out: .* cannot be written .No space left on device.; give another folder"):
+        merge_adapter(tiny_checkpoint, folders["a"], tmp_path / "merged")
+    assert not [*tmp_path.iterdir()]
 
 
 # ------------------------------------------------------------------------------------ commands and the service

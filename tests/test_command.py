@@ -103,6 +103,15 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
         check_writable(tmp_path)
 
 
+@pytest.mark.parametrize("cause, line", [(None, ""), (OSError("full"), "c: out: 'x' is full; make room\n")])
+def test_another_process_of_torchrun_prints_only_what_is_its_own(monkeypatch, capfd, cause, line):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    error = InputError("out", "x", "make room", "is full")
+    error.__cause__ = cause
+    assert refuse("c", error) == 2
+    assert capfd.readouterr().err == line
+
+
 @pytest.mark.parametrize(
     "line",
     [

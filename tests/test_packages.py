@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,6 +343,13 @@ def test_without_a_place_to_keep_them_the_run_goes_on_with_one_sentence(
         assert np.asarray(engine.generate(Request(prompt="red", steps=1)).image).shape == (32, 32, 3)
     (line,) = caplog.messages
     assert "cannot be written (Not a directory); " in line and str(tmp_path / "file") in line and builds.files == []
+
+
+def test_a_full_disk_is_noticed_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(OSError, match="No space left on device"):
+        packages._build(tmp_path, SimpleNamespace(file="block.pt2"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_a_compiler_it_is_refused_in_one_line(tiny_checkpoint, tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ test_pipeline_model.py.
 
 import inspect
 import json
+import shutil
+import warnings
 from dataclasses import replace
 from itertools import groupby
 from types import SimpleNamespace
@@ -13,12 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from adapter_cases import write_adapter
 from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny
 from diffusers.callbacks import PipelineCallback
 from engine_cases import left_half, levels, noise
 from hub_cases import in_cache
 
 from engine import Engine, InputError, Request, checkpoint
+from engine.adapters import WEIGHTS
 from engine.pipeline import PSUNetPipeline
 from engine.pipeline_components import PSUNetModel, PSUNetScheduler
 from engine.pipeline_values import listed_images
@@ -199,7 +203,7 @@ def test_saved_folders_load_with_a_variant(pipe, saved, tmp_path):
 def test_pickled_weights_are_not_read(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.bin").is_file()
-    with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(InputError, match="^checkpoint: .*diffusion_pytorch_model.safetensors"):
         PSUNetPipeline.from_pretrained(tmp_path)
 
 
@@ -497,6 +501,14 @@ def test_guidance_is_that_of_the_call_or_the_checkpoints(pipe, on_cpu):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"output_type": "jpg"}, "output_type"),
         ({"callback_on_step_end": 5}, "callback_on_step_end"),
+        ({"callback_on_step_end": lambda *_: 5}, "callback_on_step_end"),
+        ({"callback_on_step_end_tensor_inputs": None}, "callback_on_step_end_tensor_inputs"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "callback_on_step_end_tensor_inputs"),
+        ({"image": np.array([[None]])}, "image"),
+        ({"image": np.array([["red"]])}, "image"),
+        ({"image": np.zeros((32, 32, 3), complex)}, "image"),
+        ({"image": torch.zeros(3, 32, 32, device="meta")}, "image"),
+        ({"image": torch.zeros(3, 32, 32).to_sparse()}, "image"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else value,
 )
@@ -528,6 +540,32 @@ def test_folders_that_are_none_are_refused(tmp_path):
         PSUNetPipeline.from_pretrained("owner/none", local_files_only=True)
 
 
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("model_index.json", "[]"),
+        ("model_index.json", "{"),
+        ("transformer/config.json", "{}"),
+        ("transformer/diffusion_pytorch_model.safetensors", "cut"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_sentence(saved, tmp_path, file, content):
+    shutil.copytree(saved, tmp_path / "damaged")
+    (tmp_path / "damaged" / file).write_text(content)
+    with pytest.raises(InputError, match=f"^checkpoint: {tmp_path / 'damaged'} cannot be opened .*; save the pipeline"):
+        PSUNetPipeline.from_pretrained(tmp_path / "damaged")
+
+
+def test_folders_that_cannot_be_written_and_dtypes_that_are_none_are_refused(pipe, tiny_checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "x", None):
+        with pytest.raises(InputError, match="^save_directory: .*; give "):
+            pipe.save_pretrained(folder)
+    for dtype in ("float16", "auto", torch.int8, {"vae": torch.int64}):
+        with pytest.raises(InputError, match="^torch_dtype: .*; use torch.float32"):
+            PSUNetPipeline.from_pretrained(tiny_checkpoint, torch_dtype=dtype)
+
+
 def test_a_call_leaves_what_it_was_given_as_it_was(pipe):
     image, prompts = noise(1), ["red cat"]
     make(pipe, prompt=prompts, image=image, mask_image=left_half())
@@ -547,7 +585,30 @@ def test_lora_weights_change_the_images_and_can_be_unloaded(tiny_checkpoint, tmp
     assert pipe.get_active_adapters() == ["style"]
     with_style = make(pipe, prompt="red cat")
     assert not same(with_style, before)
+    with pytest.raises(InputError, match="^transformer: .* has LoRA layers; call unload_lora_weights first"):
+        pipe.save_pretrained(tmp_path / "pipeline")
+    pipe.fuse_lora(lora_scale=0.0)
+    assert same(make(pipe, prompt="red cat"), before)
+    pipe.unfuse_lora()
     pipe.set_adapters("style", 0.0)
     assert same(make(pipe, prompt="red cat"), before)
     pipe.unload_lora_weights()
     assert same(make(pipe, prompt="red cat"), before)
+
+
+def test_lora_weights_of_other_weights_or_of_nothing_are_refused(tiny_checkpoint, tmp_path):
+    pytest.importorskip("peft")
+    folder = write_adapter(tmp_path / "adapter", tiny_checkpoint)
+    pipe = PSUNetPipeline.from_pretrained(tiny_checkpoint)
+    for source in (folder / WEIGHTS, {}, 3, None):
+        with pytest.raises(InputError, match="^adapter: .*; give a folder"):
+            pipe.load_lora_weights(source)
+    pipe.load_lora_weights(folder, adapter_name="one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, that there are several
+        pipe.load_lora_weights(folder, adapter_name="two")  # the layers of the first are not the weights'
+    other = PSUNetPipeline.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        other.transformer.network.branches["image"].head.bias.add_(1.0)
+    with pytest.raises(InputError, match="^adapter: .* was trained on other weights than the checkpoint's"):
+        other.load_lora_weights(folder)

@@ -1,19 +1,25 @@
 """`python -m engine.sample` in bulk: what it makes, of what, and that it resumes."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from sample_cases import assert_refused, sample_runner
 
+from engine import Request
 from engine.data.sample_files import read_samples
+from engine.sample import _parser
+from engine.sample_bulk import SETTINGS, SINGLE
 
 run = pytest.fixture(sample_runner)
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +117,9 @@ def test_holes_of_a_line_are_filled_in_and_its_text_is_the_sample_s(run, tmp_pat
         (["--num", 0], "--num", "0"),
         (["--shards", 5], "--shards", "5"),
         (["--shards", -1], "--shards", "-1"),
-        (["--batch", 0], "max_rows", "0"),
+        (["--batch", 0], "--batch", "0"),
+        (["--infill", "langevin", "--resample", 2], "--resample", "2"),
+        (["--quantize", "fp8"], "--quantize", "fp8"),
         (["--seed", 2**64 - 1, "--num", 2], "--seed", str(2**64 - 1)),
         (["--prompt", "red"], "--prompt", "red"),
         (["--json"], "--json", "True"),
@@ -121,6 +129,55 @@ def test_holes_of_a_line_are_filled_in_and_its_text_is_the_sample_s(run, tmp_pat
 )
 def test_bad_options_of_a_bulk_run_are_refused(run, prompts, options, option, value):
     assert_refused(run("--prompts", prompts, *options), option, value)
+
+
+def assert_out_refused(done, *parts):
+    assert done.code == 2 and done.err.count("\n") == 1, done.err
+    assert all(part in done.err for part in ("--out: ", "give another folder", *parts)), done.err
+
+
+def test_options_of_a_sample_are_all_used_or_refused_and_fixed_for_a_run(run, prompts, tiny_checkpoint, tmp_path):
+    options = {action.dest for action in _parser()._actions} - {"help"}
+    names = {field.name for field in fields(Request)} | {"quantize"}
+    assert options & names <= {*SINGLE, *SETTINGS, "num", "seed", "adapter", "adapter_scale", "quantize"}
+    assert run("--prompts", prompts).code == 0
+    for option, value in (("--spacing", "power"), ("--inner-steps", 3), ("--step-size", 3.0)):
+        assert_out_refused(run("--prompts", prompts, option, value), f"this one has {value!r}")
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    assert_out_refused(run("--prompts", prompts, checkpoint=other), "holds a run with checkpoint")
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+def test_a_full_disk_is_named_and_the_run_is_resumed_once_there_is_room(run, prompts, monkeypatch, shards):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    arguments = ["--prompts", prompts, "--shards", shards]
+    for name in ("link", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"engine.data.sample_files.os.{name}", full)
+            assert_out_refused(run(*arguments), "No space left on device")
+    assert run(*arguments).code == 0
+    folder = prompts.parent / "out"
+    assert [e["index"] for e in facts(folder)] == [0, 1]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_prompts_may_come_from_a_pipe_and_have_lone_surrogates(run, tmp_path):
+    def of(content: bytes):
+        reading, writing = os.pipe()
+        os.write(writing, content)
+        os.close(writing)
+        try:
+            return run("--prompts", f"/dev/fd/{reading}")
+        finally:
+            os.close(reading)
+
+    done = of(b'{"annotations": [{"image_id": "\\ud800", "caption": "red \\ud800 heart"}]}')
+    assert done.code == 0 and facts(done.folder)[0]["image_id"] == "\ud800"
+    assert (done.folder / "000000.txt").read_text() == "red ? heart"
+    assert_out_refused(of(b"red heart"), "holds a run with prompts")
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("x", "2"), ("0", "-1")])

@@ -28,7 +28,7 @@ def write(files: SampleFiles, process: int = 0, processes: int = 1) -> int:
     made = 0
     if files.shards:
         for shard in range(process, files.shards, processes):
-            if not files.shard_file(shard).exists():
+            if not files.shard_file(shard).is_file():
                 with files.shard_writer(shard) as writer:
                     for i in range(writer.next, files.shard_range(shard).stop):
                         writer.write(i, sample(i))
@@ -115,6 +115,19 @@ def test_a_part_is_written_by_one_process_at_a_time(tmp_path, shards):
     one, other = (files.shard_writer(0), files.shard_writer(0)) if shards else (files.writer(0), files.writer(0))
     with one, pytest.raises(InputError, match="^out: .* another process"), other:
         pass
+
+
+@pytest.mark.parametrize(
+    "shards, name", [(0, ".writing-0"), (0, "000003.png"), (1, "00000.tar"), (1, ".00000.tar.unfinished")]
+)
+def test_what_is_in_the_way_of_a_file_is_named_and_nothing_is_taken_for_finished(tmp_path, shards, name):
+    files = begun(tmp_path, shards)
+    (tmp_path / name).write_text("") if name == ".writing-0" else (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"^out: {tmp_path} cannot be written .*{name}"):
+        write(files)
+    (tmp_path / name).unlink() if name == ".writing-0" else (tmp_path / name).rmdir()
+    write(files)
+    assert_complete(files)
 
 
 def test_a_folder_of_a_run_with_other_settings_is_refused(tmp_path):

@@ -109,6 +109,12 @@ def test_adapters_are_not_shared_among_processes(tmp_path):
         options(init=tmp_path, lora=8, fsdp=True)
 
 
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf, 1e300, True])
+def test_alphas_that_no_adapter_may_have_are_refused(tmp_path, alpha):
+    with pytest.raises(InputError, match="^lora_alpha: .* is out of range; use a number above 0, at most 1000000"):
+        options(init=tmp_path, lora=8, lora_alpha=alpha)
+
+
 def test_a_preset_without_an_autoencoder_needs_a_trained_one(tmp_path):
     with pytest.raises(InputError, match="^preset: 'coco256' needs a trained autoencoder; give autoencoder"):
         options(preset="coco256")
@@ -130,9 +136,14 @@ def test_an_autoencoder_beside_a_checkpoint_to_start_from_is_refused(tmp_path):
 @pytest.mark.parametrize("autoencoder", [None, "hub/id"])
 def test_what_a_run_cannot_start_from_is_refused_as_such_with_and_without_an_autoencoder(tmp_path, autoencoder):
     (tmp_path / "nnet_ema.pth").touch()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    (adapter / "adapter_model.safetensors").touch()
     for init, says in (
         (tmp_path / "nnet.pth", "does not exist; give the folder of a checkpoint, or a file of U-ViT weights"),
         (Path("/dev/null"), "is neither a file nor a folder"),
+        (adapter, "is a LoRA adapter; give the checkpoint it belongs to"),
         (tmp_path, r"is not a checkpoint of engine.train; give one of its files of weights \(nnet_ema.pth\)"),
     ):
         with pytest.raises(InputError, match=f"^init: {init} {says}"):

@@ -1,5 +1,6 @@
 """Prompts of a bulk run: the lines of a text file, or the captions of a MS-COCO annotation file. Imports no torch."""
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Prompts:
     items: tuple[Prompt, ...]  # at least one
     skipped: int  # captions of an annotation file that have no word
     drawn: bool  # whether a run draws them at random, as MS-COCO's captions, or takes them in order
+    digest: str  # SHA-256 of the file
 
     def of_run(self, count: int, seed: int) -> list[Prompt]:
         """The prompts of samples 0 … count − 1: each once before any is taken again.
@@ -63,7 +65,7 @@ def read_prompts(file: Path) -> Prompts:
             items.append(Prompt(line.strip(), None, i))
     if not items:
         raise InputError("prompts", file, REMEDY, "holds no prompt")
-    return Prompts(tuple(items), 0, drawn=False)
+    return Prompts(tuple(items), 0, drawn=False, digest=_digest(content))
 
 
 def _captions(file: Path, content: bytes) -> Prompts:
@@ -81,4 +83,8 @@ def _captions(file: Path, content: bytes) -> Prompts:
             items.append(Prompt(text, None if image_id is None else str(image_id), i))
     if not items:
         raise InputError("prompts", file, REMEDY, "holds no caption with a word")
-    return Prompts(tuple(items), len(annotations) - len(items), drawn=True)
+    return Prompts(tuple(items), len(annotations) - len(items), drawn=True, digest=_digest(content))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

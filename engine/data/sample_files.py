@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +50,15 @@ class SampleFiles:
         Raises InputError about "out" where the folder holds another run, naming the first difference.
         """
         wanted = json.loads(json.dumps({"count": self.count, "shards": self.shards, **settings}))
-        try:
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = self.folder / f".{RUN}.{os.getpid()}"
-            unfinished.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            with suppress(FileExistsError):
-                os.link(unfinished, self.folder / RUN)  # of several processes one makes it
-            unfinished.unlink()
-        except OSError as error:
-            raise InputError("out", self.folder, "give another folder", f"cannot be written ({error})") from None
+            try:
+                unfinished.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", "utf-8")
+                with suppress(FileExistsError):
+                    os.link(unfinished, self.folder / RUN)  # of several processes one makes it
+            finally:
+                unfinished.unlink(missing_ok=True)
         found = read_run(self.folder, "out")
         for key in wanted | found:
             if wanted.get(key) != found.get(key):
@@ -78,24 +78,24 @@ class SampleFiles:
     def writer(self, process: int) -> Iterator["FileWriter"]:
         """Writes samples as files of their own; one process of each number at a time."""
         folder = self.folder / f".writing-{process}"
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(_writing(self.folder))
+            folder.mkdir(exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             _lock(descriptor, self.folder, f"is being written by another process {process}")
             for left in os.scandir(folder):
                 os.unlink(left.path)
             yield FileWriter(self, folder)
             folder.rmdir()
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def shard_writer(self, shard: int) -> Iterator["ShardWriter"]:
         """Appends samples to a shard that is not finished; gives it its name when the block ends with all of them."""
         unfinished = self.folder / f".{self.shard_file(shard).name}.unfinished"
-        with open(unfinished, "ab") as stream, open(unfinished, "r+b") as file:
+        with _writing(self.folder), open(unfinished, "ab") as stream, open(unfinished, "r+b") as file:
             _lock(stream.fileno(), self.folder, f"has a shard {shard} that another process is writing")
-            if self.shard_file(shard).exists():  # finished meanwhile
+            if self.shard_file(shard).is_file():  # finished meanwhile
                 raise InputError("out", self.folder, "repeat the command", f"has got shard {shard} of another process")
             begin = self.shard_range(shard).start
             keys, end = _whole_samples(file)
@@ -143,11 +143,21 @@ class ShardWriter:
         self.next += 1
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes what the operating system refuses an InputError about "out": a full disk, a file in the way."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "mend that, or give another folder; the same command makes what is missing"
+        raise InputError("out", folder, remedy, f"cannot be written ({error})") from error
+
+
 def _lock(descriptor: int, folder: Path, problem: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError("out", folder, "wait for it, or end it", problem) from None
+    except BlockingIOError as error:
+        raise InputError("out", folder, "wait for it, or end it", problem) from error
     except OSError:  # a file system without locks
         pass
 

@@ -10,6 +10,7 @@ from engine.errors import InputError
 from engine.files import is_file, is_folder
 from engine.hub import local_folder
 from engine.presets import PRESETS
+from engine.request import MAX_ALPHA, is_number
 from engine.training.recipes import RECIPES, Recipe
 
 MAX_RANK = 1024  # of adapters
@@ -110,8 +111,8 @@ class TrainOptions:
             remedy = "give the checkpoint to adapt as init"
             raise InputError("lora", self.lora, remedy, "needs a checkpoint, and trains no other weights")
         alpha = self.lora if self.lora_alpha is None else self.lora_alpha
-        if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):  # also NaN
-            raise InputError("lora_alpha", alpha, "use a number above 0", "is out of range")
+        if not is_number(alpha) or not 0 < alpha <= MAX_ALPHA:  # also NaN
+            raise InputError("lora_alpha", alpha, f"use a number above 0, at most {MAX_ALPHA}", "is out of range")
         object.__setattr__(self, "lora_alpha", alpha)
 
     def _with_heads(self, config: Config) -> Config:
@@ -170,6 +171,9 @@ def _check_init(init: Path) -> None:
         problem = "is neither a file nor a folder" if os.path.exists(init) else "does not exist"
         raise InputError("init", init, "give the folder of a checkpoint, or a file of U-ViT weights", problem)
     if not os.path.exists(init / "config.json"):
+        if os.path.exists(init / "adapter_config.json"):
+            remedy = "give the checkpoint it belongs to, or one that merge_adapter has written"
+            raise InputError("init", init, remedy, "is a LoRA adapter")
         files = sorted(name for name in os.listdir(init) if name.endswith(WEIGHTS))
         if files:
             remedy = f"give one of its files of weights ({', '.join(files[:5])})"
