@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -140,10 +141,10 @@ def _rank_and_scaling(path: Path, config) -> tuple[int, float]:
     if (initial := config.get("init_lora_weights")) not in INITIAL:
         remedy = "save it with path_initial_model_for_weight_conversion of peft"
         raise InputError("adapter", path, remedy, f"sets init_lora_weights to {initial}, which changes the weights")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if (
-        not is_whole(rank) or not 1 <= rank <= MAX_ALPHA or not is_number(alpha) or not abs(alpha) <= MAX_ALPHA
-    ):  # also NaN
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    usable = is_whole(rank) and 1 <= rank <= MAX_ALPHA and is_number(alpha) and abs(alpha) <= MAX_ALPHA
+    if not usable:  # also NaN
         raise InputError("adapter", path, REMEDY, "does not say rank and alpha (r, lora_alpha)")
     return rank, alpha / rank
 
