@@ -54,7 +54,7 @@ def test_the_reference_has_what_docstrings_and_programs_say(site):
 
     assert "samples that wait for a slot enter in the order of their priorities" in text("reference/engine.html")
     assert "N_modality: in-blocks of its own" in text("reference/config.html")  # a comment behind a field
-    assert "POST /v1/infill" in text("reference/service.html") and "integer 1 to 1024" in text("reference/service.html")
+    assert "POST /v1/infill" in text("reference/service.html") and "integer 1 to 64" in text("reference/service.html")
     assert "--guidance-interval START END" in text("reference/commands.html")
     assert "class ColourCodec" in text("how-to/modality.html")
 
