@@ -184,7 +184,7 @@ def compile_package(source: Source, path: Path) -> None:
     dynamic = tuple({i: sizes[name] for i, name in named.items()} or None for named in source.dynamic)
     example = tuple(None if x is None else x.contiguous() for x in source.inputs)
     weights = [torch.zeros(w.shape, dtype=w.dtype) for _, w in sorted(source.weights.items())]
-    with torch.no_grad(), _onednn_gelu(), warnings.catch_warnings():
+    with torch.no_grad(), _onednn_products(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's about itself
         exported = torch.export.export(
             _Stateless(source.module(), names), (example, weights), dynamic_shapes=(dynamic, [None] * len(names))
@@ -223,8 +223,8 @@ def use_onednn(graph: torch.fx.Graph) -> set[str]:
 
 
 @contextmanager
-def _onednn_gelu() -> Iterator[None]:
-    """Within it, Inductor compiles oneDNN's product with GELU for any weight; by itself it does for constants only."""
+def _onednn_products() -> Iterator[None]:
+    """Within it, Inductor compiles oneDNN's products for any weight; by itself it does for constants only."""
     from torch._inductor import compile_fx, ir, lowering, mkldnn_ir  # noqa: F401 - the first registers lowerings
 
     def lower(x, weight, bias, attribute, scalars, algorithm):

@@ -159,7 +159,7 @@ class PSUNetLoraMixin(LoraBaseMixin):
         """
         source, kwargs = pretrained_model_name_or_path_or_dict, {**kwargs, "use_safetensors": True, "_pipeline": self}
         if not isinstance(source, str | PathLike | dict):
-            raise InputError("adapter", source, "give a folder, a file or a state dict", "is none of LoRA layers")
+            raise InputError("adapter", source, "give a folder, a file or a state dict", "does not hold LoRA layers")
         before = {*getattr(self.transformer, "peft_config", ())}
         if isinstance(source, str | PathLike) and (Path(source) / CONFIG).is_file():
             layers = read_adapter(source, self.transformer.model_config, self._fingerprint()).layers

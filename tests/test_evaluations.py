@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from train_cases import captioned_images
+from train_cases import Killed, captioned_images, small_sample_sheets
 
 from engine import train
 from engine.data.sources import open_captioned
-from engine.training import denoiser, evaluations
+from engine.training import evaluations
 from engine.training.evaluations import Evaluations
 from engine.training.files import CURVE
 from engine.training.options import TrainOptions
@@ -18,15 +18,9 @@ from engine.training.options import TrainOptions
 SHORT = ["--preset", "tiny", "--steps", "4", "--autoencoder-steps", "1", "--save-every", "1", "--dtype", "float32"]
 
 
-class Killed(BaseException):
-    """Ends the process: nothing catches it."""
-
-
 @pytest.fixture(scope="module", autouse=True)
 def short_samples():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoiser, "PROMPTS", 1)
-        patch.setattr(denoiser, "JOINT_SAMPLES", 1)
+    with small_sample_sheets(1) as patch:
         patch.setattr(evaluations, "JOINT_SAMPLES", 2)
         patch.setattr(evaluations, "HOW", replace(evaluations.HOW, steps=2))
         yield

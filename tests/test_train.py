@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from train_cases import captioned_images
+from train_cases import Killed, captioned_images, small_sample_sheets
 from uvit_cases import published_weights
 
 from engine import checkpoint, train
@@ -29,16 +29,9 @@ from engine.training.recipes import RECIPES, TINY
 from engine.training.stage import StageOptions, run_lock
 
 
-class Killed(BaseException):
-    """Ends the process: nothing catches it."""
-
-
 @pytest.fixture(scope="module", autouse=True)
-def small_sample_sheets():
-    """Most of a tiny run's time would be that of its sample sheets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoiser, "PROMPTS", 2)
-        patch.setattr(denoiser, "JOINT_SAMPLES", 2)
+def short_sheets():
+    with small_sample_sheets(2):
         yield
 
 

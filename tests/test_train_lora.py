@@ -8,23 +8,20 @@ import pytest
 import torch
 from engine_cases import assert_same, difference
 from safetensors.torch import load_file, save_file
-from train_cases import captioned_images, trained
+from train_cases import captioned_images, small_sample_sheets, trained
 
 from engine import Engine, Request, train
 from engine.adapters import CONFIG, WEIGHTS, merge_adapter
 from engine.checkpoint import load
-from engine.training import adapter, denoiser
+from engine.training import adapter
 
 SHORT = ["--preset", "tiny", "--steps", "2", "--save-every", "2", "--dtype", "float32"]
 LORA = ["--lora", "2", "--lora-alpha", "4", "--learning-rate", "0.5"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_sample_sheets():
-    """Most of a tiny run's time would be that of its sample sheets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoiser, "PROMPTS", 1)
-        patch.setattr(denoiser, "JOINT_SAMPLES", 1)
+def short_sheets():
+    with small_sample_sheets(1):
         yield
 
 

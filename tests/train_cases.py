@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -27,6 +28,23 @@ def captioned_images(folder):
     }
     (folder / "captions.json").write_text(json.dumps(content))
     return folder
+
+
+class Killed(BaseException):
+    """Ends the process: nothing catches it."""
+
+
+@contextmanager
+def small_sample_sheets(number: int):
+    """Most of a tiny run's time would be that of its sample sheets; yields a monkeypatch for more of the kind."""
+    import pytest  # late: the server that processes are forked from needs neither
+
+    from engine.training import denoiser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser, "PROMPTS", number)
+        patch.setattr(denoiser, "JOINT_SAMPLES", number)
+        yield patch
 
 
 def started(count: int, arguments, log, target=None) -> list[multiprocessing.Process]:

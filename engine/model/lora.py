@@ -33,10 +33,6 @@ class Adapter:
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
 
-    @property
-    def rank(self) -> int:
-        return max(len(a) for a, _ in self.layers.values())
-
 
 class AdapterRows(NamedTuple):
     """What each row of a forward is adapted with."""

@@ -232,7 +232,7 @@ def _add_errors(app: FastAPI) -> None:
     async def of_http(http: HttpRequest, error: HTTPException) -> Response:
         code, message = "invalid_request", str(error.detail)
         if error.status_code == 404:
-            code, message = "not_found", f"{cut(http.url.path, 200)}: is no endpoint; /openapi.json has a list of them"
+            code, message = "not_found", f"{cut(http.url.path, 200)}: is not an endpoint; /openapi.json lists them"
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
             code, message = "method_not_allowed", f"{http.method}: is not a method of this endpoint; use {allowed}"

@@ -54,9 +54,7 @@ async def read(http: HttpRequest, model: type[BaseModel], limits: Limits) -> Bas
     """The body of a request, checked against its model. Raises ServiceError."""
     coding = http.headers.get("content-encoding", "").strip().lower()
     if coding not in ("", "identity"):
-        problem = (
-            f"Content-Encoding {cut(coding, 100)} is not supported; send the body uncompressed, without this header"
-        )
+        problem = f"Content-Encoding {cut(coding, 100)} is not supported; send the body without it, uncompressed"
         raise ServiceError(415, "unsupported_media_type", problem, headers={"Accept-Encoding": "identity"})
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     readers = {"application/json": _read_json, "multipart/form-data": partial(_read_form, model=model)}
@@ -194,7 +192,7 @@ async def _read_form(http: HttpRequest, limits: Limits, model: type[BaseModel]) 
             name = name.removesuffix("[]")
             part = PART_OF.fullmatch(name)
             schema = {} if part else properties.get(name, {})
-            if any("items" in kind for kind in _kinds(schema)):
+            if any("items" in kind for kind in kinds(schema)):
                 lists.setdefault(name, []).append(value)
                 continue
             target, key = (fields.setdefault(part[1], {}), part[2]) if part else (fields, name)
@@ -212,13 +210,13 @@ def _properties(model: type[BaseModel]) -> dict[str, dict]:
     return model.model_json_schema()["properties"]
 
 
-def _kinds(schema: dict) -> list[dict]:
+def kinds(schema: dict) -> list[dict]:
     """A JSON schema and its alternatives."""
     return [schema, *schema.get("anyOf", ())]
 
 
 def _from_form(name: str, value: str | bytes, schema: dict):
-    types = {kind.get("type") for kind in _kinds(schema)}
+    types = {kind.get("type") for kind in kinds(schema)}
     if isinstance(value, bytes) or not types - {"string", "null", None} or ("string" in types and value[:1] != "["):
         return value
     try:
@@ -230,10 +228,10 @@ def _from_form(name: str, value: str | bytes, schema: dict):
 
 def _list_from_form(name: str, values: list[str | bytes], schema: dict):
     """A list as one field in JSON, or as a field for each item; or a word that may stand in its place."""
-    words = [kind.get("const") for kind in _kinds(schema)]
+    words = [kind.get("const") for kind in kinds(schema)]
     if len(values) == 1 and (values[0][:1] == "[" or values[0] in (*words, "null")):
         return _from_form(name, values[0], schema)
-    item = next(kind["items"] for kind in _kinds(schema) if "items" in kind)
+    item = next(kind["items"] for kind in kinds(schema) if "items" in kind)
     return [_from_form(name, value, item) for value in values]
 
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from engine.serving.inputs import Limits
+from engine.serving.inputs import Limits, kinds
 from engine.serving.schemas import ErrorAnswer
 
 ABOUT = """\
@@ -74,7 +74,7 @@ def document(
             operation["responses"].pop("422", None)  # which FastAPI lists everywhere, and this service never returns
             if "401" in operation["responses"]:
                 operation["security"] = [{"token": []}, {}]
-        if path in bodies:  # here, and not by FastAPI: it would make numbers floats, of which 2^64 − 1 is none
+        if path in bodies:  # not through FastAPI's openapi_extra: it makes bounds floats, which round 2^64 − 1
             operations["post"]["requestBody"] = _body(bodies[path], limits)
     return found
 
@@ -83,7 +83,7 @@ def _body(model: type[BaseModel], limits: Limits) -> dict:
     schema = model.model_json_schema(ref_template=REF)
     examples = {f"example {i}": {"value": value} for i, value in enumerate(schema.pop("examples", ()), 1)}
     for name, field in schema["properties"].items():
-        for kind in (field, *field.get("anyOf", ())):
+        for kind in kinds(field):
             if limits.most(name) < kind.get("maximum", 0):
                 kind["maximum"] = limits.most(name)
     form = {**schema, "properties": {name: _in_form(field) for name, field in schema["properties"].items()}}
@@ -93,6 +93,6 @@ def _body(model: type[BaseModel], limits: Limits) -> dict:
 
 def _in_form(field: dict) -> dict:
     """The schema of a body's field as a form has it: images are files."""
-    if not any("contentEncoding" in kind for kind in (field, *field.get("anyOf", ()))):
+    if not any("contentEncoding" in kind for kind in kinds(field)):
         return field
     return FILE | {key: field[key] for key in ("title", "description") if key in field}

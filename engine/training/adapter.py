@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from engine.adapters import fingerprint, save_tensors_of
+from engine.adapters import save_tensors_of
 from engine.model.lora import Adapter, layer_names, merged
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
@@ -28,6 +28,7 @@ class Lora:
     rank: int
     alpha: float
     base: str  # the checkpoint that they are for
+    fingerprint: str  # of its weights
 
 
 class TrainedAdapter:
@@ -40,13 +41,13 @@ class TrainedAdapter:
         import peft
 
         self._weights, self._scaling = network.state_dict(), lora.alpha / lora.rank  # before layers are renamed
-        self._base = fingerprint(self._weights)
+        self._base = lora.fingerprint
         self._config = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=layer_names(network), base_model_name_or_path=lora.base
         )
         network.requires_grad_(False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the type of the network, which is none of transformers
+            warnings.simplefilter("ignore")  # about the network, whose class is not one of transformers
             peft.inject_adapter_in_model(self._config, network)
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._names = [name.replace(".default.", ".") for name in named]  # of A and B of each layer

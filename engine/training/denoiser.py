@@ -22,6 +22,7 @@ from engine.request import Request
 from engine.runtime import Engine
 from engine.sampling.graphs import compile_blocks
 from engine.training.adapter import Lora, TrainedAdapter
+from engine.training.evaluations import Evaluations
 from engine.training.examples import Examples, shortened
 from engine.training.initial import start_from
 from engine.training.options import image_and_text, sketch_of
@@ -41,6 +42,7 @@ def train_denoiser(
     options: StageOptions,
     init: PSUNet | UViT | None = None,
     lora: Lora | None = None,
+    evaluations: Evaluations | None = None,
 ) -> None:
     """Trains the denoiser in RUN/denoiser and writes its averaged weights to RUN/checkpoint, which has the codecs.
 
@@ -48,6 +50,7 @@ def train_denoiser(
     text   the codec of the captions
     init   a network of the same config, or a U-ViT for a PS-U-Net, to start from
     lora   adapters are trained, and written to RUN/adapter; RUN/checkpoint has the weights with them
+    evaluations  of RUN/checkpoint, in the first process
     Raises InputError about `data` for captions with unknown words, about `out` if the stage cannot be resumed.
     """
     text_name = image_and_text(config)[1]
@@ -83,7 +86,6 @@ def train_denoiser(
         if evaluations is not None and evaluations.is_due(step, stage.done):
             evaluations.run(step, run / "checkpoint", options.device, options.dtype, options.tracker)
 
-    evaluations = options.evaluations
     if evaluations is not None:
         evaluations.begin(stage.step)
     missing = evaluations is not None and evaluations.is_due(stage.step, stage.done)  # the run was killed before it

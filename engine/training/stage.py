@@ -25,7 +25,6 @@ from tqdm import tqdm
 from engine.errors import InputError
 from engine.files import write_atomically
 from engine.processes import Processes
-from engine.training.evaluations import Evaluations
 from engine.training.files import StageFiles
 from engine.training.recipes import StageConfig
 from engine.training.tracking import Tracker
@@ -49,7 +48,6 @@ class StageOptions:
     compile: bool = False  # torch.compile the denoiser's blocks
     grad_checkpointing: bool = False  # of the denoiser's blocks
     tracker: Tracker | None = None  # that the denoiser's training is reported to
-    evaluations: Evaluations | None = None  # of RUN/checkpoint, in the first process
     processes: Processes = field(default_factory=Processes)
 
 

@@ -110,10 +110,10 @@ def train(options: TrainOptions) -> None:
             compile=options.compile,
             grad_checkpointing=options.grad_checkpointing,
             tracker=tracker,
-            evaluations=evaluations,
             processes=processes,
         )
-        _run_stages(data, record, options, how, image, init)
+        lora = Lora(options.lora, options.lora_alpha, str(options.init), base) if options.lora else None
+        _run_stages(data, record, options, how, image, init, lora, evaluations)
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
     processes.end()
@@ -126,6 +126,8 @@ def _run_stages(
     how: StageOptions,
     image: ImageCodec | None,
     init: PSUNet | UViT | None,
+    lora: Lora | None,
+    evaluations: Evaluations | None,
 ) -> None:
     """The three stages; `image` has the autoencoder to use and `init` the initial weights, if they were given.
 
@@ -155,8 +157,7 @@ def _run_stages(
         cache, codec = cache.with_unit_sketches(), config.codecs[sketch]
         scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
         config = replace(config, codecs={**config.codecs, sketch: scaled})
-    lora = Lora(options.lora, options.lora_alpha, str(options.init)) if options.lora else None
-    train_denoiser(run, cache, text, config, recipe, how, init, lora)
+    train_denoiser(run, cache, text, config, recipe, how, init, lora, evaluations)
 
 
 def _latents(
