@@ -17,7 +17,7 @@ from engine.data.disturb import DISTURBANCES
 from engine.data.emoji import base_name, name_class
 from engine.data.sketch import draw_sketch
 from engine.errors import InputError
-from engine.images import to_levels
+from engine.images import from_levels, to_levels
 from engine.request import Request, Sample
 from engine.runtime import Engine
 from engine.training.options import sketch_of
@@ -140,7 +140,7 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     size = engine.config.codecs[image].settings["size"]
     names = [item.captions[0] for item, _ in pairs]
     prompts = [" ".join(tokenize(name)) for name in names]
-    images = [_image(pixels) for _, pixels in pairs]
+    images = [from_levels(pixels) for _, pixels in pairs]
     flat = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
     values: dict[str, list[float]] = {}  # by score, one of each name
 
@@ -199,7 +199,7 @@ def evaluate_sketches(engine: Engine, pairs: Pairs, gallery: Gallery, how: Reque
     if sketch is None or not {image, text, sketch} <= set(engine.config.model.predicted):
         return None
     names = [item.captions[0] for item, _ in pairs]
-    images = [_image(pixels) for _, pixels in pairs]
+    images = [from_levels(pixels) for _, pixels in pairs]
     given, other = (
         [draw_sketch(x, np.random.default_rng((how.seed, i, k))) for i, x in enumerate(images)] for k in range(2)
     )
@@ -282,11 +282,6 @@ def _psnr(engine: Engine, image: str, pixels: Tensor) -> float:
     decoded = [codec.decode_pixels(codec.encode_pixels(p.to(engine.device))).cpu() for p in pixels.split(64)]
     error = ((torch.cat(decoded) - pixels) / 2).square().mean((1, 2, 3))  # [n], of levels 0..1
     return float(-10 * error.log10().mean())
-
-
-def _image(levels: Tensor) -> Image.Image:
-    """uint8 [3, S, S] as an RGB image."""
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
 def pixels_of(image: Image.Image) -> Tensor:

@@ -160,6 +160,11 @@ def to_levels(image: Image.Image) -> Tensor:
     return levels.reshape(image.height, image.width, 3).permute(2, 0, 1)
 
 
+def from_levels(levels: Tensor) -> Image.Image:
+    """uint8 [3, H, W] → an RGB image."""
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
 def _upright(image: Image.Image) -> Image.Image:
     """The image in 8 bits a channel, turned as its EXIF data say."""
     image.load()  # before anything else, so that damage in the pixels is never taken for damage in the metadata
@@ -262,8 +267,7 @@ def feather(mask: np.ndarray, radius: int) -> np.ndarray:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, H, W] in −1..1 → an RGB image."""
-    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()  # [3, H, W]
-    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    return from_levels(((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
 def grid(

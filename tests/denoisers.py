@@ -25,11 +25,11 @@ class FunctionDenoiser:
     def __init__(self, function):
         self.function = function
 
-    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None):
+    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None):
         assert not features and cache is None and refresh is None
         return self.function(inputs, times, outputs)
 
-    def branch_features(self, name, inputs, times):
+    def branch_features(self, name, inputs, times, adapted=None):
         raise AssertionError(f"{name} has no in-blocks")
 
     def new_cache(self, rows):
@@ -69,13 +69,13 @@ class CountingDenoiser(Denoiser):
         super().__init__(network, N)
         self.rows, self.features = [], []  # R of every forward; modality and R of every call of `branch_features`
 
-    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None):
+    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None):
         self.rows.append(len(inputs))
-        return super().__call__(inputs, times, outputs, features, cache, refresh)
+        return super().__call__(inputs, times, outputs, features, cache, refresh, adapted)
 
-    def branch_features(self, name, inputs, times):
+    def branch_features(self, name, inputs, times, adapted=None):
         self.features.append((name, len(inputs)))
-        return super().branch_features(name, inputs, times)
+        return super().branch_features(name, inputs, times, adapted)
 
     def new_cache(self, rows):
         return super().new_cache(rows).fill_(torch.nan)

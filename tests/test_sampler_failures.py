@@ -183,10 +183,10 @@ class Blocked(FunctionDenoiser):
         super().__init__(predict)
         self.fails = fails
 
-    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None):
+    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None):
         return predict(inputs, times, outputs)
 
-    def branch_features(self, name, inputs, times):
+    def branch_features(self, name, inputs, times, adapted=None):
         if self.fails == "branch_features":
             raise ZeroDivisionError("branch_features")
         return torch.zeros(1, len(inputs), 4, 64)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from engine.data.augment import compressed, moved
-from engine.images import BACKGROUND, fit_image, on_background
+from engine.images import BACKGROUND, fit_image, from_levels, on_background
 
 GREY = (128, 128, 128)
 NOISE = 5  # standard deviation, in levels of 0…255
@@ -23,7 +23,7 @@ def _moved(scale: float, x: float = 0, y: float = 0) -> Callable:
 
 
 def _plain(image: Image.Image, size: int) -> Image.Image:
-    return Image.fromarray(fit_image(image, size).permute(1, 2, 0).numpy())
+    return from_levels(fit_image(image, size))
 
 
 def _noisy(image: Image.Image, size: int) -> Image.Image:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from engine.images import to_levels
+from engine.images import from_levels, to_levels
 
 WORK = 128  # pixels a side at least, at which edges and strokes are made
 REFERENCE = 64  # pixels a side of the images that the lengths below are given for
@@ -45,7 +45,7 @@ def draw_sketch(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 def sketch_levels(image: Tensor, random: np.random.Generator) -> Tensor:
     """The same for images as training has them, uint8 [3, S, S]."""
-    return to_levels(draw_sketch(Image.fromarray(image.permute(1, 2, 0).numpy()), random))
+    return to_levels(draw_sketch(from_levels(image), random))
 
 
 def edges(image: np.ndarray, sigma: float, threshold: float) -> np.ndarray:

@@ -19,7 +19,7 @@ def denoise_step(denoiser: Denoiser, batch: Batch, plan: StepPlan) -> None:
     if plan.cache_mode is CacheMode.REFRESH:
         _, indices = at_step(batch.constants, state)
         refresh = (indices[:, 0, StepColumn.REFRESH] != 0).repeat(plan.passes)  # [R]
-    adapted = {"adapted": batch.adapted_rows(plan.passes)} if plan.adapted else {}
+    adapted = batch.adapted_rows(plan.passes) if plan.adapted else None
     inputs = state.inputs[:rows], state.times[:rows]
-    prediction = denoiser(*inputs, plan.outputs, features, cache, refresh, **adapted)  # [R, N]
+    prediction = denoiser(*inputs, plan.outputs, features, cache, refresh, adapted)  # [R, N]
     cfg_step(prediction, batch.constants, state)

@@ -126,9 +126,9 @@ class Stepper:
         for name, slots in self.scheduler.missing_features(plan).items():
             size = next(size for size in self.scheduler.buckets if size >= len(slots))  # shapes that were compiled
             rows = batch.rows(upload(torch.tensor(slots + slots[:1] * (size - len(slots))), self.device))
-            adapted = {"adapted": AdapterRows(*(x[rows % batch.slots] for x in batch.adapted))} if plan.adapted else {}
+            adapted = AdapterRows(*(x[rows % batch.slots] for x in batch.adapted)) if plan.adapted else None
             inputs = batch.state.inputs[rows], batch.state.times[rows]
-            features = self.denoiser.branch_features(name, *inputs, **adapted)
+            features = self.denoiser.branch_features(name, *inputs, adapted)
             self.feature_rows[name] += len(rows)
             batch.new_features(name, features)
             batch.features[name].index_copy_(1, rows, features)  # [depth, P·B, L, D]

@@ -164,8 +164,8 @@ class AsyncEngine:
     @property
     def ready(self) -> bool:
         """Whether a request of one sample would be taken now, and served without warming up."""
-        open = self.alive and not self._closing.is_set()
-        return self.warm and open and self.samples < self.engine.max_rows + self.max_queue
+        accepts = self.alive and not self._closing.is_set()
+        return self.warm and accepts and self.samples < self.engine.max_rows + self.max_queue
 
     @property
     def samples(self) -> int:
