@@ -224,23 +224,28 @@ def use_onednn(graph: torch.fx.Graph) -> set[str]:
 
 @contextmanager
 def _onednn_products() -> Iterator[None]:
-    """Within it, Inductor compiles oneDNN's products for any weight; by itself it does for constants only."""
+    """Within it, Inductor compiles oneDNN's products for any weight; by itself it does for constants only.
+
+    The second kind adds another tensor: Inductor makes it of a product and a sum.
+    """
     from torch._inductor import compile_fx, ir, lowering, mkldnn_ir  # noqa: F401 - the first registers lowerings
 
-    def lower(x, weight, bias, attribute, scalars, algorithm):
-        product = mkldnn_ir.LinearUnary.create(x, weight, bias, attribute, scalars, algorithm)
-        return ir.TensorBox.create(product)
-
-    operation, of_inductor = torch.ops.mkldnn._linear_pointwise.default, lowering.lowerings
-    before = of_inductor.get(operation)
-    of_inductor[operation] = lower
+    product = torch.ops.mkldnn._linear_pointwise
+    ours = {
+        product.default: lambda *inputs: ir.TensorBox.create(mkldnn_ir.LinearUnary.create(*inputs)),
+        product.binary: lambda *inputs: ir.TensorBox.create(mkldnn_ir.LinearBinary.create(*inputs)),
+    }
+    of_inductor = lowering.lowerings
+    before = {operation: of_inductor.get(operation) for operation in ours}
+    of_inductor.update(ours)
     try:
         yield
     finally:
-        if before is None:
-            del of_inductor[operation]
-        else:
-            of_inductor[operation] = before
+        for operation, lower in before.items():
+            if lower is None:
+                del of_inductor[operation]
+            else:
+                of_inductor[operation] = lower
 
 
 class _Stateless(nn.Module):

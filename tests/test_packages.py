@@ -25,7 +25,7 @@ from engine.codecs import image
 from engine.errors import InputError
 from engine.files import load_tensors, save_tensors
 from engine.kernels.linear import onednn_computes
-from engine.model.blocks import InnerCache
+from engine.model.blocks import Block, InnerCache
 from engine.sampling import graphs
 from engine.training.stages import _given_autoencoder
 
@@ -112,6 +112,18 @@ def test_every_kind_of_step_is_the_eager_one_at_any_number_of_rows(cached, netwo
     assert graphs.use_packages(network)
     for found, eager in zip(forwards(network, rows), expected, strict=True):
         torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_block_whose_sums_are_fused_with_products_computes_the_same(built, tmp_path, monkeypatch):
+    use_cache(monkeypatch, tmp_path)
+    torch.manual_seed(0)
+    block = Block(16, 8, 4, skip=True, norm="post")
+    inputs = torch.randn(5, 3, 16), torch.randn(5, 3, 16), torch.zeros(1, 16), torch.zeros(5, 3, dtype=torch.int32)
+    expected = block(*inputs)
+    network = SimpleNamespace(blocks=lambda: [block], time_table=lambda times: torch.zeros(len(times), 16))
+    assert graphs.use_packages(network, build=True)
+    torch.testing.assert_close(block(*inputs), expected, atol=1e-5, rtol=1e-5)
 
 
 class Products(torch.nn.Module):
