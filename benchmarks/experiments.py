@@ -5,6 +5,7 @@
     masking         infilling with growing shares of the image, of the text, or of both masked
     guidance        quality against diversity over the guidance scale, for all kinds of guidance and conditioning
     approximations  quality against time: fewer steps, a step cache, a guidance interval
+    modalities      two modalities against three, of which the third is a sketch of the image
     autoregression  diffusion of long texts against an autoregressive transformer
 
     python -m benchmarks.experiments architecture --data data/emoji --steps 2000 --seeds 0 1
@@ -38,7 +39,7 @@ from engine.command import run as run_command
 from engine.device import resolve
 from engine.errors import InputError
 from engine.model.cost import forward_flops
-from engine.presets import PRESETS
+from engine.presets import PRESETS, with_sketch
 
 COMMAND = "python -m benchmarks.experiments"
 GRID = ((0, 0), (1, 1), (2, 2), (3, 3), (1, 3), (3, 1))  # (N_text, N_image); N_shared is what is left
@@ -78,6 +79,14 @@ def depths(data: Data, options: ExperimentOptions) -> dict:
             variant = replace(model, modalities=modalities, shared_depth=shared)
             variants[f"{text}/{image}/{shared}"] = replace(data.config, model=variant)
     return compare_models(variants, dict.fromkeys(variants, options.steps), data, options)
+
+
+def modalities(data: Data, options: ExperimentOptions) -> dict:
+    two, three = data.config, with_sketch(data.config)
+    fewer = round(options.steps * forward_flops(two.model, 1) / forward_flops(three.model, 1))
+    variants = {"image, text": two, "image, text, sketch": three, "the same, equal training compute": three}
+    steps = dict.fromkeys(variants, options.steps) | {"the same, equal training compute": fewer}
+    return compare_models(variants, steps, data, options)
 
 
 def masking(data: Data, options: ExperimentOptions) -> dict:
@@ -138,6 +147,7 @@ def _over_seeds(options: ExperimentOptions, sweep: Callable[[int], list[dict]]) 
 EXPERIMENTS = {
     "architecture": architecture,
     "depths": depths,
+    "modalities": modalities,
     "masking": masking,
     "guidance": guidance,
     "approximations": approximations,

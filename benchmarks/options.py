@@ -7,7 +7,7 @@ import torch
 
 from engine.errors import InputError
 
-TRAINING = ("architecture", "depths", "autoregression")  # experiments that always train
+TRAINING = ("architecture", "depths", "modalities", "autoregression")  # experiments that always train
 LOWEST = {"count": 2, "sampling_steps": 1, "steps": 1, "batch": 1, "size": 8, "points": 1}
 
 

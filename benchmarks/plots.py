@@ -35,7 +35,7 @@ def plot_experiment(stored: dict, stem: Path) -> list[Path]:
     rows, experiment = stored["rows"], stored["experiment"]
     if experiment == "autoregression":
         return []  # a few numbers, which its table has
-    if experiment in ("architecture", "depths"):
+    if experiment in ("architecture", "depths", "modalities"):
         metrics = [key.removeprefix("± ") for key in rows[0] if key.startswith("± ")]
         panels = [(stored["curve"], metric) for metric in metrics if metric in stored["curve"][0]]
         bars, curves = _metric_bars(rows, "model", metrics), _curves(panels, "training PFLOP", "model")

@@ -40,13 +40,14 @@ def denoising_errors(
 ) -> dict[str, float]:
     """{"image error": …, "text error": …}: mean squared errors of the prediction of one modality, the other known.
 
-    Over all pairs at `levels` evenly spaced times; the known modality enters as the model's conditioning says. The
-    noise depends on the seed alone, so it is the same for every model.
+    Over all pairs at `levels` evenly spaced times; the known modality enters as the model's conditioning says, any
+    others as pure noise. The noise depends on the seed alone, so it is the same for every model.
     """
     diffusion, model = loaded.config.diffusion, loaded.config.model
     schedule = NoiseSchedule(diffusion.schedule, diffusion.timesteps)
     denoiser = Denoiser(loaded.network.to(device, dtype), diffusion.timesteps)
-    x0 = _clean_states(loaded, device, pairs)  # [n, N]
+    x0 = _clean_states(loaded, device, pairs)  # [n, N] without the others, which come last
+    others = torch.randn(len(x0), model.size - x0.shape[1], generator=torch.Generator().manual_seed(seed)).to(device)
     renoise, v = diffusion.conditioning == "renoise", diffusion.prediction == "v_prediction"
     errors = {}
     for name in ("image", "text"):
@@ -59,9 +60,11 @@ def denoising_errors(
             noisy = alpha * x0 + sigma * noise
             inputs = noisy if renoise else x0.clone()
             inputs[:, part] = noisy[:, part]
-            times = torch.full((len(x0), model.tokens), t if renoise else 0, dtype=torch.int32, device=device)
+            times = torch.full((len(x0), model.tokens), schedule.timesteps, dtype=torch.int32, device=device)
+            for given in ("image", "text"):
+                times[:, model.token_slices[given]] = t if renoise else 0
             times[:, tokens] = t
-            prediction = denoiser(inputs, times, (name,))[:, part].float()
+            prediction = denoiser(torch.cat([inputs, others], dim=1), times, (name,))[:, part].float()
             target = (alpha * noise - sigma * x0 if v else noise)[:, part]
             total += (prediction - target).square().mean().item() / levels
         errors[f"{name} error"] = total
@@ -69,13 +72,14 @@ def denoising_errors(
 
 
 def _clean_states(loaded: Checkpoint, device: torch.device, pairs: Pairs) -> Tensor:
-    """The packed states of images with their first captions, [n, N] float32."""
+    """The packed states of images with their first captions, [n, N] float32, without any other modality."""
     model, image, text = loaded.config.model, loaded.codec("image", device), loaded.codec("text")
     pixels = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
     captions = [shortened(item.captions[0], text.tokens) for item, _ in pairs]
     given = [text.read(caption, "data", unknown_words="fill") for caption in captions]
     tokens = {"image": image.encode_pixels(pixels.to(device)), "text": text.encode(given)}  # [n, L, C] each
-    return torch.cat([tokens[m.name].to(device).float().flatten(1) for m in model.modalities], dim=1)
+    order = [m.name for m in model.modalities if m.name in tokens]
+    return torch.cat([tokens[name].to(device).float().flatten(1) for name in order], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------- masking

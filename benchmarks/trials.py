@@ -24,9 +24,10 @@ from engine.codecs.text import TextCodec
 from engine.config import CodecConfig, Config
 from engine.data.captioned import CaptionedImages
 from engine.data.latents import cache_latents
+from engine.data.sketch import VARIANTS
 from engine.data.sources import open_captioned
 from engine.errors import errors_named
-from engine.evaluation import Gallery, evaluate, pixels_of, spread, word_f1
+from engine.evaluation import Gallery, evaluate, evaluate_sketches, pixels_of, spread, word_f1
 from engine.files import write_atomically
 from engine.images import to_image
 from engine.metrics.captions import bleu, bleu_counts
@@ -35,9 +36,10 @@ from engine.model.cost import forward_flops
 from engine.presets import PRESETS
 from engine.training.denoiser import train_denoiser
 from engine.training.examples import shortened
+from engine.training.options import sketch_of
 from engine.training.recipes import RECIPES
 from engine.training.stage import StageOptions
-from engine.training.stages import copy_codecs
+from engine.training.stages import copy_codecs, with_unit_sketches
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,11 @@ def trained(
         load_codec(run / "checkpoint", config.codecs[key], config.model.modality(key), options.device)
         for key in ("image", "text")
     )
-    latents, fingerprint = options.out / f"latents-{image.size}", str(data.codecs.resolve())
-    cache = cache_latents(data.train, image.encode_pixels, latents, fingerprint, image.size)
+    drawn = sketch_of(config) is not None
+    latents, fingerprint = options.out / f"latents-{image.size}{'-sketch' * drawn}", str(data.codecs.resolve())
+    sketches = VARIANTS if drawn else 0
+    cache = cache_latents(data.train, image.encode_pixels, latents, fingerprint, image.size, sketches=sketches)
+    config, cache = with_unit_sketches(config, cache)
     recipe = RECIPES[options.preset]
     denoiser = replace(recipe.denoiser, steps=steps, seed=seed, batch=options.batch or recipe.denoiser.batch, decay=0.0,
                        warmup=min(recipe.denoiser.warmup, total // 10))  # fmt: skip
@@ -164,12 +169,12 @@ def measured(
 def scores(engine: Engine, data: Data, steps: int, seed: int) -> dict[str, float]:
     """The metrics of one model on held-out images."""
     if data.features is None:
-        found = evaluate(engine, data.test, data.gallery, Request(steps=steps, seed=seed))
-        return {
-            "retrieval@1": found.retrieval_base,
-            "word F1": found.word_f1,
-            "infill RMSE": found.infill_rmse,
-        }
+        how = Request(steps=steps, seed=seed)
+        found = evaluate(engine, data.test, data.gallery, how)
+        metrics = {"retrieval@1": found.retrieval_base, "word F1": found.word_f1, "infill RMSE": found.infill_rmse}
+        if (sketches := evaluate_sketches(engine, data.test, data.gallery, how)) is not None:
+            metrics |= {"sketch to image": sketches.retrieval_base, "image to sketch": sketches.edge_f1}
+        return metrics
     words, options = engine.config.model.modality("text").tokens, {"steps": steps, "unknown_words": "fill"}
     prompts = [shortened(item.captions[0], words) for item, _ in data.test]
     images = [to_image(image / 127.5 - 1) for _, image in data.test]

@@ -25,7 +25,7 @@ def _uvit(modalities: tuple[Modality, ...], blocks: int, dim: int, uvit: UViTCon
     return ModelConfig(modalities, blocks, dim, time_conditioning="token", uvit=uvit or UViTConfig(names, names))
 
 
-def _with_sketch(config: Config) -> Config:
+def with_sketch(config: Config) -> Config:
     """With drawings of the images, which share their codec and its files; they have no blocks of their own."""
     image, codec = config.model.modality("image"), config.codecs["image"]
     sketch = replace(image, name="sketch", depth=0)
@@ -104,4 +104,4 @@ PRESETS: dict[str, Config] = {
         TEXT_FIRST,
     ),
 }
-PRESETS |= {f"{name}-sketch": _with_sketch(PRESETS[name]) for name in ("emoji", "tiny")}
+PRESETS |= {f"{name}-sketch": with_sketch(PRESETS[name]) for name in ("emoji", "tiny")}

@@ -190,6 +190,7 @@ TRAINED = ["--preset", "tiny", "--autoencoder", str(BUILT_IN / "image"), "--step
         (["guidance", "--scales", "1", "3"], 12),
         (["architecture", *TRAINED, "--models", "1", "5", "6"], 3),
         (["depths", *TRAINED, "--seeds", "0", "1"], 2),
+        (["modalities", *TRAINED], 3),
         (["masking", *TRAINED, "--ratios", "0.5"], 3),
         (["approximations", *TRAINED], 15),
     ],

@@ -153,10 +153,7 @@ def _run_stages(
         cache = LatentCache([], [[text] for text in data.texts])
     else:
         cache = _latents(data, record, options, how)
-    if (sketch := sketch_of(config)) is not None:
-        cache, codec = cache.with_unit_sketches(), config.codecs[sketch]
-        scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
-        config = replace(config, codecs={**config.codecs, sketch: scaled})
+    config, cache = with_unit_sketches(config, cache)
     train_denoiser(run, cache, text, config, recipe, how, init, lora, evaluations)
 
 
@@ -181,6 +178,15 @@ def _latents(
             processes=how.processes,
             sketches=VARIANTS if sketch_of(config) is not None else 0,
         )
+
+
+def with_unit_sketches(config: Config, cache: LatentCache) -> tuple[Config, LatentCache]:
+    """Both with the scale of the sketches' latents, measured; as they are for a model without sketches."""
+    if (name := sketch_of(config)) is None:
+        return config, cache
+    cache, codec = cache.with_unit_sketches(), config.codecs[name]
+    scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
+    return replace(config, codecs={**config.codecs, name: scaled}), cache
 
 
 def train_words(run: Path, data: CaptionedImages | Texts, config: Config, seed: int) -> None:
