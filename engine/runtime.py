@@ -144,8 +144,9 @@ class Engine:
         Samples with any adapters, and without, share their steps. Steps with an adapter run on blocks that are neither
         compiled nor in packages; others are as before. One of the same name is replaced: requests that were submitted
         before keep it. Raises InputError about "name", or about "adapter" if it does not fit the checkpoint, naming the
-        file.
+        file; EngineClosed if the engine is closed.
         """
+        self._sampler.worker.check()
         if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
             raise InputError("name", name, f"give a string of 1 to {MAX_NAME} printable characters", "is not a name")
         # Of the file's weights: those of the network may be of another dtype, or in 8 bits.

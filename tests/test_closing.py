@@ -119,6 +119,8 @@ def test_a_closed_engine_says_so(tiny_checkpoint):
             engine.generate(requests)
     with pytest.raises(RuntimeError, match="closed; make another"):
         engine.warmup()
+    with pytest.raises(RuntimeError, match="closed; make another"):
+        engine.load_adapter("a", "adapter")
     engine.close()
 
 
