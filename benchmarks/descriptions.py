@@ -49,7 +49,8 @@ DESCRIPTIONS = {
         "(`emoji-sketch`), and which the errors and scores of the other two do not see: while they are measured it is "
         "pure noise, or generated after them. Every choice of known modalities is equally frequent in training, so "
         "with three a smaller part of the samples trains each of the old tasks. Sketch to image is retrieval@1 of "
-        f"images made from drawings alone; image to sketch is the F1 of the edges of drawings made from images. {ERRORS}",
+        "images made from drawings alone; image to sketch is the F1 of the edges of drawings made from images. "
+        + ERRORS,
     ),
     "masking": Description(
         "Joint infilling by masked share",

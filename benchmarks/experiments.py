@@ -12,7 +12,7 @@
     python -m benchmarks.experiments autoregression --preset text --data data/texts --steps 2000
 
 On emoji the metrics are those of `engine.evaluate`; with `--features` (photos) a Fréchet distance, BLEU-4 and word F1.
-`python -m benchmarks.report` adds the table and its plots to RESULTS.md.
+`python -m benchmarks.report` adds the table and its plots to TABLES.md.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/train_on_folder.py my-images --out runs/mine
 
-prints the losses of the three stages (autoencoder, word vectors, denoiser) and writes `runs/mine/checkpoint`, which
-`python -m engine.sample --checkpoint` and `Engine.from_pretrained` read, and sample sheets on the way. With the default
+trains an autoencoder, word vectors and the denoiser, writes sample sheets on the way, and `runs/mine/checkpoint`, which
+`python -m engine.sample --checkpoint` and `Engine.from_pretrained` read; then it makes a sample. With the default
 preset it takes hours on two CPU cores; the same command resumes it. Needs the extra `[train]`.
 """
 

@@ -23,6 +23,14 @@ settings.register_profile("engine", deadline=None, derandomize=True)
 settings.load_profile("engine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of endurance are slow too: `-m "not slow"` replaces the `-m "not endurance"` of pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("endurance"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Iterator[None]:
     """Measurements that `dtype="auto"` keeps are this test run's own."""

@@ -49,14 +49,22 @@ def test_it_fills_a_photo_in(example, photo):
         assert part(filled, 72) != part(given, 72) and part(filled, 72) != part(masked, 72)
 
 
-def test_it_serves_images(example):
+def test_it_serves_images(example, monkeypatch):
     from fastapi.testclient import TestClient
+
+    from engine.serving.async_engine import AsyncEngine, QueueFull
+
+    def full(self, samples: int) -> None:
+        raise QueueFull(64, 64)
 
     with TestClient(example("fastapi_app").app) as client:
         answer = client.get("/draw", params={"prompt": "red heart", "steps": 2})
         refused = client.get("/draw", params={"prompt": "qwertz"})
+        monkeypatch.setattr(AsyncEngine, "check_room", full)
+        late = client.get("/draw", params={"prompt": "red heart"})
     assert answer.content.startswith(b"\x89PNG") and answer.headers["content-type"] == "image/png"
     assert refused.status_code == 422 and "qwertz" in refused.json()["detail"]
+    assert late.status_code == 503 and "the queue is full" in late.json()["detail"]
 
 
 def test_it_trains_on_a_folder(example, tmp_path, capsys):

@@ -217,6 +217,12 @@ def parameters_by_hand(c):
     return block * (2 * ins + c.shared_depth % 2) + skip * ins + time + own
 
 
+def test_a_sketch_adds_as_few_parameters_as_its_page_says():
+    with torch.device("meta"):
+        two, three = (sum(p.numel() for p in PSUNet(PRESETS[n].model).parameters()) for n in ("emoji", "emoji-sketch"))
+    assert (round(two / 1e6, 1), three - two) == (7.5, 16_736)  # docs/how-to/sketch.md
+
+
 def test_coco256_is_the_papers_9_8_4_design():
     c = PRESETS["coco256"].model
     with torch.device("meta"):

@@ -7,7 +7,7 @@ from benchmarks.reading import measure
 
 @pytest.mark.parametrize(
     "samples, batches",
-    [(5000, 20), pytest.param(1_000_000, 1000, marks=[pytest.mark.endurance, pytest.mark.slow])],
+    [(5000, 20), pytest.param(1_000_000, 1000, marks=pytest.mark.endurance)],
 )
 def test_reading_holds_no_latents_in_memory(tmp_path, samples, batches):
     found = measure(tmp_path, samples, batches, steps=1)

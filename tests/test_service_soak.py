@@ -44,7 +44,6 @@ from engine import Engine, Request
 from engine.serving.inputs import Limits
 from engine.serving.schemas import CaptionBody, EditBody, GenerationBody, InfillBody
 
-ENDURANCE = (pytest.mark.endurance, pytest.mark.slow)  # slow too, so that -m "not slow" leaves them out
 SMALL = Limits(num=2, steps=25, calls=25, seconds=10)  # a generated body asks for little work at most
 
 # ------------------------------------------------------------------------------------------------- soak
@@ -138,7 +137,7 @@ def counted(metrics: str) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=ENDURANCE)])
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.endurance)])
 @asynchronous
 async def test_each_of_many_requests_is_answered_with_its_own_and_memory_stays(engine, count):
     soak = Soak(engine)
@@ -263,7 +262,7 @@ FUZZ = settings(
 )
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=ENDURANCE)])
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.endurance)])
 def test_no_body_makes_the_service_fail(engine, count):
     app, served = app_of(engine, limits=SMALL)
     loop, statuses = asyncio.new_event_loop(), Counter()
@@ -289,7 +288,7 @@ def test_no_body_makes_the_service_fail(engine, count):
         loop.close()
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(300, marks=ENDURANCE)])
+@pytest.mark.parametrize("count", [4, pytest.param(300, marks=pytest.mark.endurance)])
 def test_the_service_is_what_its_openapi_document_says(engine, count):
     """But that what the document allows may be refused with 400: what words are known, it does not say."""
     app, _ = app_of(engine, limits=replace(SMALL, num=1))
