@@ -143,8 +143,7 @@ class Engine:
         folder  that `engine.train --lora` or peft has written
         Samples with any adapters, and without, share their steps. Steps with an adapter run on blocks that are neither
         compiled nor in packages; others are as before. One of the same name is replaced: requests that were submitted
-        before keep it. Raises InputError about "name", or about "adapter" if it does not fit the checkpoint, naming the
-        file; EngineClosed if the engine is closed.
+        before keep it. Raises EngineClosed, and InputError about "name", or about "adapter" if that does not fit.
         """
         self._sampler.worker.check()
         if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
