@@ -8,12 +8,13 @@ const copyOf = (template) => $(template).content.firstElementChild.cloneNode(tru
 
 const MOST_BYTES = 50e6; // of a file; its image is cropped and resized here, and only that is sent
 const MOST_UNDOS = 50;
+const MOST_SAMPLES = 512; // in the gallery; beyond it, the oldest runs are removed
 const OVERLAY = 768; // pixels a side of the canvas on which the mask is shown
 const EXAMPLES = ["red heart", "woman astronaut: medium skin tone", "_ cat face"];
 const TOKEN = "token"; // its key in the session's storage
 
 const model = { id: "", size: 64, words: 16, vocabulary_size: 0, modalities: [], defaults: {}, limits: {} };
-const image = { given: false, left: false, mask: new Uint8Array(64 * 64), undos: [], cursor: null };
+const image = { given: false, left: false, mask: new Uint8Array(64 * 64), painted: null, undos: [], cursor: null };
 const caption = { words: [], left: false }; // of {word, blank, unknown}
 let running = null; // the run that is under way, see generate()
 
@@ -24,8 +25,9 @@ const has = (modality) => model.modalities.some(({ name }) => name === modality)
 /** An error of the service; `field` is the one that it is shown at. */
 class Failure extends Error {
   constructor({ message, param }, status) {
-    super(param ? message.replace(`${param}: `, "") : message);
-    this.field = (param ?? "").split(/[^a-z_]/)[0];
+    const field = (param ?? "").split(/[^a-z_]/)[0];
+    super(field in FIELDS ? message.replace(`${param}: `, "") : message);
+    this.field = field;
     this.status = status;
   }
 }
@@ -83,29 +85,26 @@ function wordsFrom(prefix) {
 // ------------------------------------------------------------------------------------------------------ Errors
 
 const FIELDS = { // where an error about an argument is shown, and the control it belongs to
-  prompt: ["caption-error", "word", "chip-field"],
-  image: ["image-error", "choose", "stage"],
-  mask: ["image-error", "choose", "stage"],
-  sketch: ["sketch-error", "choose-sketch", "sketch"],
+  prompt: ["caption-error", "word"],
+  image: ["image-error", "choose"],
+  mask: ["image-error", "choose"],
+  sketch: ["sketch-error", "choose-sketch"],
 };
-for (const id of ["num", "steps", "seed", "guidance", "order"]) FIELDS[id] = [`${id}-error`, id, id];
+for (const id of ["num", "steps", "seed", "guidance", "order"]) FIELDS[id] = [`${id}-error`, id];
 
 function showError(field, message) {
-  const [place, control, framed] = FIELDS[field] ?? ["error", null, null];
-  $(place).textContent = message;
+  const [place, control] = FIELDS[field] ?? ["error"];
+  if ($(place).textContent !== message) $(place).textContent = message; // else it is announced again
   $(place).hidden = false;
   if (!control) return;
   $(control).setAttribute("aria-invalid", "true");
-  $(framed).classList.add("invalid");
   if ($("options").contains($(control))) $("options").open = true;
 }
 
 function clearError(field) {
-  const [place, control, framed] = FIELDS[field] ?? ["error", null, null];
+  const [place, control] = FIELDS[field] ?? ["error"];
   $(place).hidden = true;
-  if (!control) return;
-  $(control).removeAttribute("aria-invalid");
-  $(framed).classList.remove("invalid");
+  if (control) $(control).removeAttribute("aria-invalid");
 }
 
 function clearErrors() {
@@ -150,38 +149,46 @@ function generatedShare() {
   return image.mask.reduce((sum, on) => sum + on, 0) / image.mask.length;
 }
 
-async function giveFile(file, field = "image", give = giveImage) {
+const latest = {}; // what was last given, by field: a larger file takes longer than one given after it
+
+/** Takes a file or an element as the image or the sketch; returns whether it was, and shows an error where not. */
+async function give(field, source) {
+  latest[field] = source;
   clearError(field);
-  try {
-    if (file.size > MOST_BYTES) throw new Error("too large");
-    await give(await createImageBitmap(file));
-  } catch {
-    const problem = file.size > MOST_BYTES ? "is larger than 50 MB" : "cannot be read as an image";
-    showError(field, `“${file.name}” ${problem}. Give a whole PNG, JPEG, WebP or GIF.`);
-  }
+  if (!model.id) await start();
+  if (!has(field)) return false;
+  const isLarge = source.size > MOST_BYTES;
+  const bitmap = isLarge ? null : await fitted(source).catch(() => null);
+  if (latest[field] !== source) return false;
+  const problem = isLarge ? "is larger than 50 MB" : "cannot be read as an image";
+  if (!bitmap) showError(field, `“${source.name}” ${problem}. Give a whole PNG, JPEG, WebP or GIF.`);
+  else (field === "image" ? showGiven : sketch.give)(bitmap);
+  return Boolean(bitmap);
 }
 
 /** The centre of an image as the model takes it, cropped to a square and resized. */
-function fit(bitmap) {
-  const side = Math.min(bitmap.width, bitmap.height);
-  const [x, y] = [bitmap.width - side, bitmap.height - side].map((rest) => Math.floor(rest / 2));
+async function fitted(source) {
+  const whole = await createImageBitmap(source);
+  const side = Math.min(whole.width, whole.height);
+  const [x, y] = [whole.width - side, whole.height - side].map((rest) => Math.floor(rest / 2));
   const size = { resizeWidth: model.size, resizeHeight: model.size, resizeQuality: "high" };
-  return createImageBitmap(bitmap, x, y, side, side, side === model.size ? {} : size);
+  const bitmap = await createImageBitmap(whole, x, y, side, side, side === model.size ? {} : size);
+  whole.close(); // photos take hundreds of megabytes
+  return bitmap;
 }
 
 /** Shows an image as the model takes it, on white. */
-async function giveImage(bitmap) {
-  const fitted = await fit(bitmap);
+function showGiven(bitmap) {
   $("canvas").width = $("canvas").height = model.size;
   pixels.fillStyle = "white";
   pixels.fillRect(0, 0, model.size, model.size);
-  pixels.drawImage(fitted, 0, 0);
+  pixels.drawImage(bitmap, 0, 0);
   Object.assign(image, { given: true, left: false, undos: [], mask: new Uint8Array(model.size ** 2) });
-  clearError("image");
   refresh();
 }
 
 function removeImage() {
+  latest.image = null;
   Object.assign(image, { given: false, left: false, undos: [] });
   clearError("image");
   refresh();
@@ -194,8 +201,6 @@ const sketch = sketchPad($("sketch"), () => {
   clearError("sketch");
   refresh();
 });
-
-const giveSketch = async (bitmap) => sketch.give(await fit(bitmap));
 
 /** Replaces the mask, or keeps a copy of it before a stroke changes it in place. */
 function changeMask(mask = image.mask) {
@@ -210,6 +215,7 @@ function changeMask(mask = image.mask) {
 function undo() {
   if (!image.undos.length) return;
   image.mask = image.undos.pop();
+  image.left = false;
   refresh();
 }
 
@@ -241,6 +247,7 @@ function draw(event) {
   document.activeElement.blur(); // from now on Ctrl Z is about the mask, not about what was typed
   $("overlay").setPointerCapture(event.pointerId);
   changeMask();
+  image.painted = image.mask;
   image.cursor = onStage(event);
   stroke(image.cursor, image.cursor);
   paintOverlay();
@@ -248,9 +255,15 @@ function draw(event) {
 
 function follow(event) {
   const at = onStage(event);
-  if (event.buttons && $("overlay").hasPointerCapture(event.pointerId)) stroke(image.cursor ?? at, at);
+  const isPainting = image.painted === image.mask && $("overlay").hasPointerCapture(event.pointerId);
+  if (isPainting) stroke(image.cursor ?? at, at); // not if the stroke was undone, or another image given
   image.cursor = at;
   paintOverlay();
+}
+
+/** Undoes a stroke that was the beginning of a gesture: two fingers zoom. */
+function cancelStroke({ isPrimary }) {
+  if (isPrimary && image.painted === image.mask) undo();
 }
 
 let overlayDue = false;
@@ -350,7 +363,7 @@ function addWords(text) {
     caption.words.push(entry);
     if (entry.word) markUnknown(entry);
   }
-  caption.left = false;
+  if (wordsOf(text).length) caption.left = false;
   clearError("prompt");
   refresh();
 }
@@ -492,7 +505,7 @@ function wordKey(event) {
 
 // -------------------------------------------------------------------------------------- What will be generated
 
-/** What is generated of the image, of the words and of the sketch, each "all", "none" or a part. */
+/** By modality, what of it is generated: "all", "none" or a part. */
 function plan() {
   const share = generatedShare();
   const part = share > 0 && share < 1 ? (matchingPreset() ?? `${Math.min(99, Math.max(1, Math.round(100 * share)))} %`) : null;
@@ -500,43 +513,32 @@ function plan() {
   const blanks = words.filter(isGenerated).length;
   return {
     image: share === 0 ? "none" : (part ?? "all"),
-    words: caption.left || !words.length ? "all" : blanks ? "some" : "none",
-    blanks,
-    sketch: has("sketch") && sketch.isGiven() ? "none" : "all",
+    sketch: sketch.isGiven() ? "none" : "all",
+    text: caption.left || !words.length ? "all" : blanks ? `${blanks} of ${words.length}` : "none",
   };
 }
 
-/** By modality, what of it is generated: "all", "none" or a part. */
-const partsOf = ({ image: drawn, words, sketch: lines }) => ({ image: drawn, text: words, sketch: lines });
-
 /** Names of the modalities of which so much is generated; those that the page cannot give are generated. */
-function modalitiesWith(amount, planned) {
-  const parts = partsOf(planned);
-  return model.modalities.map(({ name }) => name).filter((name) => (parts[name] ?? "all") === amount);
-}
+const modalitiesWith = (amount, planned) =>
+  model.modalities.map(({ name }) => name).filter((name) => (planned[name] ?? "all") === amount);
 
 const isAllGiven = (planned) => modalitiesWith("none", planned).length === Math.max(1, model.modalities.length);
 
 function sentenceOf(planned) {
-  const { image: drawn, words, blanks, sketch: lines } = planned;
-  if (isAllGiven(planned)) {
-    return "Everything is given. Paint over a part of the image, or blank a word.";
-  }
-  const imagePart = drawn === "none" ? "given" : `${drawn} generated`;
-  const wordPart = { all: "all generated", none: "given", some: `${blanks} of ${allWords().length} generated` }[words];
-  const sketchPart = lines === "none" ? "given" : "all generated";
-  const parts = [["image", `Image: ${imagePart}.`], ["sketch", `Sketch: ${sketchPart}.`], ["text", `Words: ${wordPart}.`]];
-  return parts.filter(([name]) => has(name)).map(([, part]) => part).join(" ");
+  if (isAllGiven(planned)) return "Everything is given. Paint over a part of the image, or blank a word.";
+  const sentences = Object.entries({ image: "Image", sketch: "Sketch", text: "Words" }).filter(([name]) => has(name))
+    .map(([name, label]) => `${label}: ${planned[name] === "none" ? "given" : `${planned[name]} generated`}.`);
+  return sentences.join(" ");
 }
 
-function titleOf({ image: drawn, words, sketch: lines }) {
+function titleOf({ image: drawn, sketch: lines, text }) {
   const parts = [];
-  if (drawn === "all") parts.push("image");
-  else if (drawn in PRESETS) parts.push(`${drawn} of the image`);
-  else if (drawn !== "none") parts.push("part of the image");
-  if (words !== "none") parts.push(words === "all" ? "caption" : "words");
+  if (has("image") && drawn !== "none") {
+    parts.push(drawn === "all" ? "image" : `${drawn in PRESETS ? drawn : "part"} of the image`);
+  }
+  if (has("text") && text !== "none") parts.push(text === "all" ? "caption" : "words");
   if (!parts.length) parts.push("sketch");
-  const given = [drawn === "none" && "the image", lines === "none" && "a sketch", words !== "all" && `“${prompt()}”`].filter(Boolean);
+  const given = [drawn === "none" && "the image", lines === "none" && "a sketch", text !== "all" && `“${prompt()}”`].filter(Boolean);
   const title = parts.join(" and ") + (given.length ? ` for ${given.join(" and ")}` : "");
   return title[0].toUpperCase() + title.slice(1);
 }
@@ -629,14 +631,14 @@ function optionsAreValid() {
   return !wrong.length;
 }
 
-function requestOf({ image: drawn, words, sketch: lines }) {
+function requestOf({ image: drawn, sketch: lines, text }) {
   const steps = Number($("steps").value);
   const body = { num: Number($("num").value), steps, seed: Number($("seed").value), stream: true };
   body.preview_every = Math.max(1, Math.round(steps / 8));
   if ($("guidance").value) body.guidance = Number($("guidance").value);
   if ($("order").value) body.order = JSON.parse($("order").value);
-  if (words !== "all") body.prompt = prompt();
-  if (words !== "all" && $("fill-unknown").checked) body.unknown_words = "fill";
+  if (text !== "all") body.prompt = prompt();
+  if (text !== "all" && $("fill-unknown").checked) body.unknown_words = "fill";
   if (lines === "none") body.sketch = sketch.data();
   if (drawn === "all") return body;
   body.image = $("canvas").toDataURL("image/png");
@@ -648,9 +650,8 @@ function requestOf({ image: drawn, words, sketch: lines }) {
 // -------------------------------------------------------------------------------------------------------- A run
 
 async function generate() {
-  if (running) return;
-  if (!model.id) await start(); // an earlier start has failed
-  if (!model.id) return;
+  if (!model.id) await start(); // it is under way, or has failed
+  if (running || !model.id) return;
   addTyped();
   clearErrors();
   refresh(); // shows the unknown words again, too
@@ -660,7 +661,7 @@ async function generate() {
   running = {
     controller: new AbortController(),
     body: requestOf(planned),
-    words: planned.words === "all" ? [] : caption.words.map(({ word, blank }) => (blank ? null : word)), // that are given
+    words: planned.text === "all" ? [] : caption.words.map(({ word, blank }) => (blank ? null : word)), // that are given
     article: copyOf("run-template"),
     step: "",
   };
@@ -720,6 +721,7 @@ function showRun(run, title) {
   run.article.classList.add("running");
   run.article.querySelector("h3").textContent = title;
   run.article.querySelector(".samples").append(...Array.from({ length: run.body.num }, () => copyOf("sample-template")));
+  for (const frame of run.article.querySelectorAll(".frame")) frame.hidden = !has("image");
   showState(run, "Sending");
   run.article.querySelector(".run-cancel").addEventListener("click", cancel);
   $("welcome").hidden = true;
@@ -732,7 +734,7 @@ function showRun(run, title) {
 
 /** Shows Generate or Cancel, whichever can be used; the focus moves along. */
 function showWhatRuns() {
-  const hadFocus = [$("generate"), $("cancel")].includes(document.activeElement);
+  const hadFocus = document.activeElement.matches("#generate, #cancel, .run-cancel");
   $("cancel").hidden = !running;
   $("generate").hidden = Boolean(running);
   $("clear-gallery").hidden = !$("gallery").querySelector(".run:not(.running)");
@@ -775,9 +777,11 @@ function showResult(run, { samples, timings }) {
   const shown = samplesOf(run);
   samples.forEach((sample, i) => showSample(run, sample, shown[i]));
   run.article.classList.remove("running");
+  const gallery = $("gallery");
+  while (gallery.childElementCount > 1 && gallery.querySelectorAll(".sample").length > MOST_SAMPLES) removeRun(gallery.lastElementChild);
   const count = `${samples.length} ${samples.length === 1 ? "sample" : "samples"}`;
   showState(run, `${count} · ${run.body.steps} steps · ${timings.total_s.toFixed(1)} s`);
-  announce(`Done: ${count}. The first: ${samples[0].text ?? "an image"}.`);
+  announce(`Done: ${count}. The first: ${samples[0].text || "an image"}.`);
 }
 
 function showSample(run, sample, item) {
@@ -791,8 +795,7 @@ function showSample(run, sample, item) {
     const name = wordsOf(text).slice(0, 8).join("-") || "image";
     Object.assign(find(".download"), { href: url, download: `${name}-${seed}.png` });
     find(".use-image").addEventListener("click", async () => {
-      await giveImage(await createImageBitmap(blob));
-      showCard("image-card", image.given ? "replace" : "choose");
+      if (await give("image", blob)) showCard("image-card", "replace");
     });
   }
   for (const control of [find(".download"), find(".use-image")]) control.hidden = !encoded;
@@ -803,9 +806,7 @@ function showSample(run, sample, item) {
     if (name !== "sketch") continue;
     find(".use-sketch").hidden = false;
     find(".use-sketch").addEventListener("click", async () => {
-      await other.decode();
-      await giveSketch(await createImageBitmap(other));
-      showCard("sketch-card", "choose-sketch");
+      if (await give("sketch", other)) showCard("sketch-card", "choose-sketch");
     });
   }
   const words = (sample.words ?? []).map((word, i) => ({ ...word, generated: word.word !== run.words[i] }));
@@ -846,11 +847,13 @@ function showCard(card, control) {
   $(control).focus({ preventScroll: true });
 }
 
+function removeRun(article) {
+  for (const link of article.querySelectorAll(".download[href]")) URL.revokeObjectURL(link.href);
+  article.remove();
+}
+
 function clearGallery() {
-  for (const run of document.querySelectorAll(".run:not(.running)")) {
-    for (const link of run.querySelectorAll(".download[href]")) URL.revokeObjectURL(link.href);
-    run.remove();
-  }
+  for (const article of document.querySelectorAll(".run:not(.running)")) removeRun(article);
   $("welcome").hidden = $("gallery").childElementCount > 0;
   showWhatRuns();
   $("results").focus();
@@ -858,8 +861,12 @@ function clearGallery() {
 
 // -------------------------------------------------------------------------------------------------------- Start
 
+let starting = null; // the start that is under way
+
+const start = () => (starting ??= showModel().finally(() => (starting = null)));
+
 /** Asks the service which model it has, and sets the page up for it. */
-async function start() {
+async function showModel() {
   clearErrors();
   $("about").textContent = "Loading the model";
   try {
@@ -876,8 +883,11 @@ async function start() {
   image.mask = new Uint8Array(model.size ** 2);
   $("brush-size").max = model.size / 2;
   $("brush-size").value = Math.round(model.size / 6);
-  for (const id of ["num", "steps"]) if (model.limits[id]) $(id).max = model.limits[id];
   $("steps").value = model.defaults.steps ?? $("steps").value;
+  for (const id of ["num", "steps"]) {
+    $(id).max = model.limits[id] ?? $(id).max;
+    $(id).value = Math.min($(id).value, $(id).max);
+  }
   const orders = model.modalities.map(({ name }) => new Option(`${name} first`, JSON.stringify([name])));
   $("order").replaceChildren($("order").options[0], ...orders, new Option("together", JSON.stringify("together")));
   $("image-card").hidden = !has("image");
@@ -923,12 +933,12 @@ on("remove", "click", () => {
   $("choose").focus();
 });
 on("file", "change", () => {
-  if ($("file").files.length) giveFile($("file").files[0]);
+  if ($("file").files.length) give("image", $("file").files[0]);
   $("file").value = ""; // so that the same file can be chosen again
 });
 on("choose-sketch", "click", () => $("sketch-file").click());
 on("sketch-file", "change", () => {
-  if ($("sketch-file").files.length) giveFile($("sketch-file").files[0], "sketch", giveSketch);
+  if ($("sketch-file").files.length) give("sketch", $("sketch-file").files[0]);
   $("sketch-file").value = "";
 });
 on("undo-sketch", "click", sketch.undo);
@@ -941,7 +951,7 @@ on("image-leave", "click", () => {
 on("overlay", "pointerdown", draw);
 on("overlay", "pointermove", follow);
 on("overlay", "pointerup", refresh);
-on("overlay", "pointercancel", refresh);
+on("overlay", "pointercancel", cancelStroke);
 on("overlay", "pointerleave", () => {
   image.cursor = null;
   paintOverlay();
@@ -994,7 +1004,6 @@ on("composer", "submit", (event) => {
 });
 on("cancel", "click", cancel);
 on("clear-gallery", "click", clearGallery);
-on("sharpness", "change", () => document.body.classList.toggle("smooth", !$("sharpness").checked));
 on("token-form", "submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(TOKEN, $("token").value.trim());
@@ -1003,13 +1012,14 @@ on("token-form", "submit", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input, select");
+  if (event.isComposing) return;
+  const typing = event.target.matches("input:is([type=text], [type=number], [type=password])");
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     generate();
   } else if (event.key === "Escape") {
     cancel();
-  } else if (event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey) && !typing) {
+  } else if (event.key.toLowerCase() === "z" && (event.ctrlKey || event.metaKey) && !event.shiftKey && !typing) {
     event.preventDefault();
     undoLast();
   }
@@ -1018,19 +1028,21 @@ document.addEventListener("paste", (event) => {
   const file = [...event.clipboardData.files][0];
   if (!file) return;
   event.preventDefault();
-  giveFile(file);
+  give("image", file);
 });
 document.addEventListener("dragover", (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return; // a text that is dragged into a field
   event.preventDefault();
   $("stage").classList.add("over");
 });
 document.addEventListener("dragleave", (event) => event.relatedTarget || $("stage").classList.remove("over"));
 document.addEventListener("drop", (event) => {
+  const [file] = event.dataTransfer.files;
+  if (!file) return;
   event.preventDefault();
   $("stage").classList.remove("over");
-  if (event.dataTransfer.files.length) giveFile(event.dataTransfer.files[0]);
+  give(event.target.closest("#sketch-card") ? "sketch" : "image", file);
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paintOverlay);
 
 drawSeed();
 start();
