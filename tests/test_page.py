@@ -470,6 +470,7 @@ def test_errors_stand_at_the_field_that_they_are_about(open_page):
 
 def test_a_server_that_is_away_can_be_tried_again(open_page):
     page = open_page(expected="ERR_FAILED")
+    sent = sent_by(page)
     for addresses in ("**/v1/infill", "**/v1/models"):
         page.route(addresses, lambda route: route.abort())
         if addresses.endswith("models"):
@@ -481,6 +482,7 @@ def test_a_server_that_is_away_can_be_tried_again(open_page):
         set_options(page, **FEW_STEPS)
         generate(page)
         expect(page.locator("#error")).to_be_hidden()
+        assert sent[-1]["steps"] == 3
     page.route("**/v1/vocabulary*", lambda route: route.abort())
     page.reload()
     expect(page.locator("#examples button")).to_have_text(["Surprise me"])

@@ -883,10 +883,9 @@ async function showModel() {
   image.mask = new Uint8Array(model.size ** 2);
   $("brush-size").max = model.size / 2;
   $("brush-size").value = Math.round(model.size / 6);
-  $("steps").value = model.defaults.steps ?? $("steps").value;
-  for (const id of ["num", "steps"]) {
+  for (const id of ["num", "steps"]) { // a number that was typed before, after an earlier start, stays
     $(id).max = model.limits[id] ?? $(id).max;
-    $(id).value = Math.min($(id).value, $(id).max);
+    $(id).defaultValue = Math.min(model.defaults[id] ?? $(id).defaultValue, $(id).max);
   }
   const orders = model.modalities.map(({ name }) => new Option(`${name} first`, JSON.stringify([name])));
   $("order").replaceChildren($("order").options[0], ...orders, new Option("together", JSON.stringify("together")));
