@@ -382,7 +382,7 @@ def dropped(page, target: str, data: bytes | None) -> bool:
 def test_files_can_be_dropped_and_texts_are_left_to_the_browser(open_page, three_modality_checkpoint):
     with closing(Served(three_modality_checkpoint)) as served:
         page = open_page(served.url)
-        assert not dropped(page, "#word", None)
+        assert not dropped(page, "#word", None) and dropped(page, "#welcome", None)
         assert dropped(page, "#sketch", file_of(PICTURE))
         expect(page.locator("#summary")).to_contain_text("Image: all generated. Sketch: given.")
         assert dropped(page, "#welcome", file_of(PICTURE))

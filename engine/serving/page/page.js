@@ -5,16 +5,15 @@ import { $, copyOf, on } from "./dom.js";
 import {
   clearGallery, isCalm, showCancelled, showFailed, showPreview, showProgress, showQueued, showResult, showRun, startGallery,
 } from "./gallery.js";
-import { drawLine, emptyMask, maskURL, PRESETS, presetMask, presetOf, shareOf, showMask } from "./mask.js";
+import { generatedShare, giveImage, image, removeImage, setSize, showImage, startImage, undoMask } from "./image.js";
+import { maskURL, PRESETS, presetOf } from "./mask.js";
 import { call, eventsOf, Failure, TOKEN, wordsFrom } from "./service.js";
 import { sketchPad } from "./sketch.js";
 
 const MOST_BYTES = 50e6; // of a file; its image is cropped and resized here, and only that is sent
-const MOST_UNDOS = 50;
 const EXAMPLES = ["red heart", "woman astronaut: medium skin tone", "_ cat face"];
 
 const model = { id: "", size: 64, words: 16, vocabulary_size: 0, modalities: [], defaults: {}, limits: {} };
-const image = { given: false, left: false, mask: emptyMask(64), painted: null, undos: [], cursor: null };
 let running = null; // the run that is under way, see generate()
 
 const has = (modality) => model.modalities.some(({ name }) => name === modality);
@@ -66,15 +65,7 @@ function askToken(error) {
   $("token").focus();
 }
 
-// ------------------------------------------------------------------------------------------------ Image and mask
-
-const pixels = $("canvas").getContext("2d", { willReadFrequently: true });
-
-/** Share of the image that is generated, 0 … 1. */
-function generatedShare() {
-  if (!image.given || image.left) return 1;
-  return shareOf(image.mask);
-}
+// ---------------------------------------------------------------------------------------------- Image and sketch
 
 const latest = {}; // what was last given, by field: a larger file takes longer than one given after it
 
@@ -89,7 +80,7 @@ async function give(field, source) {
   if (latest[field] !== source) return false;
   const problem = isLarge ? "is larger than 50 MB" : "cannot be read as an image";
   if (!bitmap) showError(field, `“${source.name}” ${problem}. Give a whole PNG, JPEG, WebP or GIF.`);
-  else (field === "image" ? showGiven : sketch.give)(bitmap);
+  else (field === "image" ? giveImage : sketch.give)(bitmap);
   return Boolean(bitmap);
 }
 
@@ -104,104 +95,14 @@ async function fitted(source) {
   return bitmap;
 }
 
-/** Shows an image as the model takes it, on white. */
-function showGiven(bitmap) {
-  $("canvas").width = $("canvas").height = model.size;
-  pixels.fillStyle = "white";
-  pixels.fillRect(0, 0, model.size, model.size);
-  pixels.drawImage(bitmap, 0, 0);
-  Object.assign(image, { given: true, left: false, undos: [], mask: emptyMask(model.size) });
-  refresh();
-}
-
-function removeImage() {
-  latest.image = null;
-  Object.assign(image, { given: false, left: false, undos: [] });
-  clearError("image");
-  refresh();
-}
-
 // The sketch; Ctrl Z undoes the last change of it or of the mask.
-let undoLast = undo;
+let undoLast = undoMask;
 const sketch = sketchPad($("sketch"), () => {
+  if (!sketch.isGiven()) latest.sketch = null; // it was cleared after a file that is still being read was given
   undoLast = sketch.undo;
   clearError("sketch");
   refresh();
 });
-
-/** Replaces the mask, or keeps a copy of it before a stroke changes it in place. */
-function changeMask(mask = image.mask) {
-  image.undos = [...image.undos.slice(1 - MOST_UNDOS), image.mask.slice()];
-  image.mask = mask;
-  image.left = false;
-  undoLast = undo;
-  clearError("mask");
-  refresh();
-}
-
-function undo() {
-  if (!image.undos.length) return;
-  image.mask = image.undos.pop();
-  image.left = false;
-  refresh();
-}
-
-function choosePreset(name) {
-  changeMask(presetOf(image.mask) === name ? emptyMask(model.size) : presetMask(name, model.size));
-}
-
-function onStage(event) {
-  const box = $("overlay").getBoundingClientRect();
-  return [((event.clientX - box.left) / box.width) * model.size, ((event.clientY - box.top) / box.height) * model.size];
-}
-
-const brushSize = () => $("brush-size").valueAsNumber;
-
-function paint(from, to) {
-  const value = document.querySelector("[name=tool]:checked").value === "paint" ? 1 : 0;
-  drawLine(image.mask, from, to, brushSize(), value);
-}
-
-function draw(event) {
-  if (event.button || !event.isPrimary) return;
-  event.preventDefault();
-  document.activeElement.blur(); // from now on Ctrl Z is about the mask, not about what was typed
-  $("overlay").setPointerCapture(event.pointerId);
-  changeMask();
-  image.painted = image.mask;
-  image.cursor = onStage(event);
-  paint(image.cursor, image.cursor);
-  paintOverlay();
-}
-
-function follow(event) {
-  const at = onStage(event);
-  const isPainting = image.painted === image.mask && $("overlay").hasPointerCapture(event.pointerId);
-  if (isPainting) paint(image.cursor ?? at, at); // not if the stroke was undone, or another image given
-  image.cursor = at;
-  paintOverlay();
-}
-
-/** Undoes a stroke that was the beginning of a gesture: two fingers zoom. */
-function cancelStroke({ isPrimary }) {
-  if (isPrimary && image.painted === image.mask) undo();
-}
-
-let overlayDue = false;
-
-function paintOverlay() {
-  if (overlayDue) return;
-  overlayDue = true;
-  requestAnimationFrame(() => {
-    overlayDue = false;
-    const mask = image.left ? image.mask.map(() => 1) : image.mask;
-    const accent = getComputedStyle(document.body).getPropertyValue("--mask");
-    showMask($("overlay"), mask, accent, image.cursor && [...image.cursor, brushSize()]);
-  });
-}
-
-
-// ------------------------------------------------------------------------------------------------------ Caption
 
 // -------------------------------------------------------------------------------------- What will be generated
 
@@ -270,20 +171,6 @@ function showSketch() {
   $("undo-sketch").disabled = !sketch.canUndo();
   $("clear-sketch").disabled = !given;
   $("sketch-hint").textContent = given ? "" : "Draw with the mouse or a finger. Without lines, the model draws the sketch.";
-}
-
-function showImage() {
-  for (const id of ["canvas", "overlay", "mask-tools", "image-leave", "replace", "remove"]) $(id).hidden = !image.given;
-  $("drop").hidden = image.given;
-  $("stage").classList.toggle("empty", !image.given);
-  $("image-card").classList.toggle("left", image.left);
-  $("image-leave").setAttribute("aria-pressed", image.left);
-  $("undo").disabled = !image.undos.length;
-  const preset = image.left ? undefined : presetOf(image.mask);
-  for (const button of document.querySelectorAll("[data-preset]")) {
-    button.setAttribute("aria-pressed", button.dataset.preset === preset);
-  }
-  if (image.given) paintOverlay();
 }
 
 function showWords() {
@@ -451,9 +338,7 @@ async function showModel() {
   const words = model.vocabulary_size.toLocaleString("en");
   const about = [model.id, has("image") && `${model.size}-pixel images`, has("text") && `${words} words`];
   $("about").textContent = about.filter(Boolean).join(" · ");
-  image.mask = emptyMask(model.size);
-  $("brush-size").max = model.size / 2;
-  $("brush-size").value = Math.round(model.size / 6);
+  if (has("image")) setSize(model.size);
   for (const id of ["num", "steps"]) { // a number that was typed before, after an earlier start, stays
     $(id).max = model.limits[id] ?? $(id).max;
     $(id).defaultValue = Math.min(model.defaults[id] ?? $(id).defaultValue, $(id).max);
@@ -511,26 +396,6 @@ on("sketch-file", "change", () => {
 });
 on("undo-sketch", "click", sketch.undo);
 on("clear-sketch", "click", sketch.clear);
-on("image-leave", "click", () => {
-  image.left = !image.left;
-  clearError("image");
-  refresh();
-});
-on("overlay", "pointerdown", draw);
-on("overlay", "pointermove", follow);
-on("overlay", "pointerup", refresh);
-on("overlay", "pointercancel", cancelStroke);
-on("overlay", "pointerleave", () => {
-  image.cursor = null;
-  paintOverlay();
-});
-on("undo", "click", undo);
-on("clear-mask", "click", () => changeMask(emptyMask(model.size)));
-on("invert", "click", () => changeMask(image.mask.map((value) => 1 - value)));
-for (const button of document.querySelectorAll("[data-preset]")) {
-  button.addEventListener("click", () => choosePreset(button.dataset.preset));
-}
-
 on("add-blank", "click", () => {
   addTyped();
   addWords("_");
@@ -597,20 +462,27 @@ document.addEventListener("paste", (event) => {
   event.preventDefault();
   give("image", file);
 });
+const isTextForField = ({ dataTransfer, target }) => !dataTransfer.types.includes("Files") && target.matches("input");
 document.addEventListener("dragover", (event) => {
-  if (!event.dataTransfer.types.includes("Files")) return; // a text that is dragged into a field
+  if (isTextForField(event)) return;
   event.preventDefault();
-  $("stage").classList.add("over");
+  $("stage").classList.toggle("over", event.dataTransfer.types.includes("Files"));
 });
 document.addEventListener("dragleave", (event) => event.relatedTarget || $("stage").classList.remove("over"));
 document.addEventListener("drop", (event) => {
-  const [file] = event.dataTransfer.files;
-  if (!file) return;
+  if (isTextForField(event)) return; // else the browser would leave the page for what is dropped
   event.preventDefault();
   $("stage").classList.remove("over");
-  give(event.target.closest("#sketch-card") ? "sketch" : "image", file);
+  const [file] = event.dataTransfer.files;
+  if (file) give(event.target.closest("#sketch-card") ? "sketch" : "image", file);
 });
 
+startImage(() => {
+  if (!image.given) latest.image = null; // it was removed
+  if (image.undos.length) undoLast = undoMask;
+  clearError("image");
+  refresh();
+});
 startCaption(() => {
   clearError("prompt");
   refresh();
