@@ -1,5 +1,6 @@
 """The page in headless Chromium, against the real service of a tiny checkpoint; skipped where there is no Chromium."""
 
+import io
 import json
 import shutil
 import threading
@@ -253,6 +254,10 @@ def test_only_what_the_brush_painted_is_generated(open_page):
     expect(page.locator("#summary")).to_contain_text("% generated.")
     page.keyboard.press("Control+z")
     expect(page.locator("#summary")).to_have_text("Image: given. Words: all generated.")
+    for half, dark in {"left": np.s_[:, :17], "right": np.s_[:, 17:]}.items():
+        icon = Image.open(io.BytesIO(page.locator(f"[data-preset='{half} half']").screenshot())).convert("L")
+        levels = np.asarray(icon)  # [34, 34]
+        assert levels[dark].mean() < levels.mean() - 5, f"the icon's {half} half is not filled"
     page.click("#invert")
     expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
     page.check("[value=erase]", force=True)  # which has the focus
