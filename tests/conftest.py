@@ -69,6 +69,19 @@ def three_modality_checkpoint(tmp_path_factory) -> Path:
     return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "three", config)
 
 
+@pytest.fixture(scope="session", params=["text", "image"])
+def single(request, tmp_path_factory) -> tuple[str, Path]:
+    """The name of the only modality of a model of random weights, and its checkpoint folder."""
+    from engine.config import SamplingConfig
+    from engine.presets import PRESETS
+
+    tiny, name = PRESETS["tiny"], request.param
+    model = replace(tiny.model, modalities=(tiny.model.modality(name),))
+    codecs, sampling = {name: tiny.codecs[name]}, SamplingConfig(tiny.sampling.guidance)
+    config = replace(tiny, model=model, codecs=codecs, sampling=sampling)
+    return name, random_checkpoint(tmp_path_factory.mktemp("single") / name, config)
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint):
     """An engine of the tiny model in float32, on the CPU or the GPU there is."""
@@ -126,7 +139,7 @@ def forbid() -> Iterator[Callable[[Path], None]]:
 
 
 def random_checkpoint(folder: Path, config) -> Path:
-    """Writes a checkpoint of random weights whose codecs are `image`, of 32 px, and `text`, of 8 channels."""
+    """Writes a checkpoint of random weights; its codecs are those of `image`, of 32 px, and `text`, of 8 channels."""
     from diffusers import AutoencoderDC
 
     from engine import checkpoint
@@ -146,8 +159,10 @@ def random_checkpoint(folder: Path, config) -> Path:
     checkpoint.save(folder, config, weights, torch.float32)
     words = "red green blue big small old new cat dog bird fish tree sun moon star car house man woman child face hand "
     words += "heart flag of with and in on the running"
-    TextCodec((END, *words.split()), vectors).save(folder / "text")
-    ImageCodec(autoencoder, **config.codecs["image"].settings).save(folder / "image")
+    if "text" in config.codecs:
+        TextCodec((END, *words.split()), vectors).save(folder / "text")
+    if "image" in config.codecs:
+        ImageCodec(autoencoder, **config.codecs["image"].settings).save(folder / "image")
     return folder
 
 

@@ -40,7 +40,7 @@ class Cluster:
     """Replicas of one engine that are asked in turns, as Ray's handle asks them."""
 
     def __init__(self, engine, deaths: list[int | None]):
-        """deaths  for each time that a replica is asked, the messages after which it dies; None: it lives"""
+        """deaths  for each time that a replica is asked, the messages after which it dies, −1: all; None: it lives"""
         self.apps, self.engines = zip(*(app_of(engine) for _ in range(2)), strict=True)
         self.replicas = [InProcess(app) for app in self.apps]
         self.deaths, self.scopes = deaths, []
@@ -86,6 +86,8 @@ class Messages:
                     await asyncio.wait({following})
                     raise Gone
                 if following.result() is None:
+                    if self._death == -1:
+                        break
                     return
                 yield following.result()
                 number += 1
@@ -127,6 +129,15 @@ async def test_events_go_on_with_those_of_another_replica(engine):
     assert connection.status == 200 and len(cluster.scopes) == 2
     assert names.count("queued") == 2 and names[-2:] == ["result", None] and names.count("result") == 1
     assert connection.events[-2][1]["samples"][0]["seed"] == cluster.scopes[0]["psunet.seed"]
+
+
+@asynchronous
+async def test_an_answer_that_is_complete_is_not_asked_for_again(engine):
+    for stream in (False, True):
+        app, cluster = front(engine, -1)
+        connection = Connection(app, "/v1/infill", BODY | {"stream": stream})
+        await connection.task
+        assert connection.status == 200 and len(cluster.scopes) == 1
 
 
 @asynchronous
@@ -190,6 +201,7 @@ async def test_metrics_are_those_of_all_replicas(engine):
         for _ in range(3):
             await http.post("/v1/infill", json=BODY)
         lines = (await http.get("/metrics")).text.splitlines()
+        assert (await http.post("/metrics")).status_code == 405
     assert 'psunet:requests_success_total{replica="a"} 2.0' in lines
     assert 'psunet:requests_success_total{replica="b"} 1.0' in lines
     assert len([line for line in lines if line.startswith("# TYPE psunet:image_count_total ")]) == 1

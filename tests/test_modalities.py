@@ -1,19 +1,17 @@
 """Models of other modalities than an image and a text: two images and a text, a text alone, an image alone."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_cases import STEPS, assert_same, difference, left_half, levels, noise, random_network
+from engine_cases import STEPS, assert_same, difference, left_half, levels, noise
 from PIL import Image
 
 from engine import Engine, Request
 from engine.checkpoint import load, save
-from engine.config import SamplingConfig
 from engine.errors import InputError
 from engine.sample import main
 
@@ -260,19 +258,6 @@ def test_the_command_line_refuses_in_one_line(three_modality_checkpoint, files, 
 
 
 # ------------------------------------------------------------------------------------------------- one modality
-
-
-@pytest.fixture(scope="module", params=["text", "image"])
-def single(request, tiny_checkpoint, tmp_path_factory) -> tuple[str, Path]:
-    """The name of the only modality of a model of random weights, and its checkpoint folder."""
-    tiny, name = load(tiny_checkpoint).config, request.param
-    model = replace(tiny.model, modalities=(tiny.model.modality(name),))
-    sampling = SamplingConfig(tiny.sampling.guidance)
-    config = replace(tiny, model=model, codecs={name: tiny.codecs[name]}, sampling=sampling)
-    folder = tmp_path_factory.mktemp("single") / name
-    random_network(folder, config)
-    shutil.copytree(tiny_checkpoint / name, folder / name)
-    return name, folder
 
 
 def test_a_model_of_one_modality_generates_and_fills_in(single):

@@ -1,10 +1,12 @@
 """The page in headless Chromium, against the real service of a tiny checkpoint; skipped where there is no Chromium."""
 
+import io
 import json
 import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,11 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 expect = playwright.expect
 expect.set_options(timeout=20_000)
 
-from service_cases import file_of, image_of  # noqa: E402
+from service_cases import base64_of, file_of, image_of  # noqa: E402
 
 from engine.serving.app import create_app  # noqa: E402 - needs fastapi
 from engine.serving.async_engine import AsyncEngine  # noqa: E402
+from engine.serving.inputs import Limits  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -42,10 +45,13 @@ CONTRASTS = """() => {
     const colour = levels(getComputedStyle(element).backgroundColor);
     return colour.length === 4 && colour[3] === 0 && element.parentElement ? ground(element.parentElement) : colour;
   };
+  const opacity = (e) => (e ? getComputedStyle(e).opacity * opacity(e.parentElement) : 1);
   const own = (element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
   const readable = [...document.body.querySelectorAll("*")].filter((e) => own(e) && e.checkVisibility() && !e.disabled);
   return readable.map((e) => {
-    const [a, b] = [luminance(levels(getComputedStyle(e).color)), luminance(ground(e))];
+    const [below, share] = [ground(e), opacity(e)];
+    const seen = levels(getComputedStyle(e).color).slice(0, 3).map((v, i) => share * v + (1 - share) * below[i]);
+    const [a, b] = [luminance(seen), luminance(below)];
     return [e.textContent.trim().slice(0, 40), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
   });
 }"""
@@ -248,8 +254,42 @@ def test_only_what_the_brush_painted_is_generated(open_page):
     expect(page.locator("#summary")).to_contain_text("% generated.")
     page.keyboard.press("Control+z")
     expect(page.locator("#summary")).to_have_text("Image: given. Words: all generated.")
+    for half, dark in {"left": np.s_[:, :17], "right": np.s_[:, 17:]}.items():
+        icon = Image.open(io.BytesIO(page.locator(f"[data-preset='{half} half']").screenshot())).convert("L")
+        levels = np.asarray(icon)  # [34, 34]
+        assert levels[dark].mean() < levels.mean() - 5, f"the icon's {half} half is not filled"
     page.click("#invert")
     expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
+    page.check("[value=erase]", force=True)  # which has the focus
+    page.keyboard.press("Control+Shift+Z")
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
+    page.click("#image-leave")
+    page.keyboard.press("Control+z")
+    expect(page.locator("#summary")).to_have_text("Image: given. Words: all generated.")
+
+
+def test_a_stroke_ends_where_it_is_undone_or_cut_off(open_page, three_modality_checkpoint):
+    with closing(Served(three_modality_checkpoint)) as served:
+        page = open_page(served.url, viewport={"width": 900, "height": 1600})
+        give_image(page, file_of(PICTURE))
+        nothing = "Image: given. Sketch: all generated. Words: all generated."
+        summary = page.locator("#summary")
+        expect(summary).to_have_text(nothing)
+        for pad in ("#overlay", "#sketch"):
+            box = page.locator(pad).bounding_box()
+            x, y, side = box["x"], box["y"], box["width"]
+            page.mouse.move(x + side / 4, y + side / 4)
+            for cut_off in ("undone", "cancelled"):
+                page.mouse.down()
+                page.mouse.move(x + side / 2, y + side / 2)
+                if cut_off == "undone":
+                    page.keyboard.press("Control+z")
+                else:  # as when two fingers begin to zoom
+                    page.dispatch_event(pad, "pointercancel", {"pointerId": 1, "isPrimary": True, "bubbles": True})
+                page.mouse.move(x + side / 2, y + side / 4)
+                page.mouse.up()
+                expect(summary).to_have_text(nothing)
+                page.mouse.move(x + side / 4, y + side / 4)
 
 
 def test_a_word_is_blanked_given_again_and_filled_in(open_page):
@@ -275,6 +315,9 @@ def test_a_word_is_blanked_given_again_and_filled_in(open_page):
     expect(page.locator("#summary")).to_have_text("Image: all generated. Words: given.")
     page.click("#caption-leave")
     expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
+    generate(page)
+    assert "prompt" not in sent[1]
+    expect(page.locator("#summary")).to_have_text("Image: all generated. Words: all generated.")
 
 
 def test_a_run_is_cancelled_on_the_page_and_in_the_engine(open_page, served):
@@ -297,11 +340,58 @@ def test_files_other_than_images_are_refused_where_they_were_given(open_page, na
     page = open_page()
     data = b"some notes" if name == "notes.txt" else file_of(PICTURE)[:-500]
     give_image(page, data, name)
-    expect(page.locator("#image-error")).to_contain_text(f"“{name}” cannot be read as an image.")
+    expect(page.get_by_role("alert")).to_contain_text(f"“{name}” cannot be read as an image.")
     expect(page.locator("#canvas")).to_be_hidden()
     give_image(page, file_of(PICTURE.resize((50, 40))))
     expect(page.locator("#canvas")).to_be_visible()
     expect(page.locator("#image-error")).to_be_hidden()
+
+
+def test_the_file_that_was_given_last_is_used(open_page):
+    page = open_page()
+    page.evaluate("""() => {
+      const decode = createImageBitmap;
+      window.held = [];
+      window.createImageBitmap = (source, ...rest) => source.name === "first.png"
+        ? new Promise((resolve) => held.push(resolve)).then(() => decode(source, ...rest)) : decode(source, ...rest);
+    }""")
+    for ending in ("second.png", None):
+        give_image(page, file_of(noise(4)), "first.png")
+        if ending:
+            give_image(page, file_of(PICTURE), ending)
+            expect(page.locator("#canvas")).to_be_visible()
+        else:
+            page.click("#remove")
+        page.evaluate("held.pop()()")
+        page.evaluate("new Promise((resolve) => setTimeout(resolve, 100))")
+        expect(page.locator("#canvas")).to_be_visible(visible=bool(ending))
+        assert (shown_pixels(page) == GIVEN).all()
+
+
+def dropped(page, target: str, data: bytes | None) -> bool:
+    """Drops a file, or else a text; returns whether the page took it."""
+    return page.locator(target).evaluate(
+        """(target, bytes) => {
+          const dataTransfer = new DataTransfer();
+          if (bytes) dataTransfer.items.add(new File([Uint8Array.from(bytes)], "given.png", { type: "image/png" }));
+          else dataTransfer.setData("text/plain", "red");
+          const init = { dataTransfer, bubbles: true, cancelable: true };
+          const events = ["dragover", "drop"].map((type) => new DragEvent(type, init));
+          for (const event of events) target.dispatchEvent(event);
+          return events.every((event) => event.defaultPrevented);
+        }""",
+        data and [*data],
+    )
+
+
+def test_files_can_be_dropped_and_texts_are_left_to_the_browser(open_page, three_modality_checkpoint):
+    with closing(Served(three_modality_checkpoint)) as served:
+        page = open_page(served.url)
+        assert not dropped(page, "#word", None) and dropped(page, "#welcome", None)
+        assert dropped(page, "#sketch", file_of(PICTURE))
+        expect(page.locator("#summary")).to_contain_text("Image: all generated. Sketch: given.")
+        assert dropped(page, "#welcome", file_of(PICTURE))
+        expect(page.locator("#summary")).to_contain_text("Image: given. Sketch: given.")
 
 
 @pytest.mark.parametrize("kind", ["transparent", "palette with a transparent colour", "turned by EXIF", "oblong"])
@@ -385,6 +475,7 @@ def test_errors_stand_at_the_field_that_they_are_about(open_page):
 
 def test_a_server_that_is_away_can_be_tried_again(open_page):
     page = open_page(expected="ERR_FAILED")
+    sent = sent_by(page)
     for addresses in ("**/v1/infill", "**/v1/models"):
         page.route(addresses, lambda route: route.abort())
         if addresses.endswith("models"):
@@ -396,9 +487,71 @@ def test_a_server_that_is_away_can_be_tried_again(open_page):
         set_options(page, **FEW_STEPS)
         generate(page)
         expect(page.locator("#error")).to_be_hidden()
+        assert sent[-1]["steps"] == 3
     page.route("**/v1/vocabulary*", lambda route: route.abort())
     page.reload()
     expect(page.locator("#examples button")).to_have_text(["Surprise me"])
+
+
+def test_what_is_done_while_the_model_loads_waits_for_it(open_page):
+    page = open_page()
+    sent, held = sent_by(page), []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    give_image(page, file_of(PICTURE))
+    held.pop().continue_()
+    expect(page.locator("#canvas")).to_be_visible()
+    assert (shown_pixels(page) == GIVEN).all()
+
+    page.reload()
+    set_options(page, num="1")
+    for _ in range(2):
+        page.keyboard.press("Control+Enter")
+    while held:
+        held.pop().continue_()
+    expect(page.locator("#gallery .run:not(.running)")).to_have_count(1)
+    expect(page.locator("#generate")).to_be_visible()
+    assert len(sent) == 1
+
+
+def test_old_results_make_room_for_new_ones(open_page):
+    page = open_page()
+    page.evaluate("() => { window.revoked = []; URL.revokeObjectURL = (url) => revoked.push(url); }")
+    sample = {"image": base64_of(PICTURE), "text": "red", "seed": 1, "words": [], "outputs": {}}
+    result = json.dumps({"samples": [sample] * 64, "timings": {"total_s": 1.0}})
+    answer = {"content_type": "text/event-stream", "body": f"event: result\ndata: {result}\n\n"}
+    page.route("**/v1/infill", lambda route: route.fulfill(**answer))
+    set_options(page, num="64")
+    for runs in range(1, 10):
+        generate(page)
+        expect(page.locator(".run")).to_have_count(min(runs, 8))
+    assert page.evaluate("revoked.length") == 64
+    page.click("#clear-gallery")
+    assert page.evaluate("new Set(revoked).size") == 9 * 64
+
+
+def test_a_service_that_takes_less_than_the_usual_can_be_used_at_once(open_page, tiny_checkpoint):
+    with closing(Served(tiny_checkpoint, limits=Limits(num=2, steps=3))) as served:
+        page = open_page(served.url)
+        expect(page.locator("#options-summary")).to_contain_text("2 samples · 3 steps")
+        generate(page)
+        expect(page.locator(".use-image")).to_have_count(2)
+
+
+def test_a_model_of_one_modality_is_served_without_the_other(open_page, single):
+    name, checkpoint = single
+    with closing(Served(checkpoint)) as served:
+        page = open_page(served.url)
+        sent = sent_by(page)
+        label, title = ("Image", "Image") if name == "image" else ("Words", "Caption")
+        expect(page.locator("#summary")).to_have_text(f"{label}: all generated.")
+        if name == "text":
+            assert dropped(page, "#results", file_of(PICTURE)), "the browser would open the file"
+        set_options(page, **FEW_STEPS)
+        generate(page)
+        expect(page.locator(".run h3")).to_have_text(title)
+        expect(page.locator(".frame")).to_be_visible(visible=name == "image")
+        assert "image" not in sent[0]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -414,6 +567,7 @@ def test_phone_needs_no_sideways_scrolling_and_text_is_readable(open_page, schem
     expect(page.locator("#summary")).to_contain_text("% generated")
     page.fill("#word", "dragonfly ")
     expect(page.locator("#caption-error")).to_be_visible()
+    page.tap("#caption-leave")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     cut_off = "(p) => { p.textContent += ' · many more words'.repeat(5); return p.scrollWidth > p.clientWidth; }"
     assert not page.locator("#about").evaluate(cut_off)
@@ -422,10 +576,12 @@ def test_phone_needs_no_sideways_scrolling_and_text_is_readable(open_page, schem
 
 
 def test_a_token_is_asked_for_and_kept(open_page, tiny_checkpoint):
-    served = Served(tiny_checkpoint, tokens=["secret"])
-    try:
+    with closing(Served(tiny_checkpoint, tokens=["secret"])) as served:
         page = open_page(served.url, expected="status of 401")
         expect(page.locator("#token")).to_be_focused()
+        page.fill("#token", "sécret…")
+        page.keyboard.press("Enter")
+        assert page.locator("#token").evaluate("(token) => token.validity.patternMismatch")
         for token in ("wrong", "secret"):
             page.fill("#token", token)
             page.keyboard.press("Enter")
@@ -434,25 +590,19 @@ def test_a_token_is_asked_for_and_kept(open_page, tiny_checkpoint):
         page.reload()
         expect(page.locator("#about")).to_contain_text("tiny")
         expect(page.locator("#token")).to_be_hidden()
-    finally:
-        served.close()
 
 
 def test_further_modalities_are_shown(open_page, three_modality_checkpoint):
-    served = Served(three_modality_checkpoint)
-    try:
+    with closing(Served(three_modality_checkpoint)) as served:
         page = open_page(served.url)
         set_options(page, **FEW_STEPS)
         generate(page)
         assert page.locator(".other").evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 32
         expect(page.locator(".other")).to_have_attribute("alt", "sketch")
-    finally:
-        served.close()
 
 
 def test_a_sketch_is_drawn_undone_cleared_and_made_into_an_image(open_page, three_modality_checkpoint):
-    served = Served(three_modality_checkpoint)
-    try:
+    with closing(Served(three_modality_checkpoint)) as served:
         page = open_page(served.url, viewport={"width": 900, "height": 1400}, has_touch=True)
         sent = sent_by(page)
         set_options(page, **FEW_STEPS)
@@ -488,8 +638,6 @@ def test_a_sketch_is_drawn_undone_cleared_and_made_into_an_image(open_page, thre
         page.click("#clear-sketch")
         generate(page)
         assert "sketch" not in sent[1] and {"image", "prompt"} <= sent[1].keys()
-    finally:
-        served.close()
 
 
 def ink_of(page) -> np.ndarray:

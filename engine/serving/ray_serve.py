@@ -47,11 +47,12 @@ CONTROL = 10.0  # seconds in which replicas answer what is broadcast
 class Settings:
     """What is deployed.
 
-    engine        arguments of `Engine.from_pretrained`
-    model, drain  as for `create_app`
-    warmup        samples in the largest batch to warm up for, before a replica gets requests
-    replicas      at least; Ray adds replicas, up to max_replicas, while each has `max_rows` requests
-    cpus, gpus    that Ray sets aside for each
+    engine      arguments of `Engine.from_pretrained`
+    warmup      samples in the largest batch to warm up for, before a replica gets requests
+    max_queue   of each replica, as for `AsyncEngine`
+    replicas    at least; Ray adds replicas, up to max_replicas, while each has `max_rows` requests
+    cpus, gpus  that Ray sets aside for each
+    The rest is as for `create_app`.
     """
 
     engine: dict = field(default_factory=dict)
@@ -140,7 +141,7 @@ class Front:
 
     async def __call__(self, scope, receive, send) -> None:
         plain = {key: scope[key] for key in PLAIN if key in scope} | {"root_path": ""}
-        if scope["method"] == "DELETE" or scope["path"] == "/metrics":
+        if scope["method"] == "DELETE" or (scope["method"], scope["path"]) == ("GET", "/metrics"):
             await (await self._of_all(plain))(scope, receive, send)
             return
         try:
@@ -161,6 +162,8 @@ class Front:
                 return None
             except RayActorError:  # the replica died, or cannot be reached
                 log.warning("a replica was lost that answered %s", scope["path"])
+                if answer.complete:
+                    return None
                 if not answer.can_restart:
                     raise
         await _closed("the replicas that had the request died").response()(scope, receive, answer.add)
@@ -199,7 +202,7 @@ class _Answer:
 
     def __init__(self, send):
         self._send, self._start = send, None
-        self._begun = self._events = False
+        self._begun = self._events = self.complete = False
 
     @property
     def can_restart(self) -> bool:
@@ -217,6 +220,7 @@ class _Answer:
             text = server_sent("error", json.loads(message["body"])) + DONE
             message = {**message, "body": text.encode()}
         await self._send(message)
+        self.complete = not message.get("more_body", False)
 
 
 def _closed(problem: str) -> ServiceError:
@@ -248,15 +252,11 @@ def running(settings: Settings) -> Iterator[Starlette]:
     ray.init(**alone, namespace=NAME)
     try:
         resources = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
-        for name, each in resources.items() if alone else ():  # a cluster may grow
-            unit = name.removeprefix("num_")
-            there, needed = ray.cluster_resources().get(unit[:-1].upper(), 0), settings.replicas * each
-            if needed > there:
-                problem = f"need {needed:g} {unit}, of which there are {there:g}"
-                raise InputError("replicas", settings.replicas, f"ask for fewer, or fewer {unit} for each", problem)
+        if alone:  # a cluster may grow
+            _check_resources(settings, ray.cluster_resources())
         inside = replace(settings, tokens=())  # the front checks them
-        refusal = ray.get(ray.remote(_refusal).options(**resources).remote(inside))
-        if refusal is not None:
+        check = ray.remote(**resources, max_calls=1)(_refusal)  # its process ends, and frees what the model took
+        if (refusal := ray.get(check.remote(settings.engine))) is not None:
             raise InputError(*refusal)
         serve.start(proxy_location="Disabled")
         try:
@@ -267,10 +267,22 @@ def running(settings: Settings) -> Iterator[Starlette]:
         ray.shutdown()
 
 
-def _refusal(settings: Settings) -> tuple | None:
-    """The arguments of the InputError for settings of which no replica can be made. Runs where replicas run."""
+def _check_resources(settings: Settings, there: dict[str, float]) -> None:
+    for unit, each in {"CPU": settings.cpus, "GPU": settings.gpus}.items():
+        needed, most = settings.replicas * each, there.get(unit, 0)
+        if needed > most:
+            problem = f"need {needed:g} {unit}s, of which there are {most:g}"
+            raise InputError("replicas", settings.replicas, f"ask for fewer, or fewer {unit}s for each", problem)
+
+
+def _refusal(engine: dict) -> tuple | None:
+    """The arguments of the InputError with which no engine can be made of these arguments. Runs where replicas run.
+
+    The model is loaded for it once more, and with `compile` the packages are built that replicas then load: of an error
+    in a replica's constructor, Ray would tell only the text, after it has tried again for minutes.
+    """
     try:
-        Engine.from_pretrained(**settings.engine).close()
+        Engine.from_pretrained(**engine).close()
     except InputError as error:
         return error.argument, error.value, error.remedy, error.problem
     return None

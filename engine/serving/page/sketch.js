@@ -19,6 +19,7 @@ function line(context, points) {
 export function sketchPad(canvas, onChange) {
   const context = canvas.getContext("2d");
   let items = []; // lines, as lists of points, and images, in the order in which they were given
+  let drawn = null; // the line that is being drawn, or was last
   const past = [];
 
   const at = ({ clientX, clientY }) => {
@@ -40,25 +41,31 @@ export function sketchPad(canvas, onChange) {
     show(changed);
   };
 
+  const undo = () => past.length && show(past.pop());
+
   canvas.width = canvas.height = SIDE;
   canvas.addEventListener("pointerdown", (event) => {
     if (event.button || !event.isPrimary) return;
     event.preventDefault();
     document.activeElement.blur(); // from now on Ctrl Z is about the sketch, not about what was typed
     canvas.setPointerCapture(event.pointerId);
-    change([...items, [at(event)]]);
+    drawn = [at(event)];
+    change([...items, drawn]);
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (!event.buttons || !canvas.hasPointerCapture(event.pointerId)) return;
+    if (items.at(-1) !== drawn || !canvas.hasPointerCapture(event.pointerId)) return; // the line may be undone
     const moves = event.getCoalescedEvents?.() ?? [];
-    items.at(-1).push(...(moves.length ? moves : [event]).map(at));
+    drawn.push(...(moves.length ? moves : [event]).map(at));
     paint();
+  });
+  canvas.addEventListener("pointercancel", ({ isPrimary }) => {
+    if (isPrimary && items.at(-1) === drawn) undo(); // it began a gesture: two fingers zoom
   });
   paint();
   return {
     isGiven: () => items.length > 0,
     canUndo: () => past.length > 0,
-    undo: () => past.length && show(past.pop()),
+    undo,
     clear: () => items.length && change([]),
     give: (bitmap) => change([bitmap]),
     data: () => canvas.toDataURL("image/png"),
