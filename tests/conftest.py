@@ -1,7 +1,9 @@
 """What every test file shares: optional data, checkpoints, engines, GPU tests and hypothesis settings."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,3 +171,68 @@ def random_checkpoint(folder: Path, config) -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+# ------------------------------------------------------------------------------------------------- page in Chromium
+
+
+@pytest.fixture(scope="module")
+def served(tiny_checkpoint) -> Iterator:
+    """A service of `tiny_checkpoint`, see `page_cases.Served`."""
+    from page_cases import Served
+
+    with closing(Served(tiny_checkpoint)) as served:
+        yield served
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable]:
+    """Starts services, `page_cases.Served` of these arguments; `open_page` closes its pages before they end."""
+    with ExitStack() as services:
+
+        def serve(checkpoint: Path, **options):
+            from page_cases import Served
+
+            return services.enter_context(closing(Served(checkpoint, **options)))
+
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # CI runs as root
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, served, serve) -> Iterator[Callable]:
+    """Opens the page in a context of given options; at the end, nothing may have failed or left the origin."""
+    contexts, problems = [], []
+
+    def open_page(url: str = served.url, expected: str = "nothing", **options):
+        """expected: part of what the browser itself reports on its console, where a request is to fail"""
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+
+        def on_console(message) -> None:
+            if message.type in ("error", "warning") and expected not in message.text:
+                problems.append(message.text)
+
+        page.on("console", on_console)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda r: r.url.startswith((url, "blob:", "data:")) or problems.append(r.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []

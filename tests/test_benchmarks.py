@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from train_cases import small_sample_sheets
 
 from benchmarks import experiments, report
 from benchmarks.descriptions import DESCRIPTIONS
@@ -162,10 +163,14 @@ def test_features_are_those_of_the_levels(tmp_path):
     torch.testing.assert_close(features(levels / 127.5 - 1), expected)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_sheets():
+    with small_sample_sheets(1):
+        yield
+
+
 @pytest.fixture
-def emoji(tmp_path, monkeypatch):
-    for count in ("PROMPTS", "JOINT_SAMPLES", "SKETCHES"):  # of the sheets that training draws
-        monkeypatch.setattr(f"engine.training.denoiser.{count}", 1)
+def emoji(tmp_path):
     """Five images to train on and three to test with, named in words that the built-in model knows."""
     names = ["red heart", "dog", "cat", "man running", "blue heart", "woman running", "tree", "sun"]
     (tmp_path / "images").mkdir()

@@ -42,8 +42,8 @@ def small_sample_sheets(number: int):
     from engine.training import denoiser
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(denoiser, "PROMPTS", number)
-        patch.setattr(denoiser, "JOINT_SAMPLES", number)
+        for samples in ("PROMPTS", "JOINT_SAMPLES", "SKETCHES"):
+            patch.setattr(denoiser, samples, number)
         yield patch
 
 
