@@ -84,8 +84,9 @@ def depths(data: Data, options: ExperimentOptions) -> dict:
 def modalities(data: Data, options: ExperimentOptions) -> dict:
     two, three = data.config, with_sketch(data.config)
     fewer = round(options.steps * forward_flops(two.model, 1) / forward_flops(three.model, 1))
-    variants = {"image, text": two, "image, text, sketch": three, "the same, equal training compute": three}
-    steps = dict.fromkeys(variants, options.steps) | {"the same, equal training compute": fewer}
+    shorter = "image, text, sketch, equal training compute"
+    variants = {"image, text": two, "image, text, sketch": three, shorter: three}
+    steps = dict.fromkeys(variants, options.steps) | {shorter: fewer}
     return compare_models(variants, steps, data, options)
 
 

@@ -14,8 +14,14 @@ BENCHMARKS = (
     "forward", "loop", "peers", "sampling", "joint order", "hand-over", "training", "service", "start", "energy"
 )  # fmt: skip
 QUALITY = ("image error", "text error")
-OURS = ("PS-U-Net", "PS-U-Net, independent times")
-THEIRS = ("U-ViT-multi, equal parameters", "U-ViT-multi, equal parameters, equal training compute")
+# By experiment, the models that are compared: each of the first with each of the second.
+COMPARED = {
+    "architecture": (
+        ("PS-U-Net", "PS-U-Net, independent times"),
+        ("U-ViT-multi, equal parameters", "U-ViT-multi, equal parameters, equal training compute"),
+    ),
+    "modalities": (("image, text, sketch", "image, text, sketch, equal training compute"), ("image, text",)),
+}
 
 
 def first_page(runs: dict[str, dict], tables: str) -> str:
@@ -80,11 +86,13 @@ def _short(short: list[tuple[Answer, Question]]) -> Iterator[str]:
 
 
 def _quality(runs: dict[str, dict]) -> list[str]:
-    """What the experiment on architectures found, in a table; the other experiments are in TABLES.md."""
+    """What the experiments in COMPARED found, in a table; the other experiments are in TABLES.md."""
     lines = []
     for name, run in runs.items():
-        rows = {row["model"]: row for row in run["rows"]} if run.get("experiment") == "architecture" else {}
-        for ours, theirs in product(OURS, THEIRS):
+        if run.get("experiment") not in COMPARED:
+            continue
+        rows = {row["model"]: row for row in run["rows"]}
+        for ours, theirs in product(*COMPARED[run["experiment"]]):
             if ours in rows and theirs in rows and all(key in rows[theirs] for key in QUALITY):
                 ratios = (f"{rows[ours][key] / rows[theirs][key]:.2f}" for key in QUALITY)
                 spread = rows[ours].get(f"± {QUALITY[0]}")
@@ -93,7 +101,7 @@ def _quality(runs: dict[str, dict]) -> list[str]:
                 lines.append([f"{ours} against {theirs}", *ratios, f"{steps}, {seeds}", name])
     if not lines:
         return []
-    text = "Ratios of the errors on held-out images at the end of training; below 1, PS-U-Net is better."
+    text = "Ratios of the errors on held-out images at the end of training; below 1, the model named first is better."
     return ["## Quality", text, table(["compared", *QUALITY, "steps", "run"], lines)]
 
 

@@ -16,7 +16,7 @@ from benchmarks.workloads import (
     constant_modalities,
     plain_loop,
     presets,
-    product_calls,
+    products,
     random_denoiser,
     sampling_flops,
     specs_of,
@@ -85,11 +85,10 @@ def products_of(denoiser, config, batch):
     times = torch.full((PASSES * batch, model.tokens), 500, dtype=torch.int32, device=device)
     constant = constant_modalities(config, ("image",))
     features = {name: denoiser.branch_features(name, inputs, times) for name in constant}
-    calls = product_calls(denoiser, inputs, times, ("image",), features)
+    step = products(denoiser, inputs, times, ("image",), features)
 
     def run():
         for _ in range(STEPS):
-            for call in calls:
-                call()
+            step()
 
     return run

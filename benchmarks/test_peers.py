@@ -18,7 +18,7 @@ from benchmarks.questions import PRODUCTS
 from benchmarks.race import Contender, Refusal
 from benchmarks.roofline import forward_operations
 from benchmarks.test_forward import TOLERANCE
-from benchmarks.workloads import forward_inputs, presets, product_calls, random_model
+from benchmarks.workloads import forward_inputs, presets, products, random_model
 from engine.model.cost import forward_flops
 from engine.model.denoiser import Denoiser
 from engine.presets import PRESETS
@@ -55,7 +55,6 @@ def contenders_of(network, full, rows, threads, device, dtype, predict):
     networks = [random_model(model, device, dtype) for _ in range(2)]
     set_up(networks[1], device, compile=True)
     eager, compiled = (Denoiser(module, config.diffusion.timesteps) for module in networks)
-    calls = product_calls(eager, *inputs)
     facts = {"flops": forward_flops(model, rows), "within": partial(thread_count, threads)}
     facts["facts"] = {"rows": rows, "threads": threads}
     checked = {"expected": partial(eager, *inputs), "tolerance": TOLERANCE[dtype], **facts}
@@ -63,7 +62,7 @@ def contenders_of(network, full, rows, threads, device, dtype, predict):
     contenders = {
         "eager": Contender(checked["expected"], **facts | {"facts": static}),
         "compiled": Contender(partial(compiled, *inputs), **checked | {"facts": static}),
-        PRODUCTS: Contender(partial(call_all, calls), **facts),
+        PRODUCTS: Contender(products(eager, *inputs), **facts),
     }
     others = {"OpenVINO": "computes on a CPU only here", "ONNX Runtime": "computes on a CPU only here"}
     if device.type == "cpu":
@@ -78,11 +77,6 @@ def contenders_of(network, full, rows, threads, device, dtype, predict):
         call = make if isinstance(make, str) else built(make)
         contenders[name] = call if isinstance(call, str) else Contender(call, **checked)
     return contenders
-
-
-def call_all(calls):
-    for call in calls:
-        call()  # its result is freed at once, as in a forward
 
 
 def built(make):

@@ -122,9 +122,8 @@ def trained(
         load_codec(run / "checkpoint", config.codecs[key], config.model.modality(key), options.device)
         for key in ("image", "text")
     )
-    drawn = sketch_of(config) is not None
-    latents, fingerprint = options.out / f"latents-{image.size}{'-sketch' * drawn}", str(data.codecs.resolve())
-    sketches = VARIANTS if drawn else 0
+    kind, sketches = ("latents", 0) if sketch_of(config) is None else ("sketch-latents", VARIANTS)
+    latents, fingerprint = options.out / f"{kind}-{image.size}", str(data.codecs.resolve())
     cache = cache_latents(data.train, image.encode_pixels, latents, fingerprint, image.size, sketches=sketches)
     config, cache = with_unit_sketches(config, cache)
     recipe = RECIPES[options.preset]

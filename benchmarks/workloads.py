@@ -159,14 +159,14 @@ def plain_loop(
     return state.state
 
 
-def product_calls(
+def products(
     denoiser: Denoiser,
     inputs: Tensor,
     times: Tensor,
     outputs: Collection[str] | None = None,
     features: Mapping[str, Tensor] | None = None,
-) -> list[Callable[[], Tensor]]:
-    """Every linear layer and every attention of one call of the denoiser, on the inputs that they get there.
+) -> Callable[[], None]:
+    """Calls every linear layer and every attention of one call of the denoiser, on the inputs that they get there.
 
     On a CPU the weights are in oneDNN's own layout, as in the packages: its products are faster then.
     """
@@ -191,7 +191,12 @@ def product_calls(
     denoiser(inputs, times, outputs, features)
     for hook in hooks:
         hook.remove()
-    return calls
+
+    def call_all():
+        for call in calls:
+            call()  # its result is freed at once, as in a forward
+
+    return call_all
 
 
 # -------------------------------------------------------------------------------------------------------- costs

@@ -268,6 +268,7 @@ def running(settings: Settings) -> Iterator[Starlette]:
 
 
 def _check_resources(settings: Settings, there: dict[str, float]) -> None:
+    """Raises InputError if the machine has too few processors for the replicas."""
     for unit, each in {"CPU": settings.cpus, "GPU": settings.gpus}.items():
         needed, most = settings.replicas * each, there.get(unit, 0)
         if needed > most:
@@ -278,8 +279,8 @@ def _check_resources(settings: Settings, there: dict[str, float]) -> None:
 def _refusal(engine: dict) -> tuple | None:
     """The arguments of the InputError with which no engine can be made of these arguments. Runs where replicas run.
 
-    The model is loaded for it once more, and with `compile` the packages are built that replicas then load: of an error
-    in a replica's constructor, Ray would tell only the text, after it has tried again for minutes.
+    The model is loaded once more for this, and with `compile` the packages are built that replicas then load: of an
+    error that a replica's constructor raises, Ray reports the text, not the fields.
     """
     try:
         Engine.from_pretrained(**engine).close()
