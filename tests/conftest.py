@@ -94,6 +94,25 @@ def engine(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
+def on_cpu(tiny_checkpoint):
+    """As `engine`, on the CPU."""
+    from engine import Engine
+
+    with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    """The tiny model's pipeline for diffusers."""
+    from engine.pipeline import PSUNetPipeline
+
+    pipe = PSUNetPipeline.from_pretrained(tiny_checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
 def mixed() -> list:
     """Requests of every task."""
     from engine_cases import mixed_requests
