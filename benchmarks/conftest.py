@@ -11,9 +11,8 @@ from benchmarks import machine
 from benchmarks.progress import Progress
 from benchmarks.race import CLOCK, Contender, Refusal, Timing, record, time_in_turns
 from benchmarks.roofline import IN_GRAPH, Ceilings, Operation, launch_seconds, predicted
-from benchmarks.workloads import presets
+from benchmarks.workloads import measured_preset
 from engine.device import ceilings, resolve_device, resolve_dtype
-from engine.presets import PRESETS
 
 CEILING_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -30,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before the first benchmark, which puts load on the machine and heats it up.
     device = resolve_device(config.getoption("device"))
     config.engine_full = device.type == "cuda" or config.getoption("full")
-    model = PRESETS[presets(config.engine_full)].model
+    model = measured_preset(config.engine_full).model
     config.engine_device, config.engine_dtype = device, resolve_dtype(config.getoption("dtype"), device, model)
     config.engine_facts, config.ceilings = machine.facts(device), ceilings(device, CEILING_DTYPES)
     config.progress = Progress(config)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.workloads import without_categories
 from engine.checkpoint import BUILT_IN, load
 from engine.data.captioned import CaptionedImage, CaptionedImages
 from engine.data.latents import LatentCache, default_shard_size, map_latents
@@ -55,7 +56,7 @@ def captioned(samples: int, words: tuple[str, ...]) -> CaptionedImages:
 
 def training_rate(x0: Tensor, steps: int) -> float:
     """Samples a CPU-second of the training step on clean data [B, N], without reading."""
-    recipe, config = RECIPES[PRESET], load(BUILT_IN).config
+    recipe, config = RECIPES[PRESET], without_categories(load(BUILT_IN).config)
     network, loss = (
         build(config.model),
         DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=torch.device("cpu")),

@@ -11,13 +11,12 @@ from benchmarks.workloads import (
     equal_depth,
     equal_parameters,
     forward_inputs,
+    measured_preset,
     parameters,
-    presets,
     random_denoiser,
     u_vit_config,
 )
 from engine.model.cost import forward_flops
-from engine.presets import PRESETS
 
 MODELS = {
     "PS-U-Net": lambda config: config,
@@ -39,7 +38,7 @@ def test_forward(compete, predict, device, dtype, full, model, mode, rows):
     def build():
         contenders = {}
         for name, variant in MODELS.items():
-            config = variant(PRESETS[presets(full)])
+            config = variant(measured_preset(full))
             inputs = forward_inputs(config.model, rows, device)
             operations = forward_operations(config.model, rows, dtype, device.type)
             counts = {"rows": rows, "parameters": parameters(config.model)}

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from benchmarks.race import Contender
-from benchmarks.workloads import constant_modalities, presets, random_checkpoint, sampling_flops
+from benchmarks.workloads import constant_modalities, measured_preset, random_checkpoint, sampling_flops
 from engine import Engine, Request, checkpoint
 from engine.evaluation import pixels_of
 from engine.model.blocks import one_by_one
 from engine.model.denoiser import Denoiser
 from engine.preparation import prepare
-from engine.presets import PRESETS
 from engine.sampling.batch import Batch, SampleSpec, batch_constants
 from engine.sampling.graphs import StepGraphs, compile_blocks
 from engine.sampling.sampler import Sampler
@@ -29,7 +28,7 @@ IN_THIS_THREAD, SAMPLER, ENGINE = "calling thread", "Sampler.run and Sampler.cal
 
 @pytest.mark.parametrize("contender", [IN_THIS_THREAD, SAMPLER, ENGINE])
 def test_one_request(compete, tmp_path, device, dtype, full, contender):
-    steps, config, cuda = 25 if full else 10, PRESETS[presets(full)], device.type == "cuda"
+    steps, config, cuda = 25 if full else 10, measured_preset(full), device.type == "cuda"
     request = Request(prompt="word1 word2 word3", steps=steps, order="together")
 
     def build():

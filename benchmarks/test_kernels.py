@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.race import Contender
-from benchmarks.workloads import presets
+from benchmarks.workloads import measured_preset
 from engine.kernels import adaln, attention, cfg_step, timestep
-from engine.presets import PRESETS
 
 ROWS = (2, 32, 128)  # of the forward: two passes of 1, 16 and 64 samples
 PARTS = ("shared", "image", "text")  # whose tokens attend to each other: in the shared stack all
@@ -26,7 +25,7 @@ def model_of(full: bool, rows: int, part: str = "shared"):
     """(the model whose shapes are measured, the tokens of one of its parts)."""
     if not full and (rows > 32 or part != "shared"):
         pytest.skip("more rows and other lengths only on a GPU or with --full")
-    model = PRESETS[presets(full)].model
+    model = measured_preset(full).model
     return model, model.tokens if part == "shared" else model.modality(part).tokens
 
 
@@ -313,7 +312,7 @@ TIMESTEP = {
 
 @pytest.mark.parametrize("contender", TIMESTEP)
 def test_timestep(compete, device, dtype, full, contender):
-    dim, frequencies, times = PRESETS[presets(full)].model.dim, 256, 1001
+    dim, frequencies, times = measured_preset(full).model.dim, 256, 1001
 
     def build():
         t, *layers = timestep.example_inputs(times, frequencies, dim, dim, dtype, device, generator())
@@ -338,7 +337,7 @@ CFG_STEP = {
 @pytest.mark.parametrize("contender", CFG_STEP)
 def test_cfg_step(compete, device, full, contender, batch):
     """Every call is a step further, and past the last one still as much work; the first one is checked."""
-    model = PRESETS[presets(full)].model
+    model = measured_preset(full).model
 
     def build():
         sizes = [(modality.tokens, modality.channels) for modality in model.modalities]

@@ -14,8 +14,8 @@ from benchmarks.race import Contender
 from benchmarks.roofline import step_operations
 from benchmarks.workloads import (
     constant_modalities,
+    measured_preset,
     plain_loop,
-    presets,
     products,
     random_denoiser,
     sampling_flops,
@@ -23,7 +23,6 @@ from benchmarks.workloads import (
     table_of,
 )
 from engine.diffusion.solver_table import GuidanceOptions
-from engine.presets import PRESETS
 from engine.sampling.graphs import StepGraphs
 from engine.sampling.sampler import Sampler
 
@@ -38,7 +37,7 @@ def test_loop(compete, predict, device, dtype, full, loop, batch):
     """A plain loop runs the two passes one after the other, every block at every step and eagerly."""
     if batch > 16 and not full:
         pytest.skip("more rows only on a GPU or with --full")
-    config = PRESETS[presets(full)]
+    config = measured_preset(full)
 
     def build():
         specs = specs_of(config, table_of(config, STEPS, GuidanceOptions(scale=3.0)), ("image",), batch)

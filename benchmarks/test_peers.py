@@ -18,10 +18,9 @@ from benchmarks.questions import PRODUCTS
 from benchmarks.race import Contender, Refusal
 from benchmarks.roofline import forward_operations
 from benchmarks.test_forward import TOLERANCE
-from benchmarks.workloads import forward_inputs, presets, products, random_model
+from benchmarks.workloads import forward_inputs, measured_preset, products, random_model
 from engine.model.cost import forward_flops
 from engine.model.denoiser import Denoiser
-from engine.presets import PRESETS
 from engine.sampling.graphs import set_up
 
 NETWORKS = {"PS-U-Net": lambda model: model, "UniDiffuser": unidiffuser_shape}
@@ -49,7 +48,7 @@ def test_peers(compete, predict, device, dtype, full, network, contender, rows, 
 
 def contenders_of(network, full, rows, threads, device, dtype, predict):
     """{name: Contender, or why it cannot take part}."""
-    config = PRESETS[presets(full)]
+    config = measured_preset(full)
     model = NETWORKS[network](config.model)
     inputs = forward_inputs(model, rows, device)
     networks = [random_model(model, device, dtype) for _ in range(2)]
@@ -91,7 +90,7 @@ def built(make):
 
 @lru_cache(maxsize=1)  # groups that differ in threads only share what was exported
 def exported_of(network, full, rows):
-    config, cpu = PRESETS[presets(full)], torch.device("cpu")
+    config, cpu = measured_preset(full), torch.device("cpu")
     model = NETWORKS[network](config.model)
     denoiser = Denoiser(random_model(model, cpu, torch.float32), config.diffusion.timesteps)
     return Exported(denoiser, forward_inputs(model, rows, cpu))

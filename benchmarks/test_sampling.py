@@ -12,8 +12,8 @@ from benchmarks.machine import PowerMeter
 from benchmarks.race import CLOCK, Contender
 from benchmarks.workloads import (
     equal_parameters,
+    measured_preset,
     plain_loop,
-    presets,
     random_checkpoint,
     random_denoiser,
     specs_of,
@@ -25,7 +25,6 @@ from engine.config import Config
 from engine.diffusion.solver_table import GuidanceOptions
 from engine.images import to_image
 from engine.model.cost import forward_flops
-from engine.presets import PRESETS
 
 MODELS = ("PS-U-Net", "U-ViT-multi, equal parameters")
 TASKS = ("joint", "text-to-image", "image-to-text", "infill")  # joint and infill: both modalities together
@@ -37,7 +36,7 @@ def steps(full) -> int:
 
 
 def config_of(name: str, full: bool) -> Config:
-    config = PRESETS[presets(full)]
+    config = measured_preset(full)
     return config if name == "PS-U-Net" else u_vit_config(config, equal_parameters(config.model))
 
 

@@ -28,9 +28,8 @@ from PIL import Image
 
 from benchmarks.queueing import STEPS, arrivals, p95_ratio
 from benchmarks.race import CLOCK, Contender
-from benchmarks.workloads import presets, random_checkpoint
+from benchmarks.workloads import measured_preset, random_checkpoint
 from engine import Engine, Request
-from engine.presets import PRESETS
 
 STEP_LEVEL, REQUEST_LEVEL, ALONE = "step-level batching", "request-level batching", "one at a time"
 CONTENDERS = (STEP_LEVEL, REQUEST_LEVEL, ALONE)
@@ -130,7 +129,7 @@ def mixed(count: int, seed: int) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory, device, dtype, full) -> Iterator[Engine]:
-    folder = random_checkpoint(PRESETS[presets(full)], tmp_path_factory.mktemp("service") / "checkpoint")
+    folder = random_checkpoint(measured_preset(full), tmp_path_factory.mktemp("service") / "checkpoint")
     options = {"dtype": str(dtype).removeprefix("torch."), "compile": device.type == "cuda"}
     with Engine.from_pretrained(folder, device=str(device), max_rows=64 if full else 8, **options) as engine:
         engine.warmup(engine.max_rows)

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from benchmarks.race import Contender
-from benchmarks.workloads import equal_parameters, parameters, presets, u_vit_config
+from benchmarks.workloads import equal_parameters, measured_preset, parameters, presets, u_vit_config
 from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.model.cost import forward_flops
 from engine.model.denoiser import build as build_network
-from engine.presets import PRESETS
 from engine.sampling.graphs import compile_blocks
 from engine.training.recipes import RECIPES
 from engine.training.stage import Stage
@@ -45,7 +44,7 @@ def test_training_step(compete, tmp_path, device, dtype, full, model, mode):
         return lambda: torch.tensor(list(stage.train_step(draw, losses).values()))
 
     def build():
-        config, contenders = PRESETS[preset], {}
+        config, contenders = measured_preset(full), {}
         other = u_vit_config(config, equal_parameters(config.model))
         for name, c in (("PS-U-Net", config), ("U-ViT-multi", other)):
             for compiled in (False, True) if full else (False,):

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.metrics import features_of
 from benchmarks.options import ExperimentOptions
 from benchmarks.sweeps import Pairs, denoising_errors
-from benchmarks.workloads import parameters
+from benchmarks.workloads import parameters, without_categories
 from engine import Engine, Request, checkpoint
 from engine.checkpoint import BUILT_IN, Checkpoint
 from engine.codecs.autoencoder import SavedAutoencoder
@@ -56,7 +56,7 @@ class Data:
 
 def read_data(options: ExperimentOptions) -> Data:
     """Opens the data and the codecs: the built-in model's, or the autoencoder given and word vectors trained for it."""
-    config = PRESETS[options.preset]
+    config = without_categories(PRESETS[options.preset])  # as the U-ViTs beside it
     settings = dict(config.codecs["image"].settings)
     if options.size is not None:
         settings["size"] = options.size

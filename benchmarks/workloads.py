@@ -33,6 +33,18 @@ def presets(full: bool) -> str:
     return "coco256" if full else "emoji"
 
 
+def measured_preset(full: bool) -> Config:
+    """That preset, predicting all modalities alike, as the U-ViTs that it is compared with."""
+    return without_categories(PRESETS[presets(full)])
+
+
+def without_categories(config: Config) -> Config:
+    """With heads that predict every modality's values."""
+    parts = tuple(replace(m, categories=0) for m in config.model.modalities)
+    sampling = replace(config.sampling, temperature={})
+    return replace(config, model=replace(config.model, modalities=parts), sampling=sampling)
+
+
 # ------------------------------------------------------------------------------------------ models to compare
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate
 from math import isqrt
 
 from engine.errors import InputError
@@ -17,7 +18,7 @@ KINDS = {int: "a whole number", str: "a string"}
 GUIDANCE = {"joint": 3.0, "text-to-image": 5.0, "image-to-text": 3.0, "infill": 3.0}
 # Far above all that has been trained, and low enough that a slip in a file neither fills the memory nor takes hours.
 MAX_TOKENS = MAX_CHANNELS = MAX_PIXELS = 65_536  # also blocks' width
-MAX_BLOCKS, MAX_TIMESTEPS = 1000, 10_000
+MAX_BLOCKS, MAX_TIMESTEPS, MAX_CATEGORIES = 1000, 10_000, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Modality:
     tokens: int  # L
     channels: int  # C
     depth: int  # N_modality: in-blocks of its own, and as many out-blocks
+    categories: int = 0  # K vectors, such as those of words, one of which each token is; 0: tokens have any values
+
+    @property
+    def head(self) -> int:
+        """What the model's head gives for a token: logits of its categories, or its channels."""
+        return self.categories or self.channels
 
     @property
     def size(self) -> int:
@@ -80,6 +87,7 @@ class ModelConfig:
             _require_within(f"{m.name}.tokens", m.tokens, 1, MAX_TOKENS)
             _require_within(f"{m.name}.channels", m.channels, 1, MAX_CHANNELS)
             _require_within(f"{m.name}.depth", m.depth, 0, MAX_BLOCKS)
+            _require_within(f"{m.name}.categories", m.categories, 0, MAX_CATEGORIES)
         _require_within("shared_depth", self.shared_depth, 0, MAX_BLOCKS)
         _require(
             self.shared_depth == 0 or self.shared_depth % 2 == 1,
@@ -101,6 +109,7 @@ class ModelConfig:
         _require(self.shared_depth >= 1, "shared_depth", self.shared_depth, "a U-ViT needs an odd number")
         for m in self.modalities:
             _require(m.depth == 0, f"{m.name}.depth", m.depth, "a U-ViT has no blocks of one modality: use 0")
+            _require(m.categories == 0, f"{m.name}.categories", m.categories, "a U-ViT predicts values: use 0")
         for key in ("timed", "predicted"):
             unknown = sorted(set(getattr(uvit, key)) - set(names))
             _require(not unknown, f"uvit.{key}", ", ".join(unknown), f"the modalities are {', '.join(names)}")
@@ -116,6 +125,11 @@ class ModelConfig:
         return tuple(m.name for m in self.modalities) if self.uvit is None else self.uvit.predicted
 
     @property
+    def categorical(self) -> tuple[int, ...]:
+        """The modalities, by position, whose tokens are one of some categories each."""
+        return tuple(i for i, m in enumerate(self.modalities) if m.categories)
+
+    @property
     def size(self) -> int:
         """N, elements of a row's packed state."""
         return sum(m.size for m in self.modalities)
@@ -129,6 +143,11 @@ class ModelConfig:
     def state_slices(self) -> dict[str, slice]:
         """Where each modality lies in the packed state [B, N]."""
         return _slices({m.name: m.size for m in self.modalities})
+
+    @property
+    def head_slices(self) -> dict[str, slice]:
+        """Where each modality lies in what the heads give, packed likewise."""
+        return _slices({m.name: m.tokens * m.head for m in self.modalities})
 
     @property
     def token_slices(self) -> dict[str, slice]:
@@ -215,15 +234,18 @@ class SamplingConfig:
     guidance: Mapping[str, float] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # in which modalities are generated; those not named come last; (): all together
     feather: int = 2  # pixels over which a regenerated region blends into the kept one, inside the regenerated region
+    temperature: Mapping[str, float] = field(default_factory=dict)  # by task, see `Request`; 1 for tasks not named
 
     def __post_init__(self):
         right = isinstance(self.order, list | tuple) and all(isinstance(name, str) for name in self.order)
         _require(right and len(set(self.order)) == len(self.order), "sampling.order", self.order, "give distinct names")
         object.__setattr__(self, "order", tuple(self.order))
-        _require(isinstance(self.guidance, Mapping), "sampling.guidance", self.guidance, "give a scale for each task")
-        for task, scale in self.guidance.items():
-            right = isinstance(scale, int | float) and not isinstance(scale, bool) and -100 <= scale <= 100  # also NaN
-            _require(right, f"sampling.guidance.{task}", scale, "use a number from -100 to 100")
+        for key, lowest in (("guidance", -100), ("temperature", 0.01)):
+            values = getattr(self, key)
+            _require(isinstance(values, Mapping), f"sampling.{key}", values, "give a number for each task")
+            for task, value in values.items():
+                right = isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= 100
+                _require(right, f"sampling.{key}.{task}", value, f"use a number from {lowest} to 100")
         _require_within("sampling.feather", self.feather, 0, MAX_PIXELS)
 
 
@@ -334,27 +356,5 @@ def _build(cls, values, where: str):
 
 
 def _slices(sizes: dict[str, int]) -> dict[str, slice]:
-    slices, start = {}, 0
-    for name, size in sizes.items():
-        slices[name] = slice(start, start + size)
-        start += size
-    return slices
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How much training changes images, see `engine.data.augment`. All draws are uniform."""
-
-    scale: tuple[float, float] = (0.8, 1.1)
-    shift: float = 0.1  # at most, along each axis, as a fraction of the side
-    flip: bool = True  # left and right, half of the images
-    directional: tuple[str, ...] = ()  # images with one of these in a caption are not flipped
-    background: float = 0.5  # of transparent images: the fraction on a random colour instead of white
-    colour: float = 0.1  # brightness, contrast and saturation change by this fraction at most
-    jpeg: float = 0.3  # fraction of the images that are compressed
-    quality: tuple[int, int] = (50, 95)  # of JPEG
-    variants: int = 16  # changed versions of each image whose latents are kept
-
-    def may_flip(self, captions: tuple[str, ...]) -> bool:
-        """Whether an image with these captions shows the same when left and right are exchanged."""
-        return self.flip and not any(part in caption.lower() for caption in captions for part in self.directional)
+    ends = accumulate(sizes.values())
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}

@@ -38,7 +38,7 @@ from diffusers.utils import BaseOutput  # noqa: E402
 class PSUNetModelOutput(BaseOutput):
     """What `PSUNetModel` returns."""
 
-    sample: Tensor  # [R, N] the prediction: noise or v, as the scheduler's config says
+    sample: Tensor  # [R, N] the prediction: noise or v, as the scheduler's config says, of categories x̂0
 
 
 class PSUNetModel(ModelMixin, ConfigMixin, PeftAdapterMixin):

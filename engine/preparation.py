@@ -105,7 +105,10 @@ def settle(request: Request, given: dict[str, Given], config: Config) -> Prepare
         raise InputError("infill", request.infill, remedy, "is for models with renoise conditioning")
     solver = request.solver or ("ddpm" if renoised and task != "joint" else "dpm++")
     spacing = request.spacing or default_spacing(config.diffusion.schedule)
-    table = _table(request, guidance, stages, generate, config, solver, spacing)
+    if request.temperature is not None and not model.categorical:
+        raise InputError("temperature", request.temperature, "leave it out", "is for models that give probabilities")
+    temperature = request.temperature or float(config.sampling.temperature.get(task, 1))
+    table = _table(request, guidance, temperature, stages, generate, config, solver, spacing)
     order = tuple(model.modalities[i].name for stage in stages for i in stage)
     return PreparedRequest(request, task, guidance, order, solver, spacing, given, generate, table)
 
@@ -202,10 +205,18 @@ def _stages(request: Request, generate: Tensor, config: Config) -> Stages:
 
 
 def _table(
-    request: Request, guidance: float, stages: Stages, generate: Tensor, config: Config, solver: str, spacing: str
+    request: Request,
+    guidance: float,
+    temperature: float,
+    stages: Stages,
+    generate: Tensor,
+    config: Config,
+    solver: str,
+    spacing: str,
 ) -> StepTable:
     N, model, anything_known = config.diffusion.timesteps, config.model, not generate.all()
     options: dict[str, Any] = {"eta": request.eta, "step_cache": request.step_cache, "order": stages}
+    options |= {"categorical": model.categorical, "temperature": temperature if model.categorical else 1.0}
     if request.infill == "langevin":
         options |= {"inner_steps": request.inner_steps, "step_size": request.step_size}
     elif request.resample > 1:

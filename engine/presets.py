@@ -41,8 +41,9 @@ def with_sketch(config: Config) -> Config:
 COCO = Modality("image", 256, 16, depth=0), Modality("text", 64, 64, depth=0)
 # The same images with CLIP's 77 sub-words of 768 channels, as in the published text-to-image U-ViTs; L = 333.
 COCO_CLIP = COCO[0], Modality("text", 77, 768, depth=0)
-# 64 px emoji (8×8×8 latents, patch 2) and names of up to 16 words.
-EMOJI = Modality("image", 16, 32, depth=0), Modality("text", 16, 32, depth=0)
+# 64 px emoji (16×8×8 latents, patch 2) and names of up to 16 words.
+EMOJI = Modality("image", 16, 64, depth=0), Modality("text", 16, 32, depth=0)
+WORDS = 2780  # of the emoji's names and keywords in CLDR 41; training takes as many as its captions have
 TINY = Modality("image", 16, 4, depth=0), Modality("text", 6, 8, depth=0)
 
 # U-ViT for text-to-image: the text is a condition, the last layer a convolution.
@@ -67,10 +68,14 @@ PRESETS: dict[str, Config] = {
     ),
     # The built-in model.
     "emoji": Config(
-        ModelConfig((Modality("image", 16, 32, depth=2), Modality("text", 16, 32, depth=2)), shared_depth=7, dim=192),
+        ModelConfig(
+            (Modality("image", 16, 64, depth=2), Modality("text", 16, 32, depth=2, categories=WORDS)),
+            shared_depth=7,
+            dim=192,
+        ),
         MASKED,
         _codecs(64, 2),
-        TEXT_FIRST,
+        replace(TEXT_FIRST, temperature={"image-to-text": 0.25, "infill": 0.25}),
     ),
     # The paper's baseline: depth 12, as on MS-COCO.
     "uvit-multi-coco256": Config(_uvit(COCO, 13, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),

@@ -31,7 +31,8 @@ MAX_STEPS = 20_000  # calls of the model, see `Request.calls`
 MAX_SEED = 2**64 - 1
 WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
                  "inner_steps": (1, 100), "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
-NUMBERS = {"guidance": (-100, 100), "eta": (0, 1), "step_size": (0.001, 100), "adapter_scale": (-100, 100)}
+NUMBERS = {"guidance": (-100, 100), "eta": (0, 1), "step_size": (0.001, 100), "adapter_scale": (-100, 100),
+           "temperature": (0.01, 100)}  # fmt: skip
 
 OnStep: TypeAlias = Callable[[int, int], None] | None  # called with the steps that are done and those in all
 OnPreview: TypeAlias = "Callable[[dict[int, Sample]], None] | None"  # with samples in progress by number
@@ -50,6 +51,8 @@ class Request:
     solver    "dpm++" (DPM-Solver++(2M)), "unipc" (UniPC-2), "sde-dpm++" (SDE-DPM-Solver++(2M)), "ddim" or "ddpm"; None:
               dpm++, or ddpm where known parts are renoised
     guidance  scale w of classifier-free guidance, 1 means none; None: the checkpoint's default for the task
+    temperature  of words, for models that give words' probabilities: below 1 likelier words more often, and less
+              variety; None: the checkpoint's default for the task
     seed      0 … 2⁶⁴ − num
     resample  how often each stretch of `jump` steps is done (RePaint); 1: once, no resampling
     jump      steps of such a stretch
@@ -104,6 +107,7 @@ class Request:
     adapter_scale: float = 1.0
     sketch: "Image | str | PathLike | None" = None
     sketch_mask: "Image | str | PathLike | None" = None
+    temperature: float | None = None
 
     def __post_init__(self):
         self._check_choices()
@@ -183,7 +187,7 @@ class Request:
             raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
         for key, (least, greatest) in NUMBERS.items():
             value = _plain(getattr(self, key))
-            if key == "guidance" and value is None:
+            if key in ("guidance", "temperature") and value is None:
                 continue
             if not is_number(value) or not least <= value <= greatest:  # also NaN
                 raise InputError(key, value, f"use a number from {least} to {greatest}")

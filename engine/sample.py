@@ -69,6 +69,8 @@ def _add_solver(add) -> None:
     text = "together, or modalities in the order in which they are generated, such as text,image (default: the model's)"
     add("--order", type=_order, help=text)
     add("--guidance", type=float, metavar="W", help="guidance scale, 1 for no guidance (default: by task)")
+    text = "of words, for models that give their probabilities: below 1 likelier words more often (default: by task)"
+    add("--temperature", type=float, metavar="T", help=text)
     text = "what the second pass drops (default: masked; alternate for --order together with nothing given)"
     add("--guidance-kind", choices=GUIDANCE_KINDS, help=text)
     text = "guide only this part of the way, 0 to 1; the rest takes one pass instead of two (default: all of it)"
@@ -158,7 +160,7 @@ def _requests(options: argparse.Namespace) -> list[Request]:
     same = {key: getattr(options, key) for key in (
         "image", "mask", "task", "steps", "solver", "guidance", "seed", "resample", "jump", "unknown_words",
         "step_cache", "order", "eta", "guidance_kind", "spacing", "infill", "inner_steps", "step_size", "sketch",
-        "sketch_mask", "adapter_scale",
+        "sketch_mask", "adapter_scale", "temperature",
     )}  # fmt: skip
     same["adapter"] = ADAPTER if options.adapter else None
     interval = tuple(options.guidance_interval) if options.guidance_interval else None

@@ -35,7 +35,7 @@ MAX_BULK, MAX_BATCH = 10_000_000, 65_536
 SINGLE = ("prompt", "image", "mask", "sketch", "sketch_mask", "input", "input_mask", "json")
 SETTINGS = ("steps", "solver", "spacing", "eta", "order", "guidance", "guidance_kind", "guidance_interval",
             "step_cache", "resample", "jump", "infill", "inner_steps", "step_size", "unknown_words",
-            "task")  # fmt: skip
+            "task", "temperature")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Coefficient(IntEnum):
     D = 7
     E = 8  # 0, except in UniPC's lines: x̂0_prev2 is kept for the lines that use it only
     W = 9
+    TEMPERATURE = 10  # of the probabilities of a categorical modality; not read by `cfg_step`
 
 
 class StepColumn(IntEnum):
@@ -55,7 +56,8 @@ class PassKind(IntFlag):
 
 
 # Keeps the state as it is: pads shorter tables, ends each, and is the line of a modality that waits or has arrived.
-NOOP_STEP = tuple(float(c in (Coefficient.KNOWN_ALPHA, Coefficient.A, Coefficient.W)) for c in Coefficient)
+ONES = (Coefficient.KNOWN_ALPHA, Coefficient.A, Coefficient.W, Coefficient.TEMPERATURE)
+NOOP_STEP = tuple(float(c in ONES) for c in Coefficient)
 
 # The same for Triton, whose kernels read no other globals.
 COEFFICIENTS = tl.constexpr(len(Coefficient))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from engine.config import Augmentation
 from engine.data.augment import augment
+from engine.data.augmentation import Augmentation
 
 NONE = Augmentation((1, 1), 0, flip=False, background=0, colour=0, jpeg=0)
 

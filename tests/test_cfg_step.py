@@ -178,7 +178,7 @@ def test_every_coefficient_does_its_part_in_its_own_modality():
     for step in range(3):
         f = torch.randn(2, 7, generator=draw)
         cfg_step(f, constants, state)
-        _, _, p, q, a, b, c, d, e, w = (constants.coefficients[0, step, MODALITY.long()].double()).unbind(1)
+        _, _, p, q, a, b, c, d, e, w, _ = (constants.coefficients[0, step, MODALITY.long()].double()).unbind(1)
         z, _ = normals(torch.tensor([5]), torch.tensor([step + 1]), STATE_STREAM, 7)
         x0 = p * x + q * (f[1].double() + w * (f[0].double() - f[1].double()))
         x = torch.where(GENERATE, a * x + b * x0 + c * x0_prev + d * z + e * x0_prev2, KNOWN.double())

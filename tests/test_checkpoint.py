@@ -241,9 +241,10 @@ def test_the_built_in_checkpoint_loads_and_its_codecs_build():
     assert loaded.config == PRESETS["emoji"]
     image, text = loaded.codec("image"), loaded.codec("text")
     assert isinstance(image, ImageCodec) and isinstance(text, TextCodec)
-    for name, codec in (("image", image), ("text", text)):
+    for name, codec, channels in (("image", image, 64), ("text", text, 32)):
         codec.build()
-        assert (codec.tokens, codec.channels) == (16, 32), name
+        assert (codec.tokens, codec.channels) == (16, channels), name
+    assert torch.equal(loaded.network.branches["text"].values, text.vectors.half().float())
 
 
 def test_codecs_are_those_that_were_saved(folder):

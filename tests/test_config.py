@@ -54,9 +54,12 @@ def test_a_config_of_a_bare_network_takes_the_defaults():
     assert Config.from_dict(config.to_dict()) == config
 
 
-def test_a_config_of_version_0_1_means_the_built_in_model():
+def test_a_config_of_version_0_1_means_that_versions_built_in_model():
     config = Config.from_dict(VERSION_0_1)
-    assert config == PRESETS["emoji"]
+    modalities = Modality("image", 16, 32, depth=2), Modality("text", 16, 32, depth=2)
+    emoji = PRESETS["emoji"]
+    expected = replace(emoji, model=replace(emoji.model, modalities=modalities), sampling=PRESETS["tiny"].sampling)
+    assert config == expected
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -69,7 +72,7 @@ def test_a_config_of_version_0_1_that_knows_no_clean_parts_moves_all_modalities_
 
 def test_a_bare_network_of_version_0_1_has_no_codecs():
     config = Config.from_dict(VERSION_0_1 | {"image": None})
-    assert (dict(config.codecs), config.model) == ({}, PRESETS["emoji"].model)
+    assert (dict(config.codecs), config.model) == ({}, Config.from_dict(VERSION_0_1).model)
 
 
 def test_reading_a_config_of_version_0_1_leaves_it_as_it_was():

@@ -204,6 +204,7 @@ def names_of_weights(config):
             stacks.append((f"branches.{m.name}.in_blocks.", f"branches.{m.name}.out_blocks.", m.depth))
             last = {"modulation"} if config.time_conditioning == "adaln" else under("norm", LINEAR)
             ends = {"position"} | under("embed", LINEAR) | under("head", LINEAR) | last
+            ends |= {"values"} if m.categories else set()
             names |= under(f"branches.{m.name}", ends)
         if config.time_conditioning == "adaln":
             for layer in ("hidden", "embed", "project"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import Augmentation
+from engine.data.augmentation import Augmentation
 from engine.data.captioned import CaptionedImages
 from engine.data.latents import cache_latents, default_shard_size
 from engine.data.sources import open_captioned

@@ -71,6 +71,9 @@ class TextCodec:
         if vectors.shape[1] != modality.channels:
             problem = f"has word vectors of {vectors.shape[1]} channels, the model takes {modality.channels}"
             raise InputError("checkpoint", Path(folder), "copy the folder again", problem)
+        if modality.categories not in (0, len(vectors)):
+            problem = f"has {len(vectors)} word vectors, the model gives probabilities of {modality.categories}"
+            raise InputError("checkpoint", Path(folder), "copy the folder again", problem)
         return cls(vocabulary, vectors, modality.tokens)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from engine.config import Augmentation
+from engine.data.augmentation import Augmentation
 from engine.images import BACKGROUND, on_background
 
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.config import Augmentation
 from engine.data.augment import augment
+from engine.data.augmentation import Augmentation
 from engine.data.captioned import CaptionedImages
 from engine.data.record import record_of
 from engine.data.sketch import sketch_levels

@@ -11,11 +11,12 @@ Training times (`DiffusionConfig.time_sampling`)
     conditional  like masked; the known tokens are those of modalities that the model does not predict (U-ViT's text)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from engine.config import Config
 from engine.diffusion.schedule import NoiseSchedule
@@ -25,6 +26,7 @@ from engine.diffusion.schedule import NoiseSchedule
 JOINT, WHOLE_MODALITY = 0.1, 0.75
 UNKNOWN = 1 / 3  # of the rest: how often a modality has no known token, where there are more than two
 DROPPED = 0.1  # fraction of samples whose known tokens are pure noise: trains the unconditional pass
+NAT = 0.2  # how much a nat of cross-entropy counts beside squared errors
 
 
 class Draws(NamedTuple):
@@ -37,6 +39,9 @@ class Draws(NamedTuple):
 
 class DenoisingLoss:
     """The losses of a denoiser `(inputs [B, N], times [B, L] int64) -> prediction [B, N]`, one per modality.
+
+    Of categorical modalities it returns logits, packed as `ModelConfig.head_slices` says, and their loss is the
+    cross-entropy of the tokens' categories (CDCD, arXiv 2211.15089), at all times alike.
 
     config   the checkpoint's `Config`
     gamma    min-SNR weighting (Hang et al. 2023, arXiv 2303.09556): the loss weight of x̂0 is at most γ. None: the
@@ -76,6 +81,7 @@ class DenoisingLoss:
         draws: Draws,
         token_weights: Tensor | None = None,
         part: slice = slice(None),
+        categories: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """{modality: scalar loss} of the samples of `part`; the losses of a batch's parts add up to the batch's.
 
@@ -83,6 +89,7 @@ class DenoisingLoss:
         noise          [B, N] float32 of the whole batch, as are the next two
         draws          what `draw` returned
         token_weights  [B, L] float32, each token's weight in the mean; default 1
+        categories     of categorical modalities, those of the whole batch's tokens, [B, L] int64
         """
         model, device = self.config.model, x0.device
         counted = draws.generate.to(device).float()  # [B, L]
@@ -105,13 +112,31 @@ class DenoisingLoss:
         v = self.config.diffusion.prediction == "v_prediction"
         target = alpha * noise - sigma * x0 if v else noise
 
-        error = (prediction.float() - target).square() * self.weight[times] * counted  # [b, N]
+        error = self._errors(prediction.float(), target, self.weight[times], categories or {}, part) * counted  # [b, N]
         if self._by_time is not None:
             self._by_time += self._quartiles(error.detach(), counted, times)
         return {
             name: self.weights.get(name, 1.0) * error[:, columns].sum() / totals[name]
             for name, columns in model.state_slices.items()
         }
+
+    def _errors(
+        self, prediction: Tensor, target: Tensor, weight: Tensor, categories: Mapping[str, Tensor], part: slice
+    ) -> Tensor:
+        """[b, N] of every element, for categories of every token, repeated for its channels."""
+        model = self.config.model
+        if not model.categorical:
+            return (prediction - target).square() * weight
+        errors = []
+        for m in model.modalities:
+            given, columns = prediction[:, model.head_slices[m.name]], model.state_slices[m.name]
+            if m.categories:
+                logits, wanted = given.unflatten(1, (m.tokens, m.categories)), categories[m.name][part].to(given.device)
+                entropy = cross_entropy(logits.transpose(1, 2), wanted, reduction="none")  # [b, L]
+                errors.append(NAT * entropy.repeat_interleave(m.channels, dim=1))  # [b, L·C]
+            else:
+                errors.append((given - target[:, columns]).square() * weight[:, columns])  # [b, L·C]
+        return torch.cat(errors, dim=1)
 
     def record_times(self) -> None:
         """From now on the losses are also added up by quartile of time."""

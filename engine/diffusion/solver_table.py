@@ -36,6 +36,9 @@ class SolverOptions:
     # Modalities, by position, in the order in which they are generated: those of one entry move together while later
     # ones wait and earlier ones have arrived. (): all together. More than one entry needs conditioning "clean".
     order: tuple[tuple[int, ...], ...] = ()
+    # Modalities, by position, of which the model predicts x̂0, and the temperature of the probabilities it comes from.
+    categorical: tuple[int, ...] = ()
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -200,9 +203,11 @@ class _Lines:
         # renoise: known values as noisy as the state, fresh each step; clean: at time 0, dropped at N, drawn once
         noise = (schedule.alpha(t), schedule.sigma(t)) if renoise else (1.0, 0.0)
         known_time, drop_time, draw = (t, t, step) if renoise else (0, N, 0)
-        line = (*noise, *clean_estimate(schedule, self.diffusion.prediction, t), *update, w)
+        of_prediction = clean_estimate(schedule, self.diffusion.prediction, t)
+        estimates = ((0.0, 1.0) if m in self.solver.categorical else of_prediction for m in range(self.modalities))
+        lines = [(*noise, *estimate, *update, w, self.solver.temperature) for estimate in estimates]
         times = {m: t if m in moving else 0 if m in arrived else N for m in range(self.modalities)}
-        self.coefficients.append([line if m in moving else NOOP_STEP for m in times])
+        self.coefficients.append([lines[m] if m in moving else NOOP_STEP for m in times])
         self.indices.append([(times[m], known_time, drop_time, draw, refresh, *kinds[m]) for m in times])
 
 
@@ -264,6 +269,8 @@ def _check_solver(solver: SolverOptions, diffusion: DiffusionConfig, steps: int,
     for key, lowest in (("resample", 1), ("jump", 1), ("step_cache", 1), ("inner_steps", 0)):
         if getattr(solver, key) < lowest:
             raise InputError(key, getattr(solver, key), f"use {lowest} or more", "is out of range")
+    if not solver.temperature > 0:
+        raise InputError("temperature", solver.temperature, "use more than 0", "is out of range")
     if not solver.step_size > 0:
         raise InputError("step_size", solver.step_size, "use more than 0", "is out of range")
     if solver.inner_steps and solver.resample > 1:

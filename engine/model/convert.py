@@ -221,7 +221,7 @@ def initialise_from(model: PSUNet, source: UViT) -> list[str]:
         if b.modality(name).tokens == a.modality(name).tokens:
             branch.position[-a.modality(name).tokens :] = positions[b.token_slices[name]]
             copied.append(f"branches.{name}.position")
-        if name in source.head:
+        if name in source.head and not a.modality(name).categories:
             branch.head.load_state_dict(source.head[name].state_dict())
             _copy_last_norm(branch, source)
             copied.append(f"branches.{name}.head")

@@ -29,7 +29,8 @@ def forward_flops(
         total += blocks * (tokens * per_token + products) + skips * 2 * tokens * 2 * dim * dim
     wanted = _wanted(config, outputs)
     for m in config.modalities:
-        total += ((m.name not in cached) + (m.name in wanted)) * 2 * m.tokens * m.channels * dim  # embedding and head
+        total += (m.name not in cached) * 2 * m.tokens * m.channels * dim  # embedding
+        total += (m.name in wanted) * 2 * m.tokens * (m.head * dim + m.categories * m.channels)  # head, mean of vectors
     return rows * total
 
 
@@ -62,8 +63,9 @@ def forward_bytes(
             weights += m.channels * dim + dim + (m.tokens + time) * dim  # embedding, positions
             activations += m.tokens * (m.channels + dim)
         if m.name in wanted:
-            weights += dim * m.channels + m.channels + (norm if uvit is None else 0)
+            weights += dim * m.head + m.head + m.categories * m.channels + (norm if uvit is None else 0)
             activations += m.tokens * (2 * dim + dim + m.channels)  # norm, head
+            activations += m.tokens * 4 * m.categories  # logits, probabilities
     if uvit is not None:
         weights += (len(uvit.timed) + uvit.extra_tokens) * dim + norm
         if uvit.patch and "image" in wanted:

@@ -71,8 +71,9 @@ class Denoiser:
         cache: Tensor | None = None,
         refresh: Tensor | None = None,
         adapted: AdapterRows | None = None,
+        temperature: Tensor | None = None,
     ) -> Tensor:
-        """Predicts the noise (or v) of every element.
+        """Predicts the noise (or v) of every element, of categorical modalities x̂0.
 
         inputs    [R, N] packed state of all modalities
         times     [R, L] int32, each token's time
@@ -82,12 +83,14 @@ class Denoiser:
         refresh   [R] bool, with a cache: the rows for which the inner blocks run and the cache is updated, the others
                   use what it holds; None: all rows use it, and the inner blocks do not run
         adapted   the adapters of the rows, by their places in `adapters`; None: no row has one
+        temperature  [R, M], of the probabilities of categorical modalities; default 1
         returns   [R, N] in inputs' dtype
         """
         assert cache is None or self.can_cache, "no inner blocks: ask can_cache first"
         inner = None if cache is None else InnerCache(cache, refresh)
         network = self._network_of(adapted)
-        return network(inputs, *self._rows_of(times), outputs, features, inner, self.run_branches)
+        tempered = {} if temperature is None else {"temperature": temperature}  # U-ViTs have no categories
+        return network(inputs, *self._rows_of(times), outputs, features, inner, self.run_branches, **tempered)
 
     def branch_features(self, name: str, inputs: Tensor, times: Tensor, adapted: AdapterRows | None = None) -> Tensor:
         """The outputs of the in-blocks of one modality with depth ≥ 1, [depth, R, L, D] in the network's dtype.

@@ -49,7 +49,10 @@ class Branch(nn.Module):
             self.norm = nn.LayerNorm(dim)
         else:
             self.modulation = nn.Parameter(torch.zeros(6 * dim))  # the last norm's; of its chunks two are used
-        self.head = nn.Linear(dim, modality.channels)
+        self.head = nn.Linear(dim, modality.head)
+        # Of a categorical modality the vectors that its tokens may be, set before training.
+        values = torch.zeros(modality.categories, modality.channels) if modality.categories else None
+        self.register_buffer("values", values)
 
     def enter(
         self, inputs: Tensor, table: Tensor, index: Tensor, features: Tensor | None = None
@@ -74,7 +77,7 @@ class Branch(nn.Module):
         return x, skips
 
     def leave(self, x: Tensor, skips: list[Tensor], table: Tensor, index: Tensor) -> Tensor:
-        """Tokens from the shared stack [R, L, D] → prediction [R, L·C]."""
+        """Tokens from the shared stack [R, L, D] → what the head gives: [R, L, C], or logits [R, L, K]."""
         index = index.narrow(1, *self.tokens)  # [R, L]
         for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
             x = block(x, skip, table, index)  # [R, L, D]
@@ -82,7 +85,20 @@ class Branch(nn.Module):
             x = self.norm(x)[:, 1:]  # [R, L, D]
         else:
             x = layer_norm_modulate(x, table, index, self.modulation, SHIFT_ATTENTION, SCALE_ATTENTION)  # [R, L, D]
-        return self.head(x).flatten(1)  # [R, L·C]
+        return self.head(x)  # [R, L, C or K]
+
+    def prediction(self, given: Tensor, temperature: Tensor | None) -> Tensor:
+        """What `leave` gave → prediction [R, L·C]: of categories x̂0, the mean of their vectors by their probabilities.
+
+        temperature  [R], of the probabilities, softmax(logits / temperature); None: 1
+        The mean is what minimises the squared error, as CDCD (arXiv 2211.15089, section 3.1) samples categorical data.
+        """
+        if self.values is not None:
+            logits = given.float()  # [R, L, K]
+            if temperature is not None:
+                logits = logits / temperature[:, None, None]
+            given = logits.softmax(dim=-1).to(self.values.dtype) @ self.values  # [R, L, C]
+        return given.flatten(1)  # [R, L·C]
 
 
 class PSUNet(nn.Module):
@@ -143,8 +159,10 @@ class PSUNet(nn.Module):
         features: Mapping[str, Tensor] | None = None,
         inner: InnerCache | None = None,
         run_branches: Callable[[list[Callable]], list] = one_by_one,
+        temperature: Tensor | None = None,
+        logits: bool = False,
     ) -> Tensor:
-        """Predicts the noise (or v) of every element.
+        """Predicts the noise (or v) of every element, of categorical modalities x̂0.
 
         inputs        [R, N] packed state of all modalities
         table         [T, ·] from `time_table`
@@ -154,7 +172,9 @@ class PSUNet(nn.Module):
         features      by modality what `branch_features` gave, for those whose in-blocks need not run
         inner         step caching; needs 3 or more shared blocks
         run_branches  runs calls that need nothing of each other, one per modality, and returns their results in order
-        returns       [R, N] in inputs' dtype
+        temperature   [R, M] of the categories' probabilities, by modality; default 1
+        logits        give those of categorical modalities in place of x̂0, for training
+        returns       [R, N] in inputs' dtype; with `logits` packed as `ModelConfig.head_slices` says
         """
         wanted, features = set(self.branches if outputs is None else outputs), features or {}
         calls = []
@@ -167,10 +187,16 @@ class PSUNet(nn.Module):
         parts = x.split([part.shape[1] for part in tokens], dim=1)  # [R, L, D] each
 
         calls = []
-        for (name, branch), part, skip in zip(self.branches.items(), parts, skips, strict=True):
+        for m, (name, branch) in enumerate(self.branches.items()):
             if name in wanted:
-                calls.append(partial(branch.leave, part, skip, table, index))
+                warmth = None if temperature is None else temperature[:, m]  # [R]
+                calls.append(partial(self._leave, branch, parts[m], skips[m], table, index, warmth, logits))
             else:
                 calls.append(partial(inputs.new_zeros, len(inputs), self.config.modality(name).size))
         predictions = run_branches(calls)  # [R, L·C] each
         return torch.cat(predictions, dim=1).to(inputs.dtype)  # [R, N]
+
+    @staticmethod
+    def _leave(branch: Branch, x: Tensor, skips: list[Tensor], table: Tensor, index: Tensor, warmth, logits) -> Tensor:
+        given = branch.leave(x, skips, table, index)
+        return given.flatten(1) if logits else branch.prediction(given, warmth)

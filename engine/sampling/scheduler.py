@@ -40,6 +40,7 @@ class StepPlan:
     cached: tuple[str, ...]  # modalities whose branch features are read instead of running their in-blocks
     cache_mode: CacheMode
     adapted: bool = False  # whether a sample has an adapter
+    tempered: bool = False  # whether a categorical modality is predicted
 
 
 @dataclass(eq=False)
@@ -163,7 +164,8 @@ class Scheduler:
             mode = CacheMode.REFRESH if any(job.needs.refresh[job.step] for job in live) else CacheMode.REUSE
         passes = max(job.needs.passes[job.step] for job in live)
         adapted = any(job.spec.adapter is not None for job in live)
-        return StepPlan(len(self.slots), passes, tuple(n for n in names if n in used), cached, mode, adapted)
+        tempered = any(names[i] in used for i in self.model.categorical)
+        return StepPlan(len(self.slots), passes, tuple(n for n in names if n in used), cached, mode, adapted, tempered)
 
     def missing_features(self, plan: StepPlan) -> dict[str, list[int]]:
         """Slots whose branch features have to be computed before a step of this plan; they count as computed then."""

@@ -1,7 +1,7 @@
 """One sampling step of a batch: what is captured in a CUDA graph."""
 
 from engine.kernels.cfg_step import at_step, cfg_step
-from engine.kernels.step_table import StepColumn
+from engine.kernels.step_table import Coefficient, StepColumn
 from engine.model.denoiser import Denoiser
 from engine.sampling.batch import Batch
 from engine.sampling.scheduler import CacheMode, StepPlan
@@ -15,11 +15,14 @@ def denoise_step(denoiser: Denoiser, batch: Batch, plan: StepPlan) -> None:
     state, rows = batch.state, plan.passes * plan.slots  # rows of the passes that are on
     features = {name: batch.features[name][:, :rows] for name in plan.cached}  # [depth, R, L, D] each
     cache = None if plan.cache_mode is CacheMode.OFF else batch.cache[:rows]  # [R, L, D]
-    refresh = None
+    refresh, tempered = None, {}
     if plan.cache_mode is CacheMode.REFRESH:
         _, indices = at_step(batch.constants, state)
         refresh = (indices[:, 0, StepColumn.REFRESH] != 0).repeat(plan.passes)  # [R]
+    if plan.tempered:
+        coefficients, _ = at_step(batch.constants, state)
+        tempered["temperature"] = coefficients[..., Coefficient.TEMPERATURE].repeat(plan.passes, 1)  # [R, M]
     adapted = batch.adapted_rows(plan.passes) if plan.adapted else None
     inputs = state.inputs[:rows], state.times[:rows]
-    prediction = denoiser(*inputs, plan.outputs, features, cache, refresh, adapted)  # [R, N]
+    prediction = denoiser(*inputs, plan.outputs, features, cache, refresh, adapted, **tempered)  # [R, N]
     cfg_step(prediction, batch.constants, state)

@@ -9,7 +9,7 @@ from engine.serving.service import Event, Job, Service, created, described, timi
 
 SAME = ("num", "steps", "solver", "guidance", "guidance_kind", "guidance_interval", "eta", "resample", "jump",
         "step_cache", "order", "unknown_words", "task", "spacing", "infill", "inner_steps", "step_size",
-        "adapter", "adapter_scale")  # fmt: skip
+        "adapter", "adapter_scale", "temperature")  # fmt: skip
 
 IMAGES = ("image", "mask", "sketch", "sketch_mask")
 

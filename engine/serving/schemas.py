@@ -74,6 +74,7 @@ class InfillBody(Body):
     solver: Literal[SOLVERS] | None = Field(None, description="null: dpm++, or ddpm where known parts are renoised")
     spacing: Literal[SPACINGS] | None = Field(None, description="of the times; null: the better one for the model")
     guidance: float | None = _number("guidance", "scale; 1: none; null: the model's, by task")
+    temperature: float | None = _number("temperature", "of words' probabilities; null: the model's, by task")
     guidance_kind: Literal[GUIDANCE_KINDS] | None = None
     guidance_interval: list[float] | None = Field(
         None, min_length=2, max_length=2, description="[start, end] of the guided steps, 0 to 1"

@@ -55,7 +55,10 @@ def train_denoiser(
     """
     text_name = image_and_text(config)[1]
     torch.manual_seed(recipe.denoiser.seed)
-    network = build(config.model).to(options.device)
+    network = build(config.model)
+    if config.model.modality(text_name).categories:
+        network.branches[text_name].values.copy_(text.vectors)
+    network.to(options.device)
     not_copied = start_from(init, network) if init is not None else []
     adapter = None if lora is None else TrainedAdapter(network, lora)
     examples = Examples(cache, text, config, recipe)
@@ -100,22 +103,23 @@ def _draw_and_losses(
 ) -> tuple[Draw, Losses]:
     """What `Stage` calls at every step."""
     config, image_name = loss.config, image_and_text(loss.config)[0]
+    logits = {"logits": True} if config.model.categorical else {}  # U-ViTs have none
 
     def denoise(inputs: Tensor, times: Tensor) -> Tensor:
         # A sample has at most one time for each modality, or one beside the times 0 and N of its known tokens.
         distinct, index = distinct_times(times, len(times) * len(config.model.modalities) + 2)
-        return network(inputs, network.time_table(distinct), index)
+        return network(inputs, network.time_table(distinct), index, **logits)
 
     def draw(generator: torch.Generator, indices: list[int]) -> tuple:
         draws = loss.draw(len(indices), generator)
         known = None if image_name is None else loss.known(draws, image_name)
         choice = examples.choose(indices, generator, known)
         noise = torch.randn(len(indices), config.model.size, generator=generator)  # [B, N]
-        return choice, noise, draws, examples.token_weights(choice)
+        return choice, noise, draws, examples.token_weights(choice), examples.categories(choice)
 
     def losses(batch: tuple, part: slice) -> dict[str, Tensor]:
-        choice, *drawn = batch
-        return loss(denoise, examples.read(choice, part).to(device), *drawn, part)
+        choice, noise, draws, weights, categories = batch
+        return loss(denoise, examples.read(choice, part).to(device), noise, draws, weights, part, categories)
 
     return draw, losses
 

@@ -93,6 +93,12 @@ class Examples:
         weights = {m.name: torch.ones(len(choice.images), m.tokens) for m in self.model.modalities}
         return self._joined(weights | {self.text_name: token_weights(self.captions[choice.captions])})
 
+    def categories(self, choice: Choice) -> dict[str, Tensor]:
+        """By categorical modality those of its tokens, [B, L] int64 on the CPU."""
+        if not self.model.modality(self.text_name).categories:
+            return {}
+        return {self.text_name: self.captions[choice.captions].long()}
+
     def _joined(self, parts: dict[str, Tensor]) -> Tensor:
         """[B, ·] of each modality side by side, in the model's order."""
         return torch.cat([parts[m.name] for m in self.model.modalities], dim=1)

@@ -21,25 +21,36 @@ def initial_network(source: Path, config: Config) -> PSUNet | UViT:
     Raises InputError about `init` if it does not fit the config.
     """
     network = _network_of_file(source, config) if is_file(source, "init") else _network_of_folder(source, config)
-    model = config.model
-    if model.uvit is None and network.config.uvit is not None:
+    model = without_categories(config.model)
+    found = without_categories(network.config)
+    if model.uvit is None and found.uvit is not None:
         try:
-            require_same_blocks(model, network.config)
+            require_same_blocks(model, found)
         except InputError as error:
             raise InputError("init", source, REMEDY, f"does not fit: {error.value} {error.problem}") from None
-    elif _with_common_modalities(network.config, model) != _with_common_modalities(model, network.config):
-        raise InputError("init", source, REMEDY, f"holds a model with {_difference(network.config, model)}")
+    elif _with_common_modalities(found, model) != _with_common_modalities(model, found):
+        raise InputError("init", source, REMEDY, f"holds a model with {_difference(found, model)}")
     return network
+
+
+def without_categories(model: ModelConfig) -> ModelConfig:
+    """With 1 in place of any number of categories: it is that of the words, which are known only once they are read."""
+    parts = tuple(replace(m, categories=min(m.categories, 1)) for m in model.modalities)
+    return replace(model, modalities=parts)
 
 
 def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:
     """Copies the weights of `initial_network` into a network of the config; returns what is not copied, a line each."""
     if network.config.uvit is not None or init.config.uvit is None:
         weights, own = init.state_dict(), network.state_dict()
-        network.load_state_dict({name: weights.get(name, own[name]) for name in own})
+        # Vectors of categories are the codec's; a head for another vocabulary does not fit.
+        fits = [n for n in own if n in weights and weights[n].shape == own[n].shape and not n.endswith(".values")]
+        network.load_state_dict(own | {name: weights[name] for name in fits})
         theirs, ours = ([m.name for m in of.config.modalities] for of in (init, network))
         lacking = [f"branch {name}: the checkpoint has none" for name in ours if name not in theirs]
-        return lacking + [f"branch {name} of the checkpoint: the model has none" for name in theirs if name not in ours]
+        lacking += [f"branch {name} of the checkpoint: the model has none" for name in theirs if name not in ours]
+        heads = (name for name in own if name in weights and weights[name].shape != own[name].shape)
+        return lacking + [f"{name}: the checkpoint has other words" for name in heads if name.endswith("head.weight")]
     return not_copied(network, init, initialise_from(network, init))
 
 
@@ -85,6 +96,7 @@ def _difference(found: ModelConfig, needed: ModelConfig) -> str:
     models = []
     for config in (found, needed):
         settings = {m.name: f"{m.tokens} × {m.channels}, depth {m.depth}" for m in config.modalities}
+        settings |= {f"{m.name} as categories": bool(m.categories) for m in config.modalities}
         settings |= {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("modalities", "uvit")}
         models.append(settings | (asdict(config.uvit) if config.uvit else {}))
     keys = [key for key in models[0] | models[1] if models[0].get(key) != models[1].get(key)]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from engine.config import Augmentation
+from engine.data.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ COCO256 = Recipe(
 )
 EMOJI = Recipe(
     StageConfig(steps=20_000, batch=64, learning_rate=2e-3, warmup=500, decay=0.4, ema=0.9995),
-    StageConfig(steps=2000, batch=32, learning_rate=1e-3, decay=0.4, weight_decay=1e-4, ema=0.995),
-    _convolutional_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=8),
+    StageConfig(steps=9000, batch=32, learning_rate=2e-3, decay=0.4, weight_decay=1e-4),
+    _convolutional_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=16),
     gamma=5.0,
     skew=3.0,
     first_caption=0.9,

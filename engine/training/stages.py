@@ -42,7 +42,7 @@ from engine.training.adapter import Lora, require_peft
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
 from engine.training.evaluations import Evaluations
-from engine.training.initial import initial_network
+from engine.training.initial import initial_network, without_categories
 from engine.training.options import TrainOptions, image_and_text, sketch_of
 from engine.training.recipes import Recipe
 from engine.training.stage import StageOptions, run_lock
@@ -76,7 +76,7 @@ def train(options: TrainOptions) -> None:
     with errors_named("data"):
         data = Texts.open(options.data) if image_name is None else open_captioned(options.data, options.split)
     init = initial_network(options.init, config) if options.init else None
-    if options.lora and init.config != config.model:
+    if options.lora and without_categories(init.config) != without_categories(config.model):
         problem = "holds a model of another kind than the preset, which cannot be adapted"
         raise InputError("init", options.init, "use the preset it was trained with", problem)
     base = fingerprint(init.state_dict()) if options.lora else None
@@ -154,6 +154,7 @@ def _run_stages(
     else:
         cache = _latents(data, record, options, how)
     config, cache = with_unit_sketches(config, cache)
+    config = with_vocabulary(config, text_name, len(text.vectors))
     train_denoiser(run, cache, text, config, recipe, how, init, lora, evaluations)
 
 
@@ -187,6 +188,15 @@ def with_unit_sketches(config: Config, cache: LatentCache) -> tuple[Config, Late
     cache, codec = cache.with_unit_sketches(), config.codecs[name]
     scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
     return replace(config, codecs={**config.codecs, name: scaled}), cache
+
+
+def with_vocabulary(config: Config, name: str, words: int) -> Config:
+    """With as many categories of a text as there are words, if it is categorical."""
+    text = config.model.modality(name)
+    if not text.categories:
+        return config
+    parts = tuple(replace(m, categories=words) if m.name == name else m for m in config.model.modalities)
+    return replace(config, model=replace(config.model, modalities=parts))
 
 
 def train_words(run: Path, data: CaptionedImages | Texts, config: Config, seed: int) -> None:
