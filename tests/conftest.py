@@ -52,6 +52,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A complete checkpoint folder of the `tiny` preset with random weights: 32 px, 6 words, a vocabulary of 32."""
+    from engine_cases import random_checkpoint
+
     from engine.presets import PRESETS
 
     return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", PRESETS["tiny"])
@@ -60,6 +62,8 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def three_modality_checkpoint(tmp_path_factory) -> Path:
     """As `tiny_checkpoint`, with a third modality: `sketch`, a second image that shares the image's codec folder."""
+    from engine_cases import random_checkpoint
+
     from engine.config import CodecConfig, Modality, SamplingConfig
     from engine.presets import PRESETS
 
@@ -74,6 +78,8 @@ def three_modality_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", params=["text", "image"])
 def single(request, tmp_path_factory) -> tuple[str, Path]:
     """The name of the only modality of a model of random weights, and its checkpoint folder."""
+    from engine_cases import random_checkpoint
+
     from engine.config import SamplingConfig
     from engine.presets import PRESETS
 
@@ -157,34 +163,6 @@ def forbid() -> Iterator[Callable[[Path], None]]:
         os.setresuid(0, 0, 0)
     for path, mode in modes:
         path.chmod(mode)
-
-
-def random_checkpoint(folder: Path, config) -> Path:
-    """Writes a checkpoint of random weights; its codecs are those of `image`, of 32 px, and `text`, of 8 channels."""
-    from diffusers import AutoencoderDC
-
-    from engine import checkpoint
-    from engine.codecs.image import ImageCodec
-    from engine.codecs.text import TextCodec
-    from engine.codecs.words import END
-    from engine.model.denoiser import build
-    from engine.training.recipes import RECIPES
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build(config.model)
-        # All of them random: as initialised, gates and heads are zero and no sample would depend on anything.
-        weights = {name: 0.1 * torch.randn_like(w) for name, w in network.state_dict().items()}
-        vectors = torch.nn.functional.normalize(torch.randn(32, 8)) * 8**0.5
-        autoencoder = AutoencoderDC(**RECIPES["tiny"].autoencoder_config)
-    checkpoint.save(folder, config, weights, torch.float32)
-    words = "red green blue big small old new cat dog bird fish tree sun moon star car house man woman child face hand "
-    words += "heart flag of with and in on the running"
-    if "text" in config.codecs:
-        TextCodec((END, *words.split()), vectors).save(folder / "text")
-    if "image" in config.codecs:
-        ImageCodec(autoencoder, **config.codecs["image"].settings).save(folder / "image")
-    return folder
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -77,3 +77,31 @@ def one_block_checkpoint(tiny_checkpoint: Path, folder: Path) -> Path:
     modalities = tuple(replace(m, depth=0) for m in tiny.model.modalities)
     random_network(folder, replace(tiny, model=replace(tiny.model, modalities=modalities, shared_depth=1)))
     return folder
+
+
+def random_checkpoint(folder: Path, config) -> Path:
+    """Writes a checkpoint of random weights; its codecs are those of `image`, of 32 px, and `text`, of 8 channels."""
+    from diffusers import AutoencoderDC
+
+    from engine import checkpoint
+    from engine.codecs.image import ImageCodec
+    from engine.codecs.text import TextCodec
+    from engine.codecs.words import END
+    from engine.model.denoiser import build
+    from engine.training.recipes import RECIPES
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build(config.model)
+        # All of them random: as initialised, gates and heads are zero and no sample would depend on anything.
+        weights = {name: 0.1 * torch.randn_like(w) for name, w in network.state_dict().items()}
+        vectors = torch.nn.functional.normalize(torch.randn(32, 8)) * 8**0.5
+        autoencoder = AutoencoderDC(**RECIPES["tiny"].autoencoder_config)
+    checkpoint.save(folder, config, weights, torch.float32)
+    words = "red green blue big small old new cat dog bird fish tree sun moon star car house man woman child face hand "
+    words += "heart flag of with and in on the running"
+    if "text" in config.codecs:
+        TextCodec((END, *words.split()), vectors).save(folder / "text")
+    if "image" in config.codecs:
+        ImageCodec(autoencoder, **config.codecs["image"].settings).save(folder / "image")
+    return folder

@@ -1,18 +1,26 @@
 """Models whose text is categorical: the head gives words' probabilities, and the prediction is x̂0."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from denoisers import N, diffusion, sample
+from engine_cases import levels, noise, random_checkpoint
+from train_cases import captioned_images, small_sample_sheets
 
-from engine import InputError
+from engine import Engine, InputError, Request, checkpoint
+from engine.codecs.text import TextCodec
 from engine.config import Config, Modality, ModelConfig
 from engine.diffusion.loss import DenoisingLoss
 from engine.diffusion.solver_table import SolverOptions, solver_table
 from engine.model.denoiser import Denoiser, build
 from engine.presets import PRESETS
 from engine.sampling.batch import SampleSpec
+from engine.training import stages
+from engine.training.options import TrainOptions
+from engine.training.stages import with_vocabulary
 
 MODEL = ModelConfig((Modality("image", 4, 3, depth=1), Modality("text", 5, 8, depth=1, categories=7)), 1, 64)
 
@@ -98,3 +106,76 @@ def test_a_u_vit_has_no_categories():
     uvit = PRESETS["uvit-tiny"].model
     with pytest.raises(InputError, match="^text.categories: 7 "):
         replace(uvit, modalities=(uvit.modalities[0], replace(uvit.modalities[1], categories=7)))
+
+
+@pytest.fixture(scope="module")
+def categorical(tmp_path_factory):
+    """An engine of the tiny preset with a categorical text."""
+    config = with_vocabulary(as_categorical(PRESETS["tiny"]), "text", 32)
+    folder = random_checkpoint(tmp_path_factory.mktemp("categorical") / "tiny", config)
+    with Engine.from_pretrained(folder, dtype="float32") as engine:
+        yield engine
+
+
+def as_categorical(config):
+    image, text = config.model.modalities
+    model = replace(config.model, modalities=(image, replace(text, categories=1)))
+    return replace(config, model=model, sampling=replace(config.sampling, temperature={"image-to-text": 0.5}))
+
+
+def test_a_batch_of_temperatures_is_what_each_gives_alone(categorical):
+    requests = [Request(steps=3, seed=i, temperature=t, image=noise(i) if i % 2 else None)
+                for i, t in enumerate((None, None, 0.1, 0.1, 3.0, 3.0))]  # fmt: skip
+    together, alone = categorical.generate(requests), [categorical.generate(request) for request in requests]
+    for a, b in zip(together, alone, strict=True):
+        assert a.text == b.text and abs(levels(a.image) - levels(b.image)).max() <= 1
+
+
+def test_the_temperature_is_the_requests_or_the_checkpoints_for_the_task(categorical):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = type(categorical._denoiser).__call__
+        patch.setattr(type(categorical._denoiser), "__call__", lambda *a, temperature=None, **more: (
+            seen.append(temperature) or forward(*a, temperature=temperature, **more)))  # fmt: skip
+        for request in (Request(image=noise(1), steps=1), Request(image=noise(1), steps=1, temperature=0.2),
+                        Request(steps=1)):  # fmt: skip
+            categorical.generate(request)
+    text = [round(float(t[0, 1]), 6) for t in seen if t is not None]
+    assert text == [0.5, 0.2, 1.0]
+    assert seen[-1] is None, "the image's step of a joint sample needs none"
+
+
+def test_a_temperature_is_for_models_that_give_probabilities(engine):
+    with pytest.raises(InputError, match="^temperature: 0.5 is for models that give probabilities; leave it out"):
+        engine.generate(Request(prompt="red cat", temperature=0.5))
+    for value in (0, -1, float("nan"), "hot"):
+        with pytest.raises(InputError, match="^temperature: .*use a number from 0.01 to 100"):
+            Request(temperature=value)
+
+
+def test_training_takes_as_many_categories_as_the_captions_have_words(tmp_path, capsys):
+    data, config = captioned_images(tmp_path), as_categorical(PRESETS["tiny"])
+    with small_sample_sheets(1):
+        options = TrainOptions(data, tmp_path / "run", "tiny", steps=2, autoencoder_steps=1, config=config)
+        stages.train(options)
+        loaded = checkpoint.load(tmp_path / "run" / "checkpoint")
+        vectors = loaded.codec("text").vectors
+        assert loaded.config.model.modality("text").categories == len(vectors) == 7  # six words and the end
+        assert torch.equal(loaded.network.branches["text"].values, vectors)
+        rows = [json.loads(line) for line in (tmp_path / "run" / "denoiser" / "curve.jsonl").read_text().splitlines()]
+        assert 0 < rows[-1]["text"] < 0.25 * math.log(7)
+        source = str(tmp_path / "run" / "checkpoint")
+        stages.train(replace(options, out=tmp_path / "on", init=source, learning_rate=1e-9))
+        before, after = (checkpoint.load(tmp_path / run / "checkpoint").network for run in ("run", "on"))
+        for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        with pytest.raises(InputError, match="^init: .*text as categories True, where the preset has .* False"):
+            stages.train(replace(options, out=tmp_path / "plain", init=source, config=PRESETS["tiny"]))
+
+
+def test_a_vocabulary_of_another_size_than_the_models_is_refused(categorical, tmp_path):
+    codec = categorical.codecs["text"]
+    codec.save(tmp_path)
+    modality = replace(categorical.config.model.modality("text"), categories=31)
+    with pytest.raises(InputError, match="^checkpoint: .* has 32 word vectors, the model gives probabilities of 31"):
+        TextCodec.load(tmp_path, {}, modality)

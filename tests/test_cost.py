@@ -15,6 +15,7 @@ TINY, UVIT = PRESETS["tiny"].model, PRESETS["uvit-tiny"].model
 POST = replace(UVIT.uvit, norm="post", patch=1, extra_tokens=2)
 NETWORKS = {
     "adaln": replace(TINY, shared_depth=5),
+    "categorical": replace(TINY, modalities=(TINY.modalities[0], replace(TINY.modalities[1], categories=40))),
     "time token": replace(TINY, time_conditioning="token"),
     "uvit": UVIT,
     "post-norm uvit": replace(UVIT, shared_depth=5, uvit=POST),
@@ -55,7 +56,8 @@ def test_flops_leave_out_the_branches_whose_features_are_cached(config):
 def test_bytes_of_weights_are_those_of_the_parameters_that_run(config):
     with torch.device("meta"):
         network = build(config)
-    sizes = {name: p.numel() for name, p in network.named_parameters() if not name.startswith("time.")}
+    weights = [*network.named_parameters(), *network.named_buffers()]
+    sizes = {name: p.numel() for name, p in weights if not name.startswith("time.")}
     assert forward_bytes(config, 0, 2) == 2 * sum(sizes.values())
     if config.uvit is None:
         entry = (f"branches.text.{part}" for part in ("embed", "position", "in_blocks"))

@@ -148,7 +148,8 @@ def _run_stages(
         train_words(run, data, config, options.seed)
 
     how.processes.on_main(make_codecs)
-    text = load_codec(run / "checkpoint", config.codecs[text_name], config.model.modality(text_name))
+    with_any_words = replace(config.model.modality(text_name), categories=0)
+    text = load_codec(run / "checkpoint", config.codecs[text_name], with_any_words)
     if isinstance(data, Texts):
         cache = LatentCache([], [[text] for text in data.texts])
     else:
