@@ -75,7 +75,11 @@ PRESETS: dict[str, Config] = {
         ),
         MASKED,
         _codecs(64, 2),
-        replace(TEXT_FIRST, temperature={"image-to-text": 0.25, "infill": 0.25}),
+        replace(
+            TEXT_FIRST,
+            guidance=GUIDANCE | {"text-to-image": 2.0},
+            temperature={"image-to-text": 0.25, "infill": 0.25},
+        ),
     ),
     # The paper's baseline: depth 12, as on MS-COCO.
     "uvit-multi-coco256": Config(_uvit(COCO, 13, 512), INDEPENDENT, _codecs(256, 2), TEXT_FIRST),

@@ -29,6 +29,7 @@ def model_card(service: Service) -> dict:
         "defaults": {
             "steps": defaults.steps,
             "guidance": dict(config.sampling.guidance),
+            "temperature": dict(config.sampling.temperature),
             "order": order,
             "feather": config.sampling.feather,
             "solver": defaults.solver,

@@ -287,6 +287,7 @@ class Modality(BaseModel):
 class ModelDefaults(BaseModel):
     steps: int
     guidance: dict[str, float] = Field(description="by task")
+    temperature: dict[str, float] = Field(description="by task, of words; 1 for tasks not named")
     order: list[str] | Literal["together"]
     feather: int = Field(description="pixels over which generated and given parts of an image blend")
     solver: str | None
