@@ -65,8 +65,8 @@ def denoising_errors(
                 times[:, model.token_slices[given]] = t if renoise else 0
             times[:, tokens] = t
             prediction = denoiser(torch.cat([inputs, others], dim=1), times, (name,))[:, part].float()
-            target = x0 if model.modality(name).categories else alpha * noise - sigma * x0 if v else noise
-            target = target[:, part]
+            target = alpha * noise - sigma * x0 if v else noise
+            target = (x0 if model.modality(name).categories else target)[:, part]
             total += (prediction - target).square().mean().item() / levels
         errors[f"{name} error"] = total
     return errors

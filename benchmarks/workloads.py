@@ -22,7 +22,7 @@ from engine.kernels.linear import onednn_computes
 from engine.model.cost import forward_flops
 from engine.model.denoiser import Denoiser, build
 from engine.packages import TOKENS
-from engine.presets import PRESETS
+from engine.presets import PRESETS, with_categories
 from engine.sampling.batch import SampleSpec, batch_constants, new_state
 from engine.sampling.graphs import set_up
 from engine.training.recipes import RECIPES
@@ -40,9 +40,8 @@ def measured_preset(full: bool) -> Config:
 
 def without_categories(config: Config) -> Config:
     """With heads that predict every modality's values."""
-    parts = tuple(replace(m, categories=0) for m in config.model.modalities)
     sampling = replace(config.sampling, temperature={})
-    return replace(config, model=replace(config.model, modalities=parts), sampling=sampling)
+    return replace(config, model=with_categories(config.model, 0), sampling=sampling)
 
 
 # ------------------------------------------------------------------------------------------ models to compare

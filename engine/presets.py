@@ -25,6 +25,12 @@ def _uvit(modalities: tuple[Modality, ...], blocks: int, dim: int, uvit: UViTCon
     return ModelConfig(modalities, blocks, dim, time_conditioning="token", uvit=uvit or UViTConfig(names, names))
 
 
+def with_categories(model: ModelConfig, categories: int) -> ModelConfig:
+    """With so many categories in the modalities that are categorical; 0: with none that are."""
+    parts = (replace(m, categories=categories if m.categories else 0) for m in model.modalities)
+    return replace(model, modalities=tuple(parts))
+
+
 def with_sketch(config: Config) -> Config:
     """With drawings of the images, which share their codec and its files; they have no blocks of their own."""
     image, codec = config.model.modality("image"), config.codecs["image"]

@@ -25,7 +25,9 @@ class FunctionDenoiser:
     def __init__(self, function):
         self.function = function
 
-    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None):
+    def __call__(
+        self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None, temperature=None
+    ):
         assert not features and cache is None and refresh is None
         return self.function(inputs, times, outputs)
 
@@ -69,9 +71,11 @@ class CountingDenoiser(Denoiser):
         super().__init__(network, N)
         self.rows, self.features = [], []  # R of every forward; modality and R of every call of `branch_features`
 
-    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None):
+    def __call__(
+        self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None, temperature=None
+    ):
         self.rows.append(len(inputs))
-        return super().__call__(inputs, times, outputs, features, cache, refresh, adapted)
+        return super().__call__(inputs, times, outputs, features, cache, refresh, adapted, temperature)
 
     def branch_features(self, name, inputs, times, adapted=None):
         self.features.append((name, len(inputs)))

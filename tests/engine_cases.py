@@ -10,8 +10,12 @@ from PIL import Image
 
 from engine import Request
 from engine.checkpoint import load, save
+from engine.codecs.image import ImageCodec
+from engine.codecs.text import TextCodec
+from engine.codecs.words import END
 from engine.config import Config
 from engine.model.denoiser import build
+from engine.training.recipes import RECIPES
 
 STEPS = 3
 ENDLESS = Request(num=2, steps=1000, resample=5)  # 10,000 steps, half a minute at least
@@ -81,14 +85,7 @@ def one_block_checkpoint(tiny_checkpoint: Path, folder: Path) -> Path:
 
 def random_checkpoint(folder: Path, config) -> Path:
     """Writes a checkpoint of random weights; its codecs are those of `image`, of 32 px, and `text`, of 8 channels."""
-    from diffusers import AutoencoderDC
-
-    from engine import checkpoint
-    from engine.codecs.image import ImageCodec
-    from engine.codecs.text import TextCodec
-    from engine.codecs.words import END
-    from engine.model.denoiser import build
-    from engine.training.recipes import RECIPES
+    from diffusers import AutoencoderDC  # late: it takes seconds
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -97,7 +94,7 @@ def random_checkpoint(folder: Path, config) -> Path:
         weights = {name: 0.1 * torch.randn_like(w) for name, w in network.state_dict().items()}
         vectors = torch.nn.functional.normalize(torch.randn(32, 8)) * 8**0.5
         autoencoder = AutoencoderDC(**RECIPES["tiny"].autoencoder_config)
-    checkpoint.save(folder, config, weights, torch.float32)
+    save(folder, config, weights, torch.float32)
     words = "red green blue big small old new cat dog bird fish tree sun moon star car house man woman child face hand "
     words += "heart flag of with and in on the running"
     if "text" in config.codecs:

@@ -20,7 +20,6 @@ from engine.presets import PRESETS
 from engine.sampling.batch import SampleSpec
 from engine.training import stages
 from engine.training.options import TrainOptions
-from engine.training.stages import with_vocabulary
 
 MODEL = ModelConfig((Modality("image", 4, 3, depth=1), Modality("text", 5, 8, depth=1, categories=7)), 1, 64)
 
@@ -111,15 +110,15 @@ def test_a_u_vit_has_no_categories():
 @pytest.fixture(scope="module")
 def categorical(tmp_path_factory):
     """An engine of the tiny preset with a categorical text."""
-    config = with_vocabulary(as_categorical(PRESETS["tiny"]), "text", 32)
+    config = as_categorical(PRESETS["tiny"], 32)
     folder = random_checkpoint(tmp_path_factory.mktemp("categorical") / "tiny", config)
     with Engine.from_pretrained(folder, dtype="float32") as engine:
         yield engine
 
 
-def as_categorical(config):
+def as_categorical(config, categories=1):
     image, text = config.model.modalities
-    model = replace(config.model, modalities=(image, replace(text, categories=1)))
+    model = replace(config.model, modalities=(image, replace(text, categories=categories)))
     return replace(config, model=model, sampling=replace(config.sampling, temperature={"image-to-text": 0.5}))
 
 
@@ -153,7 +152,7 @@ def test_a_temperature_is_for_models_that_give_probabilities(engine):
             Request(temperature=value)
 
 
-def test_training_takes_as_many_categories_as_the_captions_have_words(tmp_path, capsys):
+def test_training_takes_as_many_categories_as_the_captions_have_words(tmp_path):
     data, config = captioned_images(tmp_path), as_categorical(PRESETS["tiny"])
     with small_sample_sheets(1):
         options = TrainOptions(data, tmp_path / "run", "tiny", steps=2, autoencoder_steps=1, config=config)

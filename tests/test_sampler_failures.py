@@ -183,7 +183,7 @@ class Blocked(FunctionDenoiser):
         super().__init__(predict)
         self.fails = fails
 
-    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None):
+    def __call__(self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None, **tempered):
         return predict(inputs, times, outputs)
 
     def branch_features(self, name, inputs, times, adapted=None):

@@ -2,7 +2,7 @@
 
 At a step from time t to s < t every modality that moves is updated as (columns: `engine.kernels.step_table`)
 
-    x̂0 = p·x + q·f                          f: the model's prediction
+    x̂0 = p·x + q·f                          f: the model's prediction, of categorical modalities x̂0 itself
     x  ← a·x + b·x̂0 + c·x̂0_prev + d·z + e·x̂0_prev2
 
 and those that do not move keep their state: they wait at time N, as pure noise, or have arrived at time 0. Tables

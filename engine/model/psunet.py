@@ -76,8 +76,22 @@ class Branch(nn.Module):
             skips.append(x)
         return x, skips
 
-    def leave(self, x: Tensor, skips: list[Tensor], table: Tensor, index: Tensor) -> Tensor:
-        """Tokens from the shared stack [R, L, D] → what the head gives: [R, L, C], or logits [R, L, K]."""
+    def leave(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        table: Tensor,
+        index: Tensor,
+        temperature: Tensor | None = None,
+        logits: bool = False,
+    ) -> Tensor:
+        """Tokens from the shared stack [R, L, D] → prediction [R, L·C].
+
+        That of categories is x̂0, the mean of their vectors by the probabilities softmax(logits / temperature): CDCD's
+        score interpolation (arXiv 2211.15089, section 3.1).
+        temperature  [R]; None: 1
+        logits       gives the logits [R, L·K] of categories instead
+        """
         index = index.narrow(1, *self.tokens)  # [R, L]
         for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
             x = block(x, skip, table, index)  # [R, L, D]
@@ -85,20 +99,11 @@ class Branch(nn.Module):
             x = self.norm(x)[:, 1:]  # [R, L, D]
         else:
             x = layer_norm_modulate(x, table, index, self.modulation, SHIFT_ATTENTION, SCALE_ATTENTION)  # [R, L, D]
-        return self.head(x)  # [R, L, C or K]
-
-    def prediction(self, given: Tensor, temperature: Tensor | None) -> Tensor:
-        """What `leave` gave → prediction [R, L·C]: of categories x̂0, the mean of their vectors by their probabilities.
-
-        temperature  [R], of the probabilities, softmax(logits / temperature); None: 1
-        The mean is what minimises the squared error, as CDCD (arXiv 2211.15089, section 3.1) samples categorical data.
-        """
-        if self.values is not None:
-            logits = given.float()  # [R, L, K]
-            if temperature is not None:
-                logits = logits / temperature[:, None, None]
-            given = logits.softmax(dim=-1).to(self.values.dtype) @ self.values  # [R, L, C]
-        return given.flatten(1)  # [R, L·C]
+        x = self.head(x)  # [R, L, C or K]
+        if self.values is not None and not logits:
+            x = x.float() if temperature is None else x.float() / temperature[:, None, None]  # [R, L, K]
+            x = x.softmax(dim=-1).to(self.values.dtype) @ self.values  # [R, L, C]
+        return x.flatten(1)
 
 
 class PSUNet(nn.Module):
@@ -187,16 +192,12 @@ class PSUNet(nn.Module):
         parts = x.split([part.shape[1] for part in tokens], dim=1)  # [R, L, D] each
 
         calls = []
-        for m, (name, branch) in enumerate(self.branches.items()):
-            if name in wanted:
-                warmth = None if temperature is None else temperature[:, m]  # [R]
-                calls.append(partial(self._leave, branch, parts[m], skips[m], table, index, warmth, logits))
+        for i, m in enumerate(self.config.modalities):
+            if m.name in wanted:
+                scale = None if temperature is None else temperature[:, i]  # [R]
+                leave = self.branches[m.name].leave
+                calls.append(partial(leave, parts[i], skips[i], table, index, scale, logits))
             else:
-                calls.append(partial(inputs.new_zeros, len(inputs), self.config.modality(name).size))
+                calls.append(partial(inputs.new_zeros, len(inputs), m.tokens * m.head if logits else m.size))
         predictions = run_branches(calls)  # [R, L·C] each
         return torch.cat(predictions, dim=1).to(inputs.dtype)  # [R, N]
-
-    @staticmethod
-    def _leave(branch: Branch, x: Tensor, skips: list[Tensor], table: Tensor, index: Tensor, warmth, logits) -> Tensor:
-        given = branch.leave(x, skips, table, index)
-        return given.flatten(1) if logits else branch.prediction(given, warmth)

@@ -15,14 +15,14 @@ def denoise_step(denoiser: Denoiser, batch: Batch, plan: StepPlan) -> None:
     state, rows = batch.state, plan.passes * plan.slots  # rows of the passes that are on
     features = {name: batch.features[name][:, :rows] for name in plan.cached}  # [depth, R, L, D] each
     cache = None if plan.cache_mode is CacheMode.OFF else batch.cache[:rows]  # [R, L, D]
-    refresh, tempered = None, {}
-    if plan.cache_mode is CacheMode.REFRESH:
-        _, indices = at_step(batch.constants, state)
-        refresh = (indices[:, 0, StepColumn.REFRESH] != 0).repeat(plan.passes)  # [R]
-    if plan.tempered:
-        coefficients, _ = at_step(batch.constants, state)
-        tempered["temperature"] = coefficients[..., Coefficient.TEMPERATURE].repeat(plan.passes, 1)  # [R, M]
+    refresh = temperature = None
+    if plan.tempered or plan.cache_mode is CacheMode.REFRESH:
+        coefficients, indices = at_step(batch.constants, state)
+        if plan.tempered:
+            temperature = coefficients[..., Coefficient.TEMPERATURE].repeat(plan.passes, 1)  # [R, M]
+        if plan.cache_mode is CacheMode.REFRESH:
+            refresh = (indices[:, 0, StepColumn.REFRESH] != 0).repeat(plan.passes)  # [R]
     adapted = batch.adapted_rows(plan.passes) if plan.adapted else None
     inputs = state.inputs[:rows], state.times[:rows]
-    prediction = denoiser(*inputs, plan.outputs, features, cache, refresh, adapted, **tempered)  # [R, N]
+    prediction = denoiser(*inputs, plan.outputs, features, cache, refresh, adapted, temperature=temperature)  # [R, N]
     cfg_step(prediction, batch.constants, state)

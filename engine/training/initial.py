@@ -10,6 +10,7 @@ from engine.files import is_file
 from engine.model.convert import initialise_from, load_uvit, not_copied, require_same_blocks
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
+from engine.presets import with_categories
 from engine.training.options import image_and_text, kind_and_settings
 
 REMEDY = "use the preset of its shape; a text-to-image U-ViT can also start a PS-U-Net of its width"
@@ -21,8 +22,8 @@ def initial_network(source: Path, config: Config) -> PSUNet | UViT:
     Raises InputError about `init` if it does not fit the config.
     """
     network = _network_of_file(source, config) if is_file(source, "init") else _network_of_folder(source, config)
-    model = without_categories(config.model)
-    found = without_categories(network.config)
+    # How many words there are is known only once they are read.
+    model, found = with_categories(config.model, 1), with_categories(network.config, 1)
     if model.uvit is None and found.uvit is not None:
         try:
             require_same_blocks(model, found)
@@ -31,12 +32,6 @@ def initial_network(source: Path, config: Config) -> PSUNet | UViT:
     elif _with_common_modalities(found, model) != _with_common_modalities(model, found):
         raise InputError("init", source, REMEDY, f"holds a model with {_difference(found, model)}")
     return network
-
-
-def without_categories(model: ModelConfig) -> ModelConfig:
-    """With 1 in place of any number of categories: it is that of the words, which are known only once they are read."""
-    parts = tuple(replace(m, categories=min(m.categories, 1)) for m in model.modalities)
-    return replace(model, modalities=parts)
 
 
 def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:

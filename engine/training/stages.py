@@ -36,13 +36,13 @@ from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
-from engine.presets import PRESETS
+from engine.presets import PRESETS, with_categories
 from engine.processes import INSTALL, Processes
 from engine.training.adapter import Lora, require_peft
 from engine.training.autoencoder import train_autoencoder
 from engine.training.denoiser import train_denoiser
 from engine.training.evaluations import Evaluations
-from engine.training.initial import initial_network, without_categories
+from engine.training.initial import initial_network
 from engine.training.options import TrainOptions, image_and_text, sketch_of
 from engine.training.recipes import Recipe
 from engine.training.stage import StageOptions, run_lock
@@ -76,7 +76,7 @@ def train(options: TrainOptions) -> None:
     with errors_named("data"):
         data = Texts.open(options.data) if image_name is None else open_captioned(options.data, options.split)
     init = initial_network(options.init, config) if options.init else None
-    if options.lora and without_categories(init.config) != without_categories(config.model):
+    if options.lora and with_categories(init.config, 1) != with_categories(config.model, 1):
         problem = "holds a model of another kind than the preset, which cannot be adapted"
         raise InputError("init", options.init, "use the preset it was trained with", problem)
     base = fingerprint(init.state_dict()) if options.lora else None
@@ -148,14 +148,14 @@ def _run_stages(
         train_words(run, data, config, options.seed)
 
     how.processes.on_main(make_codecs)
-    with_any_words = replace(config.model.modality(text_name), categories=0)
-    text = load_codec(run / "checkpoint", config.codecs[text_name], with_any_words)
+    any_words = with_categories(config.model, 0).modality(text_name)
+    text = load_codec(run / "checkpoint", config.codecs[text_name], any_words)
     if isinstance(data, Texts):
         cache = LatentCache([], [[text] for text in data.texts])
     else:
         cache = _latents(data, record, options, how)
     config, cache = with_unit_sketches(config, cache)
-    config = with_vocabulary(config, text_name, len(text.vectors))
+    config = replace(config, model=with_categories(config.model, len(text.vectors)))
     train_denoiser(run, cache, text, config, recipe, how, init, lora, evaluations)
 
 
@@ -189,15 +189,6 @@ def with_unit_sketches(config: Config, cache: LatentCache) -> tuple[Config, Late
     cache, codec = cache.with_unit_sketches(), config.codecs[name]
     scaled = replace(codec, settings={**codec.settings, "scale": cache.sketch_scale})
     return replace(config, codecs={**config.codecs, name: scaled}), cache
-
-
-def with_vocabulary(config: Config, name: str, words: int) -> Config:
-    """With as many categories of a text as there are words, if it is categorical."""
-    text = config.model.modality(name)
-    if not text.categories:
-        return config
-    parts = tuple(replace(m, categories=words) if m.name == name else m for m in config.model.modalities)
-    return replace(config, model=replace(config.model, modalities=parts))
 
 
 def train_words(run: Path, data: CaptionedImages | Texts, config: Config, seed: int) -> None:
