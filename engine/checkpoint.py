@@ -1,5 +1,8 @@
 """Checkpoint folders: `config.json`, `model.safetensors` (averaged weights), and a folder for each codec.
 
+Weights of 8 bits are for storage alone: a matrix W [out, in] is stored as whole numbers of -127…127, and beside it
+`NAME.scale` [out] float32; W = scale · numbers, row by row. Vectors and small matrices stay float16.
+
 A folder that `engine.pipeline` has saved holds the weights in `transformer/` instead, as diffusers does, perhaps in
 parts. Only JSON and safetensors are read: nothing is unpickled.
 """
@@ -38,6 +41,8 @@ from engine.model_card import model_card
 BUILT_IN = Path(__file__).parent / "assets" / "emoji"
 PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # in transformer/, under names that start with PIPELINE_PREFIX
 PIPELINE_PREFIX = "network."
+SCALE = ".scale"  # behind the name of a matrix of 8 bits
+LEAST = 64  # rows and columns of matrices that are stored with 8 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +92,16 @@ def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
 
 
 def save(folder: str | os.PathLike, config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Writes `config.json` and `model.safetensors` (in `dtype`); the codecs save themselves beside them."""
+    """Writes `config.json` and `model.safetensors` (in `dtype`); the codecs save themselves beside them.
+
+    dtype  of the weights: a floating one, or torch.int8, with which `load` gives float16
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     write_atomically(folder / "config.json", lambda path: path.write_text(text))
-    save_tensors(folder / "model.safetensors", {name: w.to(dtype) for name, w in weights.items()})
+    stored = _quantized(weights) if dtype == torch.int8 else {name: w.to(dtype) for name, w in weights.items()}
+    save_tensors(folder / "model.safetensors", stored)
 
 
 def push_to_hub(
@@ -152,7 +161,7 @@ def read_network(folder: Path, config: ModelConfig) -> PSUNet | UViT:
             raise unreadable("checkpoint", path, error, REMEDY) from None
         except SafetensorError as error:
             raise InputError("checkpoint", path, "copy it again", f"is damaged or truncated ({error})") from None
-    weights = {name.removeprefix(PIPELINE_PREFIX): w for name, w in weights.items()}
+    weights = _dequantized({name.removeprefix(PIPELINE_PREFIX): w for name, w in weights.items()})
     with torch.device("meta"):  # no time is spent on weights that are about to be replaced
         network = build(config)
     difference = shape_difference(network.state_dict(), weights)
@@ -164,6 +173,30 @@ def read_network(folder: Path, config: ModelConfig) -> PSUNet | UViT:
         raise InputError("checkpoint", files[0], "copy it again", problem)
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def _quantized(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Large matrices as int8, with a scale for each row; all else as float16."""
+    stored: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and min(weight.shape) >= LEAST:
+            scale = weight.float().abs().amax(1) / 127  # [out]
+            divisor = scale.masked_fill(scale == 0, 1)[:, None]
+            stored[name], stored[name + SCALE] = (weight.float() / divisor).round().to(torch.int8), scale
+        else:
+            stored[name] = weight.half()
+    return stored
+
+
+def _dequantized(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, those of 8 bits as float16. An int8 matrix without a scale of its rows is left as it is."""
+    weights = dict(stored)
+    for name, matrix in stored.items():
+        scale = stored.get(name + SCALE)
+        if matrix.dtype == torch.int8 and scale is not None and scale.shape == matrix.shape[:-1]:
+            weights[name] = (matrix.float() * scale.float()[..., None]).half()
+            del weights[name + SCALE]
+    return weights
 
 
 def _weights_files(folder: Path) -> list[Path]:

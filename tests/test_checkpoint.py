@@ -53,7 +53,33 @@ def test_what_is_saved_comes_back_in_its_dtype(tmp_path, dtype):
     assert not loaded.network.training and not any(p.requires_grad for p in loaded.network.parameters())
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0), (torch.float16, 2e-3)], ids=str)
+def test_large_matrices_are_stored_with_8_bits_and_come_back_as_float16(tmp_path):
+    weights = random_weights()
+    weights["shared_in.0.fc1.weight"][3] = 0
+    weights["shared_in.0.fc1.weight"][4] *= 1e-3  # a row is as exact as its own largest weight allows
+    save_to(tmp_path, weights, torch.int8)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["shared_in.0.fc1.weight"].dtype == torch.int8 and stored["time.embed.bias"].dtype == torch.float16
+    state = checkpoint.load(tmp_path).network.state_dict()
+    assert state.keys() == weights.keys() and {w.dtype for w in state.values()} == {torch.float16}
+    for name, weight in weights.items():
+        half_a_step = weight.abs().amax(-1, keepdim=True) / 254 if f"{name}.scale" in stored else 0
+        assert ((state[name].float() - weight).abs() <= half_a_step + weight.abs() * 2**-10 + 2**-24).all(), name
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.3 * sum(4 * w.numel() for w in weights.values())
+
+
+@pytest.mark.parametrize("missing", [".scale", ""], ids=["scale", "matrix"])
+def test_half_of_a_matrix_of_8_bits_is_named(tmp_path, missing):
+    save_to(tmp_path, random_weights(), torch.int8)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored[f"shared_in.0.fc1.weight{missing}"]
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        checkpoint.load(tmp_path)
+    assert_names(error, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0), (torch.float16, 2e-3), (torch.int8, 2e-2)], ids=str)
 def test_a_loaded_network_predicts_what_the_saved_one_did(tmp_path, dtype, tolerance):
     network = build(CONFIG.model).eval()
     weights = {name: 0.1 * w for name, w in random_weights().items()}

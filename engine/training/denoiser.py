@@ -10,7 +10,6 @@ from engine import checkpoint
 from engine.codecs.text import TextCodec
 from engine.config import Config
 from engine.data.latents import LatentCache
-from engine.device import DTYPES
 from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.errors import errors_named
 from engine.files import write_atomically
@@ -83,7 +82,7 @@ def train_denoiser(
     def export(step: int, weights: dict[str, Tensor]) -> None:
         if adapter is not None:
             weights = adapter.save(run / "adapter", stage.average)
-        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
+        checkpoint.save(run / "checkpoint", config, weights, getattr(torch, recipe.weights_dtype))
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, cache, config, recipe.denoiser.seed, options)
         if evaluations is not None and evaluations.is_due(step, stage.done):

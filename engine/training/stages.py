@@ -144,7 +144,7 @@ def _run_stages(
         if folder is not None and given is None and not folder.exists():
             given = train_autoencoder(run, data, config, recipe, how)
         if given is not None:
-            _save_codec(given, folder, DTYPES[recipe.weights_dtype])
+            _save_codec(given, folder, DTYPES[recipe.autoencoder_dtype])
         train_words(run, data, config, options.seed)
 
     how.processes.on_main(make_codecs)
