@@ -32,13 +32,13 @@ from engine.files import (
     unreadable,
     write_atomically,
 )
-from engine.hub import REMEDY, local_folder, patterns, upload
+from engine.hub import MODELS, REMEDY, local_folder, patterns, upload
 from engine.model.denoiser import build
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.model_card import model_card
 
-BUILT_IN = Path(__file__).parent / "assets" / "emoji"
+BUILT_IN = MODELS["emoji"]
 PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # in transformer/, under names that start with PIPELINE_PREFIX
 PIPELINE_PREFIX = "network."
 SCALE = ".scale"  # behind the name of a matrix of 8 bits
@@ -75,7 +75,8 @@ class Checkpoint:
 def load(folder: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     """Reads a checkpoint folder, or a checkpoint on the hub, weights in the dtype they were saved in.
 
-    folder  a path, or "owner/name" or "owner/name@revision" on the hub, see `engine.hub.local_folder`
+    folder  a path, the name of a model that comes with the engine, or "owner/name" or "owner/name@revision" on the
+            hub, see `engine.hub.local_folder`
     Autoencoders stay in their folders until they are built. Raises InputError about "checkpoint", naming the file.
     """
     if not isinstance(folder, str | os.PathLike) or folder == "":  # Path takes "" as the current folder

@@ -1,4 +1,5 @@
-"""Checkpoints on the Hugging Face hub: one as a folder of the local cache, and a commit of new files. Imports no torch.
+"""Checkpoints by name: those that come with the engine, and those on the Hugging Face hub, where new ones are uploaded.
+Imports no torch.
 
 huggingface_hub decides about cache, offline mode, endpoint and login (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN).
 Only JSON, text and safetensors are downloaded.
@@ -15,6 +16,7 @@ from engine.config import Config
 from engine.errors import InputError, cut
 from engine.files import is_folder, read_json
 
+MODELS = {folder.name: folder for folder in (Path(__file__).parent / "assets").iterdir()}  # that come with the engine
 NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 PIPELINE_FOLDERS = ("transformer", "scheduler")  # beside those of the codecs, see `engine.pipeline`
 ENDINGS = ("json", "safetensors", "txt")
@@ -25,9 +27,9 @@ REMEDY = "give a folder that engine.train has written, or the owner/name of a mo
 def local_folder(
     source: str | PathLike, argument: str = "checkpoint", revision: str | None = None, variants: bool = False, **options
 ) -> Path:
-    """The folder of a checkpoint: `source` itself, or what it names on the hub, downloaded unless it is in the cache.
+    """The folder of a checkpoint: `source` itself, or what it names, downloaded from the hub unless it is in the cache.
 
-    source    a path, or "owner/name" or "owner/name@revision" if nothing is at that path
+    source    a path; if nothing is there, a name of `MODELS`, or "owner/name" or "owner/name@revision" on the hub
     revision  branch, tag or commit on the hub, the default branch if there is none
     variants  download further versions of the weights too
     options   of huggingface_hub's downloads, such as `token`, `cache_dir`, `force_download`, `local_files_only`
@@ -39,7 +41,8 @@ def local_folder(
     if name is None or os.path.lexists(source) or is_folder(source, argument):
         if revision is not None:
             raise InputError("revision", revision, "leave it out", f"is of the hub, but {source} is a local path")
-        return Path(source)
+        path = Path(source)
+        return path if os.path.lexists(path) else MODELS.get(str(path), path)
     if revision is not None and name["revision"] is not None:
         raise InputError("revision", revision, "leave out one of them", f"is given beside that of {source}")
     from huggingface_hub import hf_hub_download, snapshot_download

@@ -32,6 +32,16 @@ def cache(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
     return snapshot
 
 
+def test_a_model_that_comes_with_the_engine_has_a_name_unless_a_path_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("emoji", Path("emoji"), "emoji/"):
+        assert local_folder(name) == checkpoint.BUILT_IN
+    for name in ("nowhere", "x" * 5000, "../emoji", str(tmp_path / "emoji")):
+        assert local_folder(name) == Path(name)
+    (tmp_path / "emoji").mkdir()
+    assert local_folder("emoji") == Path("emoji")
+
+
 @pytest.mark.parametrize(
     "name, revision", [(NAME, None), (Path(NAME), None), (NAME, "v1"), (f"{NAME}@v1", None), (f"{NAME}@{COMMIT}", None)]
 )
