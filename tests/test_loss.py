@@ -122,11 +122,12 @@ def test_known_tokens_are_clean_at_time_0_and_dropped_ones_are_noise_at_time_n()
     assert (dropped == ~generate)[dropped.any(1)].all()  # a sample drops all of its known tokens
 
 
-def test_whole_known_modalities_are_those_without_a_generated_token():
+def test_modalities_that_the_model_sees_as_a_whole_are_known():
     loss = DenoisingLoss(Config(MODEL, MASKED))
     draws = loss.draw(BATCH, generator())
     image, text = loss.known(draws, "image"), loss.known(draws, "text")
-    assert torch.equal(image, ~draws[1][:, :6].any(1)) and torch.equal(text, ~draws[1][:, 6:].any(1))
+    seen = ~draws.generate & ~draws.dropped
+    assert torch.equal(image, seen[:, :6].all(1)) and torch.equal(text, seen[:, 6:].all(1))
     assert 0.2 * BATCH < image.sum() < 0.6 * BATCH and not (image & text).any()
 
 
@@ -216,18 +217,34 @@ def test_masks_have_the_documented_proportions():
 
 def test_every_choice_of_known_modalities_is_as_frequent():
     model = replace(MODEL, modalities=(*MODEL.modalities, Modality("sketch", 6, 4, depth=0)))
-    generate = DenoisingLoss(Config(model, MASKED)).draw(20_000, generator()).generate
-    parts = [generate[:, part] for part in model.token_slices.values()]
+    draws = DenoisingLoss(Config(model, MASKED)).draw(20_000, generator())
+    seen = draws.times == 0
+    parts = [seen[:, part] for part in model.token_slices.values()]
     whole, none = torch.stack([p.all(1) for p in parts], 1), torch.stack([~p.any(1) for p in parts], 1)  # [B, M]
-    counts = Counter(map(tuple, none[(whole | none).all(1)].tolist()))
+    counts = Counter(map(tuple, whole[(whole | none).all(1)].tolist()))
     assert len(counts) == 7  # without (True, True, True)
     for known, count in counts.items():
-        expected = WHOLE_MODALITY / 6 if any(known) else JOINT
+        expected = (1 - DROPPED) * WHOLE_MODALITY / 6 if any(known) else JOINT + DROPPED * (1 - JOINT)
         assert expected - 0.01 < count / 20_000 < expected + 0.03, known
     # Half a sketch and nothing else, or with a word.
     half_sketch = ~(whole | none)[:, 2]
-    assert (half_sketch & whole[:, 0] & whole[:, 1]).float().mean() > 0.01
-    assert (half_sketch & whole[:, 0] & ~(whole | none)[:, 1]).float().mean() > 0.01
+    assert (half_sketch & none[:, 0] & none[:, 1]).float().mean() > 0.01
+    assert (half_sketch & none[:, 0] & ~(whole | none)[:, 1]).float().mean() > 0.01
+
+
+def test_of_three_modalities_some_wait_as_noise_while_others_are_generated():
+    model = replace(MODEL, modalities=(*MODEL.modalities, Modality("sketch", 6, 4, depth=0)))
+    times, generate, dropped = DenoisingLoss(Config(model, MASKED)).draw(20_000, generator())
+    assert generate.any(1).all() and not (generate & dropped).any() and (times[dropped] == N).all()
+    parts = model.token_slices.values()
+    seen, moving, waiting = (
+        torch.stack([x[:, part].all(1) for part in parts], 1) for x in (times == 0, generate, dropped)
+    )
+    counts = Counter(map(tuple, (seen * 1 + moving * 2 + waiting * 3)[(seen | moving | waiting).all(1)].tolist()))
+    # With the text known: image and sketch together, or one before the other, as when sampling goes by an order.
+    together, image_first, sketch_first = counts[2, 1, 2], counts[2, 1, 3], counts[3, 1, 2]
+    assert together == pytest.approx(2 * image_first, rel=0.2) and image_first == pytest.approx(sketch_first, rel=0.2)
+    assert (3, 2, 3) in counts and (2, 2, 2) in counts  # the text before all else; all together
 
 
 def test_random_masks_have_single_words_and_runs_of_tokens():

@@ -7,7 +7,8 @@ Training times (`DiffusionConfig.time_sampling`)
     independent  one t per modality (UniDiffuser, arXiv 2303.06555)
     masked       one t for the tokens to generate; a sample's known tokens enter clean at time 0, or, in some samples,
                  as pure noise at time N; the loss is over the generated tokens only. Known are no tokens, random
-                 ones, or some whole modalities: all choices of these are equally frequent
+                 ones, or some whole modalities: all choices of these are equally frequent. Of more than two, some
+                 wait at time N, as when they are generated one after the other
     conditional  like masked; the known tokens are those of modalities that the model does not predict (U-ViT's text)
 """
 
@@ -34,7 +35,7 @@ class Draws(NamedTuple):
 
     times: Tensor  # [B, L] int64
     generate: Tensor  # [B, L] bool, the tokens that the loss counts
-    dropped: Tensor  # [B, L] bool, known tokens that are noise
+    dropped: Tensor  # [B, L] bool, tokens that are noise and not counted
 
 
 class DenoisingLoss:
@@ -180,12 +181,15 @@ class DenoisingLoss:
         else:
             generate = self._draw_masks(batch, generator)  # [B, L]
         dropped = ~generate & (torch.rand(batch, 1, generator=generator) < DROPPED)  # [B, L]
+        if config.diffusion.time_sampling == "masked" and len(model.modalities) > 2:  # of two, one waits when dropped
+            waiting = self._draw_waiting(generate, generator)
+            generate, dropped = generate & ~waiting, dropped | waiting
         times = torch.where(generate, times, torch.where(dropped, N, 0))
         return Draws(times, generate, dropped)
 
     def known(self, draws: Draws, modality: str) -> Tensor:
-        """[B] bool on the CPU: whether a modality is known as a whole."""
-        return ~draws.generate[:, self.config.model.token_slices[modality]].any(1)
+        """[B] bool on the CPU: whether the model sees a modality as a whole, without noise."""
+        return (draws.times[:, self.config.model.token_slices[modality]] == 0).all(1)
 
     def _draw_times(self, generator: torch.Generator, *shape: int) -> Tensor:
         """Times in 1 … N, int64."""
@@ -217,6 +221,18 @@ class DenoisingLoss:
         generate = torch.where(kind < JOINT + WHOLE_MODALITY, torch.cat(whole, 1), torch.cat(scattered, 1))
         # A sample in which every token is known has no loss, so it generates all of them instead.
         return generate | (kind < JOINT) | ~generate.any(1, keepdim=True)
+
+    def _draw_waiting(self, generate: Tensor, generator: torch.Generator) -> Tensor:
+        """[B, L] bool: the tokens to generate of modalities that wait, as noise, until others have been generated.
+
+        As when sampling goes by an order: each waits in half of the samples, unless all that are generated would.
+        """
+        slices = self.config.model.token_slices.values()
+        generated = torch.stack([generate[:, tokens].any(1) for tokens in slices], 1)  # [B, M]
+        waits = torch.rand(generated.shape, generator=generator) < 0.5
+        waits &= (generated & ~waits).any(1, keepdim=True)
+        lengths = torch.tensor([m.tokens for m in self.config.model.modalities])
+        return generate & waits.repeat_interleave(lengths, dim=1)
 
     def _per_element(self, x: Tensor) -> Tensor:
         """[B, L] → [B, N]."""
