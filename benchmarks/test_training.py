@@ -39,7 +39,7 @@ def test_training_step(compete, tmp_path, device, dtype, full, model, mode):
 
         def losses(drawn, part):
             draws, noise = drawn
-            return loss(denoise, x0[part], noise, draws, part=part)
+            return loss(denoise, x0[part], noise[part], draws, part=part)
 
         return lambda: torch.tensor(list(stage.train_step(draw, losses).values()))
 

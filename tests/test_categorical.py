@@ -94,7 +94,7 @@ def test_the_loss_is_the_cross_entropy_of_the_generated_tokens():
     expected = torch.nn.functional.cross_entropy(logits[generated], words[generated])
     torch.testing.assert_close(found, 0.2 * expected)
     first, second = (
-        loss(lambda x, t, p=p: torch.cat([x[:, :12], logits[p].flatten(1)], 1), x0[p], noise, draws, None, p,
+        loss(lambda x, t, p=p: torch.cat([x[:, :12], logits[p].flatten(1)], 1), x0[p], noise[p], draws, None, p,
              {"text": words})["text"]
         for p in (slice(0, 40), slice(40, 64))
     )  # fmt: skip

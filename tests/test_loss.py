@@ -143,7 +143,7 @@ def test_the_losses_of_parts_add_up_to_those_of_the_batch(diffusion, weighted):
         inputs.append(x)
         return x * times[:, :1] / N
 
-    parts = [loss(denoise, x0[p], noise, draws, weights, p) for p in (slice(0, 1), slice(1, 23), slice(23, 40))]
+    parts = [loss(denoise, x0[p], noise[p], draws, weights, p) for p in (slice(0, 1), slice(1, 23), slice(23, 40))]
     whole = loss(denoise, x0, noise, draws, weights)
     assert torch.equal(torch.cat(inputs[:3]), inputs[3])
     for name, value in whole.items():

@@ -70,6 +70,17 @@ def test_a_run_writes_a_checkpoint_curves_and_sample_images(run):
     assert (run / "autoencoder" / "samples.png").exists()
 
 
+def test_damaged_images_are_counted_and_named_once_they_are_opened(tmp_path, run, capsys):
+    images = captioned_images(tmp_path)
+    for name in ("3.png", "7.png"):
+        (images / "images" / name).write_bytes(b"damaged")
+    options = ("--init", str(run / "checkpoint"), "--steps", "1")
+    assert train_main(images, tmp_path / "run", *options) == 0
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "usable images" in line)
+    assert first.startswith(f"{images}: 12 usable images")
+    assert second == f"{images}: 10 usable images; skipped 2 damaged (3.png first)"
+
+
 def test_a_run_records_what_repeats_it(images, run):
     rows = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     for row in rows:

@@ -22,9 +22,10 @@ from torch import nn
 from engine.errors import InputError
 from engine.files import save_tensors
 from engine.training import files
+from engine.training.curve import plot_curve, smoothed
 from engine.training.files import CURVE, SETTINGS, STATE
 from engine.training.recipes import StageConfig
-from engine.training.stage import Stage, plot_curve, run_lock, smoothed
+from engine.training.stage import Stage, noise_of, run_lock
 
 CONFIG = StageConfig(steps=8, batch=4, learning_rate=0.05, warmup=3, seed=5)
 LONG = replace(CONFIG, steps=150)
@@ -378,6 +379,52 @@ def test_every_step_draws_other_random_numbers(tmp_path):
 
     stage.run(noting, losses_of(stage.module), 100)
     assert len(set(drawn)) == len(drawn) == 3
+
+
+def test_what_a_thread_draws_and_reads_a_step_ahead_gives_the_same_run(tmp_path, uninterrupted):
+    events = []
+
+    def drawing(generator, indices):
+        events.append(("draw", threading.current_thread() is threading.main_thread()))
+        return draw(generator, indices)
+
+    def reading(batch, part):
+        return batch[0][part], batch[1][part], len(batch[1])
+
+    def run_in(folder, steps):
+        stage = Stage(folder, module(), replace(CONFIG, steps=steps), SAMPLES, torch.float32, ahead=True)
+
+        def losses(inputs, sums, count):
+            events.append(("losses", stage.step))
+            error = stage.module(inputs)[:, 0] - sums
+            return {"squared": error.square().sum() / count, "absolute": 0.1 * error.abs().sum() / count}
+
+        stage.run(drawing, losses, 2, read=reading)
+        return stage
+
+    run_in(tmp_path, 5)
+    assert [step for what, step in events if what == "losses"] == [0, 1, 2, 3, 4]
+    assert [main for what, main in events if what == "draw"] == [False] * 5  # none of a sixth step
+    stage = run_in(tmp_path, 8)
+    assert outcome(stage) == uninterrupted
+
+
+def test_an_error_of_the_thread_that_reads_ends_the_run(tmp_path):
+    def reading(batch, part):
+        raise OSError("the disk is gone")
+
+    stage = Stage(tmp_path, module(), CONFIG, SAMPLES, torch.float32, ahead=True)
+    with pytest.raises(OSError, match="the disk is gone"):
+        stage.run(draw, losses_of(stage.module), 2, read=reading)
+
+
+def test_the_noise_of_a_sample_depends_on_the_seed_and_its_place_alone():
+    whole = noise_of(7, slice(0, 64), 500)
+    assert torch.equal(noise_of(7, slice(40, 64), 500), whole[40:]) and whole.dtype == torch.float32
+    assert abs(whole.mean()) < 0.03 and abs(whole.std() - 1) < 0.03
+    others = torch.cat([whole, noise_of(8, slice(0, 64), 500)])
+    correlations = torch.corrcoef(others) - torch.eye(128)
+    assert correlations.abs().max() < 0.25  # of 500 values: 0.045 is one standard deviation
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():

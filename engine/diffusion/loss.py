@@ -87,10 +87,10 @@ class DenoisingLoss:
         """{modality: scalar loss} of the samples of `part`; the losses of a batch's parts add up to the batch's.
 
         x0             [b, N] float32, clean data of these samples
-        noise          [B, N] float32 of the whole batch, as are the next two
-        draws          what `draw` returned
+        noise          [b, N] float32, standard normal
+        draws          what `draw` returned, of the whole batch, as are the others
         token_weights  [B, L] float32, each token's weight in the mean; default 1
-        categories     of categorical modalities, those of the whole batch's tokens, [B, L] int64
+        categories     of categorical modalities, those of the tokens, [B, L] int64
         """
         model, device = self.config.model, x0.device
         counted = draws.generate.to(device).float()  # [B, L]
@@ -103,7 +103,7 @@ class DenoisingLoss:
         }
         token_times = draws.times[part].to(device)  # [b, L]
         times, dropped = self._per_element(token_times), self._per_element(draws.dropped[part].to(device))  # [b, N]
-        counted, noise = self._per_element(counted[part]), noise[part].to(device)  # [b, N]
+        counted, noise = self._per_element(counted[part]), noise.to(device)  # [b, N]
 
         alpha, sigma = self.alpha[times], self.sigma[times]  # [b, N]
         noisy = alpha * x0 + sigma * noise

@@ -15,9 +15,10 @@ from engine.data.sketch import sketch_levels
 from engine.errors import InputError, errors_named
 from engine.files import write_atomically
 from engine.images import fit_image, grid, to_image, to_levels
+from engine.training.curve import plot_curve
 from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
-from engine.training.stage import Stage, StageOptions, plot_curve
+from engine.training.stage import Stage, StageOptions, noise_of
 
 # Standard deviation of the noise that training adds to the latents, so that the decoder tolerates the small errors of a
 # denoiser.
@@ -64,14 +65,15 @@ def train_autoencoder(
         pixels = torch.stack(levels).float() / 127.5 - 1
         return pixels.to(options.device, memory_format=torch.channels_last)
 
-    def draw(generator: torch.Generator, indices: list[int]) -> tuple[Tensor, Tensor]:
-        random = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
-        pixels = pixels_of(indices, random)
-        return pixels, torch.randn(len(pixels), values, generator=generator)
+    def draw(generator: torch.Generator, indices: list[int]) -> tuple[Tensor, int]:
+        seeds = torch.randint(2**62, (2,), generator=generator).tolist()
+        return pixels_of(indices, np.random.default_rng(seeds[0])), seeds[1]
 
-    def losses(drawn: tuple[Tensor, Tensor], part: slice) -> dict[str, Tensor]:
-        pixels, noise = (x[part] for x in drawn)
-        share = len(pixels) / len(drawn[0])
+    def read(batch: tuple[Tensor, int], part: slice) -> tuple[Tensor, Tensor, float]:
+        pixels, seed = batch
+        return pixels[part], noise_of(seed, part, values), len(pixels[part]) / len(pixels)
+
+    def losses(pixels: Tensor, noise: Tensor, share: float) -> dict[str, Tensor]:
         return {name: share * loss for name, loss in autoencoder_losses(network, pixels, noise).items()}
 
     @torch.inference_mode()
@@ -82,7 +84,7 @@ def train_autoencoder(
         write_atomically(stage.folder / "samples.png", lambda p: sheet.save(p, "PNG"))
         plot_curve(stage.curve, stage.folder / "curve.png")
 
-    stage.run(draw, losses, options.save_every, preview)
+    stage.run(draw, losses, options.save_every, preview, read=read)
     with torch.inference_mode():
         pixels = pixels_of(range(0, len(plain), max(1, len(plain) // 512)))
         rms = stage.average.encode(pixels).latent.square().mean().sqrt().item()

@@ -21,12 +21,13 @@ from engine.request import Request
 from engine.runtime import Engine
 from engine.sampling.graphs import compile_blocks
 from engine.training.adapter import Lora, TrainedAdapter
+from engine.training.curve import plot_curve
 from engine.training.evaluations import Evaluations
 from engine.training.examples import Examples, shortened
 from engine.training.initial import start_from
 from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
-from engine.training.stage import Draw, Losses, Stage, StageOptions, plot_curve
+from engine.training.stage import Draw, Losses, Read, Stage, StageOptions, noise_of
 from engine.training.tracking import Report
 
 PROMPTS, JOINT_SAMPLES, SKETCHES = 24, 16, 8  # in the sample sheets
@@ -73,7 +74,7 @@ def train_denoiser(
     if options.compile:
         compile_blocks(network.blocks())
     loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
-    draw, losses = _draw_and_losses(network, loss, examples, options.device)
+    draw, read, losses = _draw_read_and_losses(network, loss, examples, options.device)
     prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
     if options.tracker is not None:
         batch = recipe.denoiser.batch
@@ -94,12 +95,12 @@ def train_denoiser(
     if stage.done or options.processes.from_main(missing):
         weights = stage.averaged()
         options.processes.on_main(lambda: export(stage.step, weights))
-    stage.run(draw, losses, options.save_every, export, report)
+    stage.run(draw, losses, options.save_every, export, report, read)
 
 
-def _draw_and_losses(
+def _draw_read_and_losses(
     network: PSUNet | UViT, loss: DenoisingLoss, examples: Examples, device: torch.device
-) -> tuple[Draw, Losses]:
+) -> tuple[Draw, Read, Losses]:
     """What `Stage` calls at every step."""
     config, image_name = loss.config, image_and_text(loss.config)[0]
     logits = {"logits": True} if config.model.categorical else {}  # U-ViTs have none
@@ -113,14 +114,17 @@ def _draw_and_losses(
         draws = loss.draw(len(indices), generator)
         known = None if image_name is None else loss.known(draws, image_name)
         choice = examples.choose(indices, generator, known)
-        noise = torch.randn(len(indices), config.model.size, generator=generator)  # [B, N]
-        return choice, noise, draws, examples.token_weights(choice), examples.categories(choice)
+        seed = torch.randint(2**62, (1,), generator=generator).item()
+        return choice, seed, draws, examples.token_weights(choice), examples.categories(choice)
 
-    def losses(batch: tuple, part: slice) -> dict[str, Tensor]:
-        choice, noise, draws, weights, categories = batch
-        return loss(denoise, examples.read(choice, part).to(device), noise, draws, weights, part, categories)
+    def read(batch: tuple, part: slice) -> tuple:
+        choice, seed, *others = batch
+        return examples.read(choice, part), noise_of(seed, part, config.model.size), *others, part
 
-    return draw, losses
+    def losses(x0: Tensor, noise: Tensor, draws, weights, categories, part: slice) -> dict[str, Tensor]:
+        return loss(denoise, x0.to(device), noise, draws, weights, part, categories)
+
+    return draw, read, losses
 
 
 def _prompts(cache: LatentCache, words: int) -> list[str]:

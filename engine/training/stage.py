@@ -1,9 +1,13 @@
 """`Stage`: trains one module, keeps an average of its weights, saves its state and resumes exactly.
 
-Independent of images and diffusion: a stage is a module, a `StageConfig`, and two functions: one draws all that is
-random in a batch, the other computes named losses of a part of the batch. Every process draws the whole batch of step s
-from a generator seeded by (seed, s) and computes its own part. So the losses depend neither on the number of processes
-and micro-batches, but for rounding, nor on when the run was killed.
+Independent of images and diffusion: a stage is a module, a `StageConfig`, and three functions:
+
+    draw    what the batch of step s consists of, from a generator seeded by (seed, s): small, in every process
+    read    the data of a part of it, with the noise of each sample from a generator of its own, `noise_of`
+    losses  named losses of these data
+
+So the losses depend neither on the number of processes and micro-batches, but for rounding, nor on when the run was
+killed. While a GPU computes a step, a thread draws and reads the next one.
 """
 
 import fcntl
@@ -11,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -23,18 +28,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.errors import InputError
-from engine.files import write_atomically
 from engine.processes import Processes
 from engine.training.files import StageFiles
 from engine.training.recipes import StageConfig
 from engine.training.tracking import Tracker
 
 MAY_CHANGE = {"steps", "learning_rate"}  # of a `StageConfig` when a stage is resumed
-SMOOTHING = 50  # steps over which plotted losses are averaged
 
 Batch = TypeVar("Batch")
 Draw = Callable[[torch.Generator, list[int]], Batch]  # (generator on the CPU, indices of samples) -> a batch
-Losses = Callable[[Batch, slice], dict[str, Tensor]]  # (a batch, a part of it) -> scalars that add up over its parts
+Read = Callable[[Batch, slice], tuple]  # (a batch, a part of it) -> the arguments of `Losses`
+Losses = Callable[..., dict[str, Tensor]]  # scalars, those of the parts of a batch add up to the batch's
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class StageOptions:
     grad_checkpointing: bool = False  # of the denoiser's blocks
     tracker: Tracker | None = None  # that the denoiser's training is reported to
     processes: Processes = field(default_factory=Processes)
+
+
+def whole_batch(batch: Batch, part: slice) -> tuple[Batch, slice]:
+    """A `Read` for losses that choose their part of a batch themselves."""
+    return batch, part
 
 
 class _Call(nn.Module):
@@ -74,6 +83,7 @@ class Stage:
     processes  that train it together; the first one writes
     blocks     modules in it that FSDP gathers and frees one at a time
     keep       how many saved states there are at most
+    ahead      draw and read in a thread, a step ahead; None: where a GPU computes. On a CPU the two would compete
     Raises InputError about `folder` if the state there is damaged or is that of another module or config. Another
     number of steps and another learning rate are allowed: they hold from the saved step on.
     """
@@ -88,6 +98,7 @@ class Stage:
         processes: Processes | None = None,
         keep: int = 1,
         blocks: Iterable[nn.Module] = (),
+        ahead: bool | None = None,
     ):
         self.processes, self.files = processes or Processes(), StageFiles(folder, keep)
         self.folder, self.module, self.config, self.samples = folder, module, config, samples
@@ -110,6 +121,8 @@ class Stage:
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self._restore_optimizer(tensors, metadata)
+        self._reader = ThreadPoolExecutor(1, "reader") if ahead or (ahead is None and device != "cpu") else None
+        self._next: tuple[int, Future] | None = None  # a step, and its data
 
     @property
     def done(self) -> bool:
@@ -122,6 +135,7 @@ class Stage:
         save_every: int,
         preview: Callable[[int, dict[str, Tensor]], None] | None = None,
         report: Callable[[int, dict[str, float], float], None] | None = None,
+        read: Read = whole_batch,
     ) -> None:
         """Trains to the last step. Every `save_every` steps and at the end, saves the state and calls `preview`.
 
@@ -135,7 +149,7 @@ class Stage:
         try:
             while not self.done:
                 started = time.perf_counter()
-                parts = self.train_step(draw, losses)
+                parts = self.train_step(draw, losses, read)
                 seconds = time.perf_counter() - started
                 self.curve.append({"step": self.step, **parts})
                 bar.set_postfix_str(f"{self.config.batch / seconds:.0f} samples/s, loss {sum(parts.values()):.4f}")
@@ -150,22 +164,22 @@ class Stage:
                         self.processes.on_main(partial(preview, self.step, self.averaged()))
         finally:
             bar.close()
+            if self._reader is not None:
+                self._reader.shutdown(cancel_futures=True)
             self.files.finish()
 
-    def train_step(self, draw: Draw, losses: Losses) -> dict[str, float]:
+    def train_step(self, draw: Draw, losses: Losses, read: Read = whole_batch) -> dict[str, float]:
         """One optimiser step; returns the named losses of the whole batch."""
         config, processes = self.config, self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(self.step)
         self.module.train()
-        batch = draw(torch.Generator().manual_seed(_seed(config.seed, self.step, 0)), self._batch_indices())
         sums = []
-        for micro in range(config.accumulate):
-            part = processes.part(config.batch, micro, config.accumulate)
+        for micro, data in enumerate(self._data(draw, read)):
             last = micro == config.accumulate - 1
             with nullcontext() if last else processes.without_averaging(self._call):
                 with self.autocast:
-                    parts = self._call(partial(losses, batch, part))
+                    parts = self._call(partial(losses, *data))
                 # The losses of all processes add up, while their gradients are averaged.
                 self.scaler.scale(sum(parts.values()) * processes.count).backward()
             sums.append(torch.stack(list(parts.values())).detach().double())
@@ -185,6 +199,23 @@ class Stage:
             self._update_average()
         self.step += 1
         return total
+
+    def _data(self, draw: Draw, read: Read) -> list[tuple]:
+        """The arguments of the losses of this process's part of each of the step's micro-batches."""
+        if self._reader is None:
+            return self._data_of(self.step, draw, read)
+        step, data = self._next or (-1, None)
+        if data is None or step != self.step:
+            data = self._reader.submit(self._data_of, self.step, draw, read)
+        found = data.result()
+        step = self.step + 1
+        self._next = (step, self._reader.submit(self._data_of, step, draw, read)) if step < self.config.steps else None
+        return found
+
+    def _data_of(self, step: int, draw: Draw, read: Read) -> list[tuple]:
+        config, part = self.config, self.processes.part
+        batch = draw(torch.Generator().manual_seed(_seed(config.seed, step, 0)), self._batch_indices(step))
+        return [read(batch, part(config.batch, i, config.accumulate)) for i in range(config.accumulate)]
 
     def save(self) -> None:
         """Gathers the state in the first process, which begins to write it once the write before has ended.
@@ -249,9 +280,9 @@ class Stage:
             )
         return config
 
-    def _batch_indices(self) -> list[int]:
-        """The samples of this step: the training set in epochs, each shuffled by its own seed."""
-        first = self.step * self.config.batch
+    def _batch_indices(self, step: int) -> list[int]:
+        """The samples of a step: the training set in epochs, each shuffled by its own seed."""
+        first = step * self.config.batch
         return [int(self._order(i // self.samples)[i % self.samples]) for i in range(first, first + self.config.batch)]
 
     def _order(self, epoch: int) -> Tensor:
@@ -283,29 +314,10 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def smoothed(values: list[float], window: int) -> Iterator[float]:
-    """Exponential moving average over about `window` values, without bias at the start."""
-    mean, weight = 0.0, 0.0
-    for value in values:
-        mean += (value - mean) / window
-        weight += (1 - weight) / window
-        yield mean / weight
-
-
-def plot_curve(curve: list[dict], path: Path) -> None:
-    """Plots the smoothed losses of a stage against its steps, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-    for name in curve[0]:
-        if name != "step":
-            axes.plot([r["step"] for r in curve], list(smoothed([r[name] for r in curve], SMOOTHING)), label=name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(path, lambda p: figure.savefig(p, format="png"))
+def noise_of(seed: int, samples: slice, size: int) -> Tensor:
+    """Standard normal noise [n, size] float32 of these samples of a batch, each from a generator of its own."""
+    generators = (torch.Generator().manual_seed(_seed(seed, i, 2)) for i in range(samples.start, samples.stop))
+    return torch.stack([torch.randn(size, generator=generator) for generator in generators])
 
 
 def _as_json(config: StageConfig) -> dict:

@@ -136,6 +136,7 @@ def _run_stages(
     config, recipe, run = options.config, options.recipe, options.out
     image_name, text_name = image_and_text(config)
     folder = None if image_name is None else _codec_folder(run, config, image_name)
+    skipped = 0 if isinstance(data, Texts) else len(data.skipped)
 
     def make_codecs() -> None:
         if options.init_has_codecs:
@@ -154,6 +155,8 @@ def _run_stages(
         cache = LatentCache([], [[text] for text in data.texts])
     else:
         cache = _latents(data, record, options, how)
+        if len(data.skipped) > skipped and how.processes.is_main:  # images are opened only now
+            print(f"{options.data}: {data.summary()}")
     config, cache = with_unit_sketches(config, cache)
     config = replace(config, model=with_categories(config.model, len(text.vectors)))
     train_denoiser(run, cache, text, config, recipe, how, init, lora, evaluations)
