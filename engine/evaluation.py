@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.codecs.words import tokenize
+from engine.codecs.words import caption_words, tokenize
 from engine.config import Config
 from engine.data.captioned import CaptionedImage
 from engine.data.disturb import DISTURBANCES
@@ -139,16 +139,14 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     (image, text), skipped = evaluated_modalities(engine.config), skipped_tasks(engine.config)
     size = engine.config.codecs[image].settings["size"]
     names = [item.captions[0] for item, _ in pairs]
-    prompts = [" ".join(tokenize(name)) for name in names]
+    prompts = [prompt_of(engine.config, name) for name in names]
     images = [from_levels(pixels) for _, pixels in pairs]
     flat = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
     values: dict[str, list[float]] = {}  # by score, one of each name
 
     if "text-to-image" not in skipped:
-        # "fill": a held-out name may have a word that the training set does not.
-        requests = ({"inputs": {text: prompt}, "unknown_words": "fill"} for prompt in prompts)
-        samples = _samples(engine, "text-to-image", requests, how)
-        nearest = gallery.nearest(torch.stack([pixels_of(s.outputs[image]) for s in samples]).flatten(1))
+        drawn = drawn_images(engine, prompts, how)
+        nearest = gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
         values["retrieval_base"] = [base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)]
         values["retrieval_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
     if "image-to-text" not in skipped:
@@ -169,6 +167,24 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     }
     means = vars(_means(values, range(len(names))))
     return Scores(**means, infill_rmse=infill_rmse, autoencoder_psnr=_psnr(engine, image, flat), classes=classes)
+
+
+def prompt_of(config: Config, caption: str) -> str:
+    """As many words of a caption as the model takes."""
+    return " ".join(caption_words(caption)[: config.model.modality(evaluated_modalities(config)[1]).tokens])
+
+
+def drawn_images(engine: Engine, prompts: list[str], how: Request) -> list[Image.Image]:
+    """An image of each prompt; words that the model does not know are filled in, as held-out captions may have some."""
+    image, text = evaluated_modalities(engine.config)
+    requests = ({"inputs": {text: prompt}, "unknown_words": "fill"} for prompt in prompts)
+    return [sample.outputs[image] for sample in _samples(engine, "text-to-image", requests, how)]
+
+
+def described_images(engine: Engine, label: str, images: list[Image.Image], how: Request) -> list[str]:
+    """A text of each image."""
+    image, text = evaluated_modalities(engine.config)
+    return [s.outputs[text] for s in _samples(engine, label, ({"inputs": {image: i}} for i in images), how)]
 
 
 def evaluate_disturbed(
@@ -252,9 +268,7 @@ def _described(
     engine: Engine, label: str, images: list[Image.Image], names: list[str], how: Request
 ) -> dict[str, list[float]]:
     """By score, one value of each image: how its generated text compares with its name."""
-    image, text = evaluated_modalities(engine.config)
-    samples = _samples(engine, label, ({"inputs": {image: i}} for i in images), how)
-    pairs = [(sample.outputs[text], name) for sample, name in zip(samples, names, strict=True)]
+    pairs = list(zip(described_images(engine, label, images, how), names, strict=True))
     return {
         "word_f1": [word_f1(text, name) for text, name in pairs],
         "caption_exact": [text == " ".join(tokenize(name)) for text, name in pairs],

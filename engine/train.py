@@ -43,6 +43,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="save the state and sample images every N steps (default: %(default)s)")  # fmt: skip
     add("--evaluate-every", type=int, metavar="STEPS",
         help="score RUN/checkpoint on the data's test split every N steps, a multiple of --save-every")  # fmt: skip
+    add("--evaluate-samples", type=int, metavar="N",
+        help="then also draw N captions and describe N images, and score these as engine.evaluate does")  # fmt: skip
     add("--keep", type=int, default=1, metavar="K", help="saved states that are kept (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the denoiser: takes a minute, then steps are faster")
     add("--grad-checkpointing", action="store_true", help="compute blocks again in the backward pass: less memory")

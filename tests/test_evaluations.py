@@ -18,6 +18,9 @@ from engine.training.options import TrainOptions
 SHORT = ["--preset", "tiny", "--steps", "4", "--autoencoder-steps", "1", "--save-every", "1", "--dtype", "float32"]
 
 
+EVALUATED = ["--evaluate-every", "2", "--evaluate-samples", "3"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def short_samples():
     with small_sample_sheets(1) as patch:
@@ -28,9 +31,12 @@ def short_samples():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Twelve images, of which four are held out."""
+    """Twelve images, of which four are held out, one with captions of more words than the model takes."""
     folder = captioned_images(tmp_path_factory.mktemp("images"))
     content = json.loads((folder / "captions.json").read_text())
+    for caption in content["annotations"]:
+        if caption["image_id"] == 9:
+            caption["caption"] = "red car at night " * 3
     for name, part in {"captions.json": content["images"][:8], "captions_test.json": content["images"][8:]}.items():
         ids = {image["id"] for image in part}
         captions = [caption for caption in content["annotations"] if caption["image_id"] in ids]
@@ -49,7 +55,7 @@ def rows_of(run):
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert train_main(images, folder, "--evaluate-every", "2") == 0
+    assert train_main(images, folder, *EVALUATED) == 0
     return folder
 
 
@@ -58,6 +64,10 @@ def test_scores_of_held_out_images_come_every_so_many_steps_and_change_no_loss(i
     for row in rows_of(run):
         assert row["test"]["count"] == 4 and row["joint"]["count"] == 2
         assert row["test"]["infill_rmse"] > 0 and 0 <= row["test"]["word_f1"] <= 1
+        scores = row["samples"]
+        assert {"FD(built-in autoencoder)", "BLEU-4", "CIDEr", "perplexity of 3-grams", "distinct-1"} <= set(scores)
+        for score in scores.values():
+            assert score["low"] <= score["value"] <= score["high"] and score["count"] in (3, 2, 1), scores
     assert train_main(images, tmp_path / "plain") == 0
     curves = [(folder / "denoiser" / CURVE).read_text() for folder in (run, tmp_path / "plain")]
     assert curves[0] == curves[1] and not (tmp_path / "plain" / "evaluation.jsonl").exists()
@@ -74,16 +84,16 @@ def test_a_step_is_evaluated_once_also_when_the_run_is_killed_meanwhile(images, 
 
     monkeypatch.setattr(evaluations, "evaluate", dying)
     with pytest.raises(Killed):
-        train_main(images, tmp_path / "run", "--evaluate-every", "2")
+        train_main(images, tmp_path / "run", *EVALUATED)
     for _ in range(2):  # to the end, and again, which finds it done
-        assert train_main(images, tmp_path / "run", "--evaluate-every", "2") == 0
+        assert train_main(images, tmp_path / "run", *EVALUATED) == 0
     assert len(steps) == 3 and rows_of(tmp_path / "run") == rows_of(run)
 
 
 def test_rows_of_lost_steps_are_dropped_and_numbers_are_reported(images, run, tmp_path):
     reported = []
     copy = shutil.copytree(run, tmp_path / "run")
-    options = TrainOptions(data=images, out=copy, preset="tiny", save_every=2, evaluate_every=2)
+    options = TrainOptions(data=images, out=copy, preset="tiny", save_every=2, evaluate_every=2, evaluate_samples=3)
     found = Evaluations(options, open_captioned(images))
     found.begin(3)
     assert [row["step"] for row in rows_of(copy)] == [2]
@@ -97,6 +107,7 @@ def test_rows_of_lost_steps_are_dropped_and_numbers_are_reported(images, run, tm
     assert rows_of(copy) == rows_of(run)
     ((step, values),) = reported
     assert step == 4 and values["evaluation/test word_f1"] == rows_of(run)[1]["test"]["word_f1"]
+    assert values["evaluation/samples CIDEr"] == rows_of(run)[1]["samples"]["CIDEr"]["value"]
     assert "evaluation/joint nearest_rmse" in values and all(isinstance(value, float) for value in values.values())
 
 

@@ -79,6 +79,7 @@ def test_a_model_of_text_alone_needs_no_autoencoder_and_takes_none():
         ("keep", 0, "from 1 to 1000000000"),
         ("evaluate_every", 0, "from 1 to 1000000000"),
         ("evaluate_every", 300, "use a multiple of 250"),
+        ("evaluate_samples", 100, "needs evaluate_every; give both"),
         ("lora", 0, "from 1 to 1024"),
         ("lora", 8, "give the checkpoint to adapt as init"),
         ("lora_alpha", 8.0, "give lora, the rank, too"),

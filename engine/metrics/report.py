@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,13 +89,13 @@ def measure(options: MeasureOptions, device: torch.device) -> dict:
     cache = cache_folder() if options.cache else None  # None without a home, too
     if len(samples.captions) > 1:
         for network in _networks(options, device):
-            scores |= image_scores(network, samples, data, bootstrap, cache and cache / "references")
+            scores |= image_scores(network, samples.images, data, bootstrap, cache and cache / "references")
     else:
         skipped["images"] = "fewer than two samples have a generated image"
     scores |= _clip(options, samples, bootstrap, device, skipped)
     if samples.texts:
         references = {item.image_id: item.captions for item in data.items}
-        scores |= text_scores(samples, references, bootstrap, skipped)
+        scores |= text_scores(samples.texts, samples.image_ids, references, bootstrap, skipped)
         if options.language_model:
             surprise = causal_surprise(options.language_model, samples.texts, device)
             scores["perplexity of the language model"] = _perplexity(surprise, bootstrap)
@@ -160,12 +160,19 @@ def _networks(options: MeasureOptions, device: torch.device) -> list[FeatureNetw
 
 
 def image_scores(
-    network: FeatureNetwork, samples: Samples, data: CaptionedImages, bootstrap: Bootstrap, cache: Path | None
+    network: FeatureNetwork,
+    images: Callable[[], Iterator[Image.Image]],
+    data: CaptionedImages,
+    bootstrap: Bootstrap,
+    cache: Path | None,
 ) -> dict[str, Score]:
-    """The Fréchet distance of the images to a data set's, and the mean distance of pairs of them."""
-    reference = reference_statistics(network, data, next(samples.images()).width, cache)
+    """The Fréchet distance of images to a data set's, and the mean distance of pairs of them.
+
+    images  gives them from the first one on at every call
+    """
+    reference = reference_statistics(network, data, next(images()).width, cache)
     root = reference.root()
-    features = torch.cat(list(features_of(network, map(to_levels, samples.images()))))  # [n, d]
+    features = torch.cat(list(features_of(network, map(to_levels, images()))))  # [n, d]
 
     def distance(indices: np.ndarray) -> float:
         return frechet_distance(reference, Statistics.of(features[torch.from_numpy(indices)]), root)
@@ -195,14 +202,19 @@ def _clip(
 
 
 def text_scores(
-    samples: Samples, references: dict[str, tuple[str, ...]], bootstrap: Bootstrap, skipped: dict[str, str]
+    texts: list[str],
+    image_ids: list[str],
+    references: dict[str, tuple[str, ...]],
+    bootstrap: Bootstrap,
+    skipped: dict[str, str],
 ) -> dict[str, Score]:
     """BLEU, ROUGE-L and CIDEr where references are known, perplexity under the references' n-grams, distinct n-grams.
 
+    image_ids   of the images that the texts describe
     references  captions by image id
     """
-    texts, scores = samples.texts, {}
-    described = [(t, references[i]) for t, i in zip(texts, samples.image_ids, strict=True) if i in references]
+    scores = {}
+    described = [(t, references[i]) for t, i in zip(texts, image_ids, strict=True) if i in references]
     if described:
         captions, wanted = zip(*described, strict=True)
         counts = bleu_counts(captions, wanted)

@@ -9,8 +9,23 @@ import torch
 from engine.data.captioned import CaptionedImages
 from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
-from engine.evaluation import Gallery, Pairs, evaluate, evaluate_joint, evaluated_modalities, spread
-from engine.files import is_folder, unreadable, write_atomically
+from engine.evaluation import (
+    Gallery,
+    Pairs,
+    described_images,
+    drawn_images,
+    evaluate,
+    evaluate_joint,
+    evaluated_modalities,
+    prompt_of,
+    skipped_tasks,
+    spread,
+)
+from engine.files import cache_folder, is_folder, unreadable, write_atomically
+from engine.images import from_levels
+from engine.metrics.features import feature_network
+from engine.metrics.report import image_scores, text_scores
+from engine.metrics.scores import Bootstrap, Score
 from engine.request import Request
 from engine.runtime import Engine
 from engine.training.options import TrainOptions
@@ -21,11 +36,13 @@ HOW = Request(steps=25, seed=0)
 
 
 class Evaluations:
-    """The rows of RUN/evaluation.jsonl: "step", "test" and "joint" as `engine.evaluate --json` prints them.
+    """The rows of RUN/evaluation.jsonl: "step", "test" and "joint" as `engine.evaluate --json` prints them, and
+    "samples", the "scores" of `engine.evaluate --samples --json`.
 
     Samples have seeds of their own, so training's random numbers stay as they are.
 
-    options  with `evaluate_every`, the steps between evaluations; there is one of the last step too
+    options  with `evaluate_every`, the steps between evaluations; there is one of the last step too. With
+             `evaluate_samples`, how many captions are drawn and images described for "samples"
     train    the images that are trained on
     Raises InputError about "data" if it has no readable held-out image.
     """
@@ -38,6 +55,7 @@ class Evaluations:
             raise InputError("data", data, "give a folder with test/ beside them", "are tar files without a test split")
         with errors_named("data"):
             held_out = open_captioned(data, "test")
+        self._held_out, self._count, self._size = held_out, options.evaluate_samples, size
         self._pairs = _read(held_out, COUNT, size)
         if not self._pairs:
             raise InputError("data", data, "leave out evaluate_every, or copy it again", "has no readable test image")
@@ -64,11 +82,28 @@ class Evaluations:
         with Engine.from_pretrained(checkpoint, device=str(device), dtype=dtype) as engine:
             scores = evaluate(engine, self._pairs, gallery, HOW)
             joint = evaluate_joint(engine, gallery, HOW, JOINT_SAMPLES)
+            samples = self._sampled(engine) if self._count else None
         row = {"step": step, "test": asdict(scores), "joint": asdict(joint) if joint else None}
+        row |= {"samples": samples} if samples else {}
         self._rows.append(row)
         self._write()
         if tracker is not None:
             tracker.log(step, _numbers(row))
+
+    def _sampled(self, engine: Engine) -> dict[str, dict]:
+        """Scores of images drawn from held-out captions, and of texts that describe held-out images, by name."""
+        pairs, skipped = _read(self._held_out, self._count, self._size), skipped_tasks(engine.config)
+        scores: dict[str, Score] = {}
+        if "text-to-image" not in skipped and len(pairs) > 1:
+            drawn = drawn_images(engine, [prompt_of(engine.config, item.captions[0]) for item, _ in pairs], HOW)
+            network, cache = feature_network(None, engine.device), cache_folder()
+            references = cache and cache / "references"
+            scores |= image_scores(network, lambda: iter(drawn), self._held_out, Bootstrap(), references)
+        if "image-to-text" not in skipped:
+            texts = described_images(engine, "image-to-text", [from_levels(pixels) for _, pixels in pairs], HOW)
+            captions = {item.image_id: item.captions for item in self._held_out.items}
+            scores |= text_scores(texts, [item.image_id for item, _ in pairs], captions, Bootstrap(), {})
+        return {name: asdict(score) for name, score in scores.items()}
 
     def _write(self) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in self._rows)
@@ -83,9 +118,10 @@ def _read(data: CaptionedImages, count: int, size: int) -> Pairs:
 def _numbers(row: dict) -> dict[str, float]:
     """Its single scores, by names such as "evaluation/test word_f1"."""
     parts = {name: row[name] or {} for name in ("test", "joint")}
-    return {
+    numbers = {
         f"evaluation/{name} {key}": value
         for name, scores in parts.items()
         for key, value in scores.items()
         if isinstance(value, float)
     }
+    return numbers | {f"evaluation/samples {name}": score["value"] for name, score in row.get("samples", {}).items()}

@@ -46,6 +46,7 @@ class TrainOptions:
     autoencoder_learning_rate: float | None = None
     save_every: int = 250  # steps between saves of the state, with sample images
     evaluate_every: int | None = None  # steps between scores on the data's test split, a multiple of save_every
+    evaluate_samples: int | None = None  # images drawn and described for further scores at each of these steps
     keep: int = 1  # saved states of a stage that are kept
     compile: bool = False  # torch.compile of the denoiser
     fsdp: bool = False  # processes share weights, gradients and optimiser state (FSDP2); each has all without it
@@ -78,6 +79,10 @@ class TrainOptions:
         if self.evaluate_every is not None and self.evaluate_every % self.save_every:
             remedy = f"use a multiple of {self.save_every}, or change save_every"
             raise InputError("evaluate_every", self.evaluate_every, remedy, "is not a multiple of save_every")
+        self._require_whole("evaluate_samples", 2, MAX_STEPS, optional=True)
+        if self.evaluate_samples is not None and self.evaluate_every is None:
+            problem = "needs evaluate_every"
+            raise InputError("evaluate_samples", self.evaluate_samples, "give both, or leave it out", problem)
         self._require_whole("seed", 0, MAX_SEED)
         for key in ("learning_rate", "autoencoder_learning_rate"):
             rate = getattr(self, key)
