@@ -30,6 +30,7 @@ class Modality:
     channels: int  # C
     depth: int  # N_modality: in-blocks of its own, and as many out-blocks
     categories: int = 0  # K vectors, such as those of words, one of which each token is; 0: tokens have any values
+    blocks_of: str = ""  # the modality whose in- and out-blocks this one passes through too, alike in kind; "": its own
 
     @property
     def head(self) -> int:
@@ -88,13 +89,12 @@ class ModelConfig:
             _require_within(f"{m.name}.channels", m.channels, 1, MAX_CHANNELS)
             _require_within(f"{m.name}.depth", m.depth, 0, MAX_BLOCKS)
             _require_within(f"{m.name}.categories", m.categories, 0, MAX_CATEGORIES)
+            lenders = [""] + [o.name for o in self.modalities if not o.blocks_of and o.depth == m.depth > 0]
+            remedy = "name a modality with as many blocks of its own"
+            _require(m.blocks_of in lenders, f"{m.name}.blocks_of", m.blocks_of, remedy)
         _require_within("shared_depth", self.shared_depth, 0, MAX_BLOCKS)
-        _require(
-            self.shared_depth == 0 or self.shared_depth % 2 == 1,
-            "shared_depth",
-            self.shared_depth,
-            "use 0 or an odd number (in-blocks, one middle block, out-blocks)",
-        )
+        odd, remedy = self.shared_depth % 2 == 1, "use 0 or an odd number (in-blocks, one middle block, out-blocks)"
+        _require(odd or self.shared_depth == 0, "shared_depth", self.shared_depth, remedy)
         _require_within("dim", self.dim, 1, MAX_CHANNELS)
         _require_within("head_dim", self.head_dim, 1, self.dim)
         _require(self.dim % self.head_dim == 0, "dim", self.dim, f"use a multiple of head_dim ({self.head_dim})")

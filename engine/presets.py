@@ -32,9 +32,9 @@ def with_categories(model: ModelConfig, categories: int) -> ModelConfig:
 
 
 def with_sketch(config: Config) -> Config:
-    """With drawings of the images, which share their codec and its files; they have no blocks of their own."""
+    """With drawings of the images, which share their codec, its files and their blocks."""
     image, codec = config.model.modality("image"), config.codecs["image"]
-    sketch = replace(image, name="sketch", depth=0)
+    sketch = replace(image, name="sketch", blocks_of="image")
     return replace(
         config,
         model=replace(config.model, modalities=(*config.model.modalities, sketch)),

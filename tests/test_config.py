@@ -105,6 +105,7 @@ def assert_one_sentence(error, *parts):
 
 
 MODEL = {"modalities": (Modality("image", 16, 4, 1),), "shared_depth": 1, "dim": 64}
+LENT = Modality("a", 1, 1, 1, blocks_of="b")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,10 @@ MODEL = {"modalities": (Modality("image", 16, 4, 1),), "shared_depth": 1, "dim":
         (ModelConfig, {**MODEL, "modalities": (Modality("a", 0, 1, 0),)}, "a.tokens", "0"),
         (ModelConfig, {**MODEL, "modalities": (Modality("a", 1, -3, 0),)}, "a.channels", "-3"),
         (ModelConfig, {**MODEL, "modalities": (Modality("a", 1, 1, -1),)}, "a.depth", "-1"),
+        (ModelConfig, {**MODEL, "modalities": (Modality("a", 1, 1, 1, blocks_of="a"),)}, "a.blocks_of", "'a'"),
+        (ModelConfig, {**MODEL, "modalities": (LENT, Modality("b", 1, 1, 2))}, "a.blocks_of", "'b'"),
+        (ModelConfig, {**MODEL, "modalities": (LENT, replace(LENT, name="b"))}, "a.blocks_of", "'b'"),
+        (ModelConfig, {**MODEL, "modalities": (LENT,)}, "a.blocks_of", "'b'"),
         (ModelConfig, {**MODEL, "shared_depth": 4}, "shared_depth", "4"),
         (ModelConfig, {**MODEL, "shared_depth": -1}, "shared_depth", "-1"),
         (ModelConfig, {**MODEL, "dim": 65}, "dim", "65"),

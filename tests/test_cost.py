@@ -16,6 +16,7 @@ POST = replace(UVIT.uvit, norm="post", patch=1, extra_tokens=2)
 NETWORKS = {
     "adaln": replace(TINY, shared_depth=5),
     "categorical": replace(TINY, modalities=(TINY.modalities[0], replace(TINY.modalities[1], categories=40))),
+    "blocks of another": PRESETS["tiny-sketch"].model,
     "time token": replace(TINY, time_conditioning="token"),
     "uvit": UVIT,
     "post-norm uvit": replace(UVIT, shared_depth=5, uvit=POST),
@@ -61,9 +62,15 @@ def test_bytes_of_weights_are_those_of_the_parameters_that_run(config):
     assert forward_bytes(config, 0, 2) == 2 * sum(sizes.values())
     if config.uvit is None:
         entry = (f"branches.text.{part}" for part in ("embed", "position", "in_blocks"))
-        idle = (*entry, "branches.image.out_blocks", "branches.image.head", "branches.image.norm")
+        idle = (
+            *entry,
+            "branches.image.out_blocks",
+            "branches.image.head",
+            "branches.image.norm",
+            "branches.sketch.head",
+        )
         if config.time_conditioning == "adaln":
-            idle = (*idle, "branches.image.modulation")
+            idle = (*idle, "branches.image.modulation", "branches.sketch.modulation")
         run = sum(size for name, size in sizes.items() if not name.startswith(idle))
         assert forward_bytes(config, 0, 1, ("text",), ("text",)) == run
 

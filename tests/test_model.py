@@ -1,5 +1,8 @@
 """PS-U-Net: which tokens depend on which, where skips go, what times do, what need not run."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,6 +64,36 @@ def test_any_modalities_and_depths_predict_every_element_and_train_every_paramet
     prediction.square().sum().backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
+
+
+def lending(time="adaln"):
+    """Image and sound pass through the same blocks."""
+    c = config((2, 1, 2), time=time)
+    image, text, sound = c.modalities
+    return replace(c, modalities=(replace(sound, blocks_of="image"), image, text))
+
+
+@pytest.mark.parametrize("time", ["adaln", "token"])
+def test_modalities_with_the_same_blocks_predict_as_with_copies_of_them(time):
+    c = lending(time)
+    model, inputs = model_of(c), inputs_of(c)
+    own = PSUNet(replace(c, modalities=tuple(replace(m, blocks_of="") for m in c.modalities)))
+    weights = model.state_dict()
+    lent = {
+        n.replace("image", "sound", 1): w
+        for n, w in weights.items()
+        if n.startswith("branches.image.") and "_blocks." in n
+    }
+    assert not weights.keys() & lent.keys()  # stored once
+    own.load_state_dict(weights | lent)
+    torch.testing.assert_close(predict(model, inputs), predict(own, inputs))
+
+    copied = deepcopy(model)  # with blocks of its own, which its branches have in common too
+    with torch.no_grad():
+        for p in copied.branches["image"].in_blocks.parameters():
+            p.zero_()
+    assert not torch.equal(part(c, predict(copied, inputs), "sound"), part(c, predict(model, inputs), "sound"))
+    torch.testing.assert_close(predict(model, inputs), predict(own, inputs))
 
 
 def test_depth_is_counted_per_side_and_in_all():

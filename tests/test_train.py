@@ -467,7 +467,10 @@ def test_a_third_modality_is_added_to_a_checkpoint_and_taken_away(images, run, t
     source, new, back = run / "checkpoint", tmp_path / "new", tmp_path / "back"
     options = ["--preset", "tiny-sketch", "--learning-rate", "1e-9", "--steps", "2", "--init"]
     assert train_main(images, new, *options, str(source)) == 0
-    assert "init: not copied: branch sketch: the checkpoint has none\n" in capsys.readouterr().out
+    assert (
+        "init: not copied: branch sketch: the checkpoint has none; it starts as a copy of image's\n"
+        in capsys.readouterr().out
+    )
     loaded = checkpoint.load(new / "checkpoint")
     codecs, preset = loaded.config.codecs, PRESETS["tiny-sketch"]
     scale = codecs["sketch"].settings["scale"]
@@ -482,6 +485,9 @@ def test_a_third_modality_is_added_to_a_checkpoint_and_taken_away(images, run, t
     assert len(after) > len(before)
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=0)
+    for part in ("embed.weight", "position", "head.weight"):
+        theirs = after[f"branches.image.{part}"]
+        torch.testing.assert_close(after[f"branches.sketch.{part}"], theirs, atol=1e-5, rtol=0)
 
     options[1] = "tiny"
     assert train_main(images, back, *options, str(new / "checkpoint")) == 0

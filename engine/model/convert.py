@@ -281,7 +281,8 @@ def _matched_blocks(model: PSUNet, source: UViT) -> Iterator[tuple[str, Block, B
     stacks = []  # (names of in- and out-blocks, the blocks, how many of the U-ViT's to pass over)
     for name, branch in model.branches.items():
         prefix = f"branches.{name}"
-        stacks.append((f"{prefix}.in_blocks", f"{prefix}.out_blocks", branch.in_blocks, branch.out_blocks, 0))
+        if not model.config.modality(name).blocks_of:
+            stacks.append((f"{prefix}.in_blocks", f"{prefix}.out_blocks", *branch.stacks(), 0))
     longest = max(m.depth for m in model.config.modalities)
     stacks.append(("shared_in", "shared_out", model.shared_in, model.shared_out, longest))
 

@@ -31,9 +31,12 @@ from engine.model.blocks import (
 
 
 class Branch(nn.Module):
-    """One modality's own part: embedding and in-blocks before the shared stack, out-blocks and head after it."""
+    """One modality's own part: embedding and in-blocks before the shared stack, out-blocks and head after it.
 
-    def __init__(self, config: ModelConfig, modality: Modality):
+    lender  the branch of the modality that it has the blocks of; None: it has its own
+    """
+
+    def __init__(self, config: ModelConfig, modality: Modality, lender: "Branch | None" = None):
         super().__init__()
         dim, self.token_time = config.dim, config.time_conditioning == "token"
         self.shape = modality.tokens, modality.channels
@@ -43,8 +46,10 @@ class Branch(nn.Module):
         self.tokens = config.token_slices[modality.name].start, modality.tokens
         self.embed = nn.Linear(modality.channels, dim)
         self.position = nn.Parameter(torch.zeros(modality.tokens + self.token_time, dim))
-        self.in_blocks = nn.ModuleList(Block.from_config(config, skip=False) for _ in range(modality.depth))
-        self.out_blocks = nn.ModuleList(Block.from_config(config, skip=True) for _ in range(modality.depth))
+        self._lender = (lender,) if lender is not None else ()  # in a tuple: its modules are not this one's
+        if lender is None:
+            self.in_blocks = nn.ModuleList(Block.from_config(config, skip=False) for _ in range(modality.depth))
+            self.out_blocks = nn.ModuleList(Block.from_config(config, skip=True) for _ in range(modality.depth))
         if self.token_time:
             self.norm = nn.LayerNorm(dim)
         else:
@@ -53,6 +58,11 @@ class Branch(nn.Module):
         # Of a categorical modality the vectors that its tokens may be, set before training.
         values = torch.zeros(modality.categories, modality.channels) if modality.categories else None
         self.register_buffer("values", values)
+
+    def stacks(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """In-blocks and out-blocks, its own or the lender's."""
+        of = self._lender[0] if self._lender else self
+        return of.in_blocks, of.out_blocks
 
     def enter(
         self, inputs: Tensor, table: Tensor, index: Tensor, features: Tensor | None = None
@@ -71,7 +81,7 @@ class Branch(nn.Module):
             x = torch.cat([table[index[:, :1].long()].to(x.dtype), x], dim=1)  # [R, 1+L, D]
         x = x + self.position  # [R, L, D]
         skips = []
-        for block in self.in_blocks:
+        for block in self.stacks()[0]:
             x = block(x, None, table, index)  # [R, L, D]
             skips.append(x)
         return x, skips
@@ -93,7 +103,7 @@ class Branch(nn.Module):
         logits       gives the logits [R, L·K] of categories instead
         """
         index = index.narrow(1, *self.tokens)  # [R, L]
-        for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
+        for block, skip in zip(self.stacks()[1], reversed(skips), strict=True):
             x = block(x, skip, table, index)  # [R, L, D]
         if self.token_time:
             x = self.norm(x)[:, 1:]  # [R, L, D]
@@ -114,7 +124,9 @@ class PSUNet(nn.Module):
         self.config = config
         half, middle = config.shared_depth // 2, config.shared_depth % 2
         self.time = TimeTable(config)
-        self.branches = nn.ModuleDict({m.name: Branch(config, m) for m in config.modalities})
+        own = {m.name: Branch(config, m) for m in config.modalities if not m.blocks_of}
+        all_of_them = {m.name: own.get(m.name) or Branch(config, m, own[m.blocks_of]) for m in config.modalities}
+        self.branches = nn.ModuleDict(all_of_them)
         self.shared_in = nn.ModuleList(Block.from_config(config, skip=False) for _ in range(half))
         self.shared_middle = nn.ModuleList(Block.from_config(config, skip=False) for _ in range(middle))
         self.shared_out = nn.ModuleList(Block.from_config(config, skip=True) for _ in range(half))

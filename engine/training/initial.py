@@ -3,6 +3,8 @@
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import torch
+
 from engine import checkpoint
 from engine.config import Config, ModelConfig
 from engine.errors import InputError, errors_named
@@ -41,12 +43,33 @@ def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:
         # Vectors of categories are the codec's; a head for another vocabulary does not fit.
         fits = [n for n in own if n in weights and weights[n].shape == own[n].shape and not n.endswith(".values")]
         network.load_state_dict(own | {name: weights[name] for name in fits})
+        _start_as_their_lenders(network, [name for name in own if name not in weights])
         theirs, ours = ([m.name for m in of.config.modalities] for of in (init, network))
-        lacking = [f"branch {name}: the checkpoint has none" for name in ours if name not in theirs]
+        new = (name for name in ours if name not in theirs)
+        lacking = [f"branch {name}: the checkpoint has none{_start_of(network, name)}" for name in new]
         lacking += [f"branch {name} of the checkpoint: the model has none" for name in theirs if name not in ours]
         heads = (name for name in own if name in weights and weights[name].shape != own[name].shape)
         return lacking + [f"{name}: the checkpoint has other words" for name in heads if name.endswith("head.weight")]
     return not_copied(network, init, initialise_from(network, init))
+
+
+def _start_of(network: PSUNet | UViT, name: str) -> str:
+    lender = network.config.modality(name).blocks_of
+    return f"; it starts as a copy of {lender}'s" if lender else ""
+
+
+@torch.no_grad()
+def _start_as_their_lenders(network: PSUNet | UViT, missing: list[str]) -> None:
+    """Branches that have another one's blocks begin with a copy of the rest of it too, where shapes are alike.
+
+    missing  names of the weights that the checkpoint has not
+    """
+    own = network.state_dict()
+    for m in network.config.modalities:
+        for name in missing if m.blocks_of else ():
+            lent = own.get(name.replace(f"branches.{m.name}.", f"branches.{m.blocks_of}.", 1))
+            if name.startswith(f"branches.{m.name}.") and lent is not None and lent.shape == own[name].shape:
+                own[name].copy_(lent)
 
 
 def _network_of_file(source: Path, config: Config) -> UViT:
