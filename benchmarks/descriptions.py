@@ -45,8 +45,8 @@ DESCRIPTIONS = {
     ),
     "modalities": Description(
         "Two modalities and three",
-        "The third is a line drawing of the image, which enters the shared blocks without blocks of its own "
-        "(`emoji-sketch`), and which the errors and scores of the other two do not see: while they are measured it is "
+        "The third is a line drawing of the image (`emoji-sketch`), which then had no blocks before and after the "
+        "shared ones, and which the errors and scores of the other two do not see: while they are measured it is "
         "pure noise, or generated after them. Every choice of known modalities is equally frequent in training, so "
         "with three a smaller part of the samples trains each of the old tasks. Sketch to image is retrieval@1 of "
         "images made from drawings alone; image to sketch is the F1 of the edges of drawings made from images. "

@@ -131,7 +131,8 @@ def push_to_hub(
         scores = read_json(Path(evaluation), "evaluation", remedy, remedy)
     else:
         scores = evaluation
-    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    inside = (*folder.glob("*"), *folder.glob("*/*"))  # not rglob, which passes over links to folders
+    paths = [path.relative_to(folder).as_posix() for path in inside if path.is_file()]
     wanted = patterns(config)
     files = {name: folder / name for name in sorted(paths) if any(fnmatchcase(name, pattern) for pattern in wanted)}
     readme: Path | bytes = folder / "README.md"

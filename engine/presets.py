@@ -13,6 +13,12 @@ from engine.config import (
     UViTConfig,
 )
 
+# Tasks with sketches, by the one whose defaults they have; of two, the guidance is that of the latter.
+SKETCH_TASKS = {
+    "image-to-text": ("image-to-text+sketch", "image+sketch-to-text", "sketch-to-image+text"),
+    "text-to-image": ("text-to-image+sketch", "text+sketch-to-image", "sketch-to-image+text"),
+}
+
 
 def _codecs(size: int, patch: int) -> dict[str, CodecConfig]:
     """An autoencoder for images of `size` pixels a side, word vectors for text."""
@@ -35,11 +41,16 @@ def with_sketch(config: Config) -> Config:
     """With drawings of the images, which share their codec, its files and their blocks."""
     image, codec = config.model.modality("image"), config.codecs["image"]
     sketch = replace(image, name="sketch", blocks_of="image")
+    sampling = config.sampling
+    guidance, temperature = (
+        values | {task: values[of] for of, tasks in SKETCH_TASKS.items() if of in values for task in tasks}
+        for values in (sampling.guidance, sampling.temperature)
+    )
     return replace(
         config,
         model=replace(config.model, modalities=(*config.model.modalities, sketch)),
         codecs={**config.codecs, "sketch": replace(codec, folder="image")},
-        sampling=replace(config.sampling, order=(*config.sampling.order, "sketch")),
+        sampling=replace(sampling, guidance=guidance, temperature=temperature, order=(*sampling.order, "sketch")),
     )
 
 
@@ -83,7 +94,7 @@ PRESETS: dict[str, Config] = {
         _codecs(64, 2),
         replace(
             TEXT_FIRST,
-            guidance=GUIDANCE | {"text-to-image": 2.0},
+            guidance=GUIDANCE | {"text-to-image": 2.0, "infill": 1.5},
             temperature={"joint": 0.7, "image-to-text": 0.25, "infill": 0.25},
         ),
     ),

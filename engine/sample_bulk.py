@@ -123,7 +123,8 @@ def _device(name: str) -> str:
 def _digest(folder: Path) -> str:
     """Of the contents of the files of a checkpoint or an adapter."""
     found = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+    files = (*folder.glob("*"), *folder.glob("*/*"))  # not rglob, which passes over links to folders
+    for file in sorted(path for path in files if path.suffix in (".json", ".safetensors")):
         found.update(hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()
 
