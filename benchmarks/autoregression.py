@@ -25,6 +25,7 @@ from benchmarks.options import ExperimentOptions
 from benchmarks.workloads import parameters
 from engine import Engine, Request, checkpoint
 from engine.codecs.text import TextCodec
+from engine.codecs.words import shortened
 from engine.config import Config, ModelConfig
 from engine.data.latents import LatentCache
 from engine.data.texts import Texts
@@ -36,7 +37,6 @@ from engine.metrics.n_gram import KneserNey
 from engine.model.cost import forward_flops
 from engine.presets import PRESETS
 from engine.training.denoiser import train_denoiser
-from engine.training.examples import shortened
 from engine.training.recipes import RECIPES, StageConfig
 from engine.training.stage import Stage, StageOptions
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.metrics import diversity
 from engine import Engine, Request
 from engine.checkpoint import Checkpoint
-from engine.codecs.words import tokenize
+from engine.codecs.words import shortened, tokenize
 from engine.config import Config
 from engine.data.captioned import CaptionedImage
 from engine.data.emoji import base_name
@@ -25,7 +25,6 @@ from engine.images import to_image
 from engine.metrics.frechet import Statistics, frechet_distance
 from engine.model.denoiser import Denoiser
 from engine.request import Sample
-from engine.training.examples import shortened
 
 Pairs = list[tuple[CaptionedImage, Tensor]]  # images uint8 [3, S, S]
 SAMPLES = 2  # of each name, for the diversity

@@ -21,6 +21,7 @@ from engine.codecs.autoencoder import SavedAutoencoder
 from engine.codecs.codec import load_codec
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
+from engine.codecs.words import shortened
 from engine.config import CodecConfig, Config
 from engine.data.captioned import CaptionedImages
 from engine.data.latents import cache_latents
@@ -35,7 +36,6 @@ from engine.metrics.frechet import Statistics, frechet_distance
 from engine.model.cost import forward_flops
 from engine.presets import PRESETS
 from engine.training.denoiser import train_denoiser
-from engine.training.examples import shortened
 from engine.training.options import sketch_of
 from engine.training.recipes import RECIPES
 from engine.training.stage import StageOptions

@@ -1,7 +1,7 @@
 """Checkpoint folders: `config.json`, `model.safetensors` (averaged weights), and a folder for each codec.
 
 Weights of 8 bits are for storage alone: a matrix W [out, in] is stored as whole numbers of -127…127, and beside it
-`NAME.scale` [out] float32; W = scale · numbers, row by row. Vectors and small matrices stay float16.
+`NAME.scale` [out] float32; W = scale · numbers, row by row. Smaller matrices and other tensors stay float16.
 
 A folder that `engine.pipeline` has saved holds the weights in `transformer/` instead, as diffusers does, perhaps in
 parts. Only JSON and safetensors are read: nothing is unpickled.
@@ -23,6 +23,7 @@ from engine.config import Config, ModelConfig
 from engine.errors import InputError, shown
 from engine.files import (
     all_finite,
+    files_within,
     is_file,
     is_folder,
     load_tensors,
@@ -42,7 +43,8 @@ BUILT_IN = MODELS["emoji"]
 PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # in transformer/, under names that start with PIPELINE_PREFIX
 PIPELINE_PREFIX = "network."
 SCALE = ".scale"  # behind the name of a matrix of 8 bits
-LEAST = 64  # rows and columns of matrices that are stored with 8 bits
+MIN_QUANTIZED = 64  # rows, and columns, of matrices that are stored with 8 bits
+VALUES = ".values"  # vectors of categories, which are those of the codec
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,14 +127,14 @@ def push_to_hub(
     Returns the address of the commit. Raises InputError: about "checkpoint" if the folder cannot be loaded, about
     "evaluation", or about "repo_id" if the hub refuses.
     """
-    config, folder = load(folder).config, Path(folder)
+    loaded = load(folder)
+    config, folder = loaded.config, loaded.folder
     remedy = "give what engine.evaluate --json prints"
     if isinstance(evaluation, str | os.PathLike):
         scores = read_json(Path(evaluation), "evaluation", remedy, remedy)
     else:
         scores = evaluation
-    inside = (*folder.glob("*"), *folder.glob("*/*"))  # not rglob, which passes over links to folders
-    paths = [path.relative_to(folder).as_posix() for path in inside if path.is_file()]
+    paths = [path.relative_to(folder).as_posix() for path in files_within(folder)]
     wanted = patterns(config)
     files = {name: folder / name for name in sorted(paths) if any(fnmatchcase(name, pattern) for pattern in wanted)}
     readme: Path | bytes = folder / "README.md"
@@ -181,7 +183,7 @@ def _quantized(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Large matrices as int8, with a scale for each row; all else as float16."""
     stored: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if weight.ndim == 2 and min(weight.shape) >= LEAST:
+        if weight.ndim == 2 and min(weight.shape) >= MIN_QUANTIZED and not name.endswith(VALUES):
             scale = weight.float().abs().amax(1) / 127  # [out]
             divisor = scale.masked_fill(scale == 0, 1)[:, None]
             stored[name], stored[name + SCALE] = (weight.float() / divisor).round().to(torch.int8), scale
@@ -195,9 +197,10 @@ def _dequantized(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = dict(stored)
     for name, matrix in stored.items():
         scale = stored.get(name + SCALE)
-        if matrix.dtype == torch.int8 and scale is not None and scale.shape == matrix.shape[:-1]:
-            weights[name] = (matrix.float() * scale.float()[..., None]).half()
-            del weights[name + SCALE]
+        if matrix.dtype != torch.int8 or matrix.ndim != 2 or scale is None:
+            continue
+        if scale.dtype == torch.float32 and scale.shape == matrix.shape[:1]:
+            weights[name] = (matrix.float() * weights.pop(name + SCALE)[:, None]).half()
     return weights
 
 

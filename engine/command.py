@@ -158,7 +158,7 @@ def path(text: str) -> Path:
 
 def add_model(add: Callable) -> None:
     """Adds --checkpoint, --device and --dtype; `add` is `add_argument` of a parser or of a group."""
-    text = "a folder that engine.train has written, or owner/name[@revision] on the hub (default: the built-in model)"
+    text = "a folder that engine.train has written, owner/name[@revision] on the hub, emoji (default) or emoji-sketch"
     add("--checkpoint", type=path, metavar="DIR", help=text)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto, as measured)")

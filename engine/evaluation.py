@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.codecs.words import caption_words, tokenize
+from engine.codecs.words import shortened, tokenize
 from engine.config import Config
 from engine.data.captioned import CaptionedImage
 from engine.data.disturb import DISTURBANCES
@@ -139,7 +139,8 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     (image, text), skipped = evaluated_modalities(engine.config), skipped_tasks(engine.config)
     size = engine.config.codecs[image].settings["size"]
     names = [item.captions[0] for item, _ in pairs]
-    prompts = [prompt_of(engine.config, name) for name in names]
+    words = engine.config.model.modality(text).tokens
+    prompts = [shortened(name, words) for name in names]
     images = [from_levels(pixels) for _, pixels in pairs]
     flat = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
     values: dict[str, list[float]] = {}  # by score, one of each name
@@ -167,11 +168,6 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     }
     means = vars(_means(values, range(len(names))))
     return Scores(**means, infill_rmse=infill_rmse, autoencoder_psnr=_psnr(engine, image, flat), classes=classes)
-
-
-def prompt_of(config: Config, caption: str) -> str:
-    """As many words of a caption as the model takes."""
-    return " ".join(caption_words(caption)[: config.model.modality(evaluated_modalities(config)[1]).tokens])
 
 
 def drawn_images(engine: Engine, prompts: list[str], how: Request) -> list[Image.Image]:

@@ -69,6 +69,11 @@ def load_tensors(path: str | PathLike) -> tuple[dict[str, "Tensor"], dict[str, s
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
+def files_within(folder: Path) -> list[Path]:
+    """The files of a checkpoint or an adapter and of its folders, also of links to folders, which rglob passes over."""
+    return sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file())
+
+
 def all_finite(weights: dict[str, "Tensor"]) -> bool:
     """Whether these are floats that can be computed with (8 bits are for storage only), without infinities and NaN."""
     return all(w.is_floating_point() and w.element_size() > 1 and w.isfinite().all() for w in weights.values())

@@ -16,12 +16,15 @@ from engine.config import Config
 from engine.errors import InputError, cut
 from engine.files import is_folder, read_json
 
-MODELS = {folder.name: folder for folder in (Path(__file__).parent / "assets").iterdir()}  # that come with the engine
+MODELS = {name: Path(__file__).parent / "assets" / name for name in ("emoji", "emoji-sketch")}  # come with the engine
 NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 PIPELINE_FOLDERS = ("transformer", "scheduler")  # beside those of the codecs, see `engine.pipeline`
 ENDINGS = ("json", "safetensors", "txt")
 VARIANTS = "*/diffusion_pytorch_model.*.safetensors"  # further versions of the same weights, such as fp16
-REMEDY = "give a folder that engine.train has written, or the owner/name of a model on the Hugging Face hub"
+REMEDY = (
+    "give a folder that engine.train has written, the owner/name of a model on the Hugging Face hub, or "
+    f"{' or '.join(MODELS)}"
+)
 
 
 def local_folder(
@@ -63,6 +66,11 @@ def local_folder(
             **options,
         )
     return Path(folder)
+
+
+def name_of(folder: Path) -> str:
+    """What a run records of a checkpoint's folder: the name of a model that comes with the engine, else the path."""
+    return next((name for name, path in MODELS.items() if path == folder), str(folder))
 
 
 def patterns(config: Config) -> list[str]:

@@ -167,6 +167,7 @@ def _check_names(request: Request, config: Config) -> None:
     remedy = f"use one of {', '.join(names)}"
     for name in (*request.given, *request.given_masks):
         if name not in names:
+            remedy = f"{remedy}, or the checkpoint emoji-sketch" if name == "sketch" else remedy
             raise InputError(argument_of(request, name), name, remedy, "is not a modality of the model")
     unknown = [name for name in request.order or () if name not in names] if request.order != "together" else []
     if unknown:

@@ -13,11 +13,12 @@ from engine.config import (
     UViTConfig,
 )
 
-# Tasks with sketches, by the one whose defaults they have; of two, the guidance is that of the latter.
+# Tasks with sketches, by the task whose guidance and temperature they have; and scales of their own.
 SKETCH_TASKS = {
     "image-to-text": ("image-to-text+sketch", "image+sketch-to-text", "sketch-to-image+text"),
-    "text-to-image": ("text-to-image+sketch", "text+sketch-to-image", "sketch-to-image+text"),
+    "text-to-image": ("text-to-image+sketch", "text+sketch-to-image"),
 }
+SKETCH_GUIDANCE = dict.fromkeys(("sketch-to-image+text", "image-to-text+sketch", "image+text-to-sketch"), 5.0)
 
 
 def _codecs(size: int, patch: int) -> dict[str, CodecConfig]:
@@ -50,7 +51,9 @@ def with_sketch(config: Config) -> Config:
         config,
         model=replace(config.model, modalities=(*config.model.modalities, sketch)),
         codecs={**config.codecs, "sketch": replace(codec, folder="image")},
-        sampling=replace(sampling, guidance=guidance, temperature=temperature, order=(*sampling.order, "sketch")),
+        sampling=replace(
+            sampling, guidance=guidance | SKETCH_GUIDANCE, temperature=temperature, order=(*sampling.order, "sketch")
+        ),
     )
 
 

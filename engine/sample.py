@@ -12,6 +12,8 @@ from pathlib import Path
 
 from engine.command import Parser, add_model, add_quantize, check_writable, path, refuse, run
 from engine.errors import InputError, shown
+from engine.files import files_within
+from engine.hub import MODELS
 from engine.request import (
     ADAPTER,
     ATTENTIONS,
@@ -46,7 +48,8 @@ def _add_request(add) -> None:
     add("--prompt", action="append", metavar="TEXT", help="words, _ for each one to be filled in; may be repeated")
     add("--image", type=path, metavar="FILE", help="an image to describe, or to infill with --mask or _ in --prompt")
     add("--mask", type=path, metavar="FILE", help="white where the image is to be regenerated")
-    add("--sketch", type=path, metavar="FILE", help="a line drawing, of a model that has sketches")
+    text = "a line drawing (default --checkpoint with it: emoji-sketch)"
+    add("--sketch", type=path, metavar="FILE", help=text)
     add("--sketch-mask", type=path, metavar="FILE", help="white where the sketch is to be regenerated")
     text = "a value of any modality, an image's file or a text; may be repeated"
     add("--input", action="append", type=_named, default=[], metavar="NAME=VALUE", help=text)
@@ -130,6 +133,8 @@ def _order(text: str) -> str | tuple[str, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if options.checkpoint is None and (options.sketch is not None or "sketch" in dict(options.input)):
+        options.checkpoint = MODELS["emoji-sketch"]
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr
     try:
@@ -176,7 +181,7 @@ def _inputs(options: argparse.Namespace) -> list[tuple[str, Path]]:
     options_of_files = ("image", "mask", "sketch", "sketch_mask")
     given = [(option, getattr(options, option)) for option in options_of_files if getattr(options, option)]
     folders = [(key, getattr(options, key)) for key in ("checkpoint", "adapter") if getattr(options, key)]
-    return [*given, *named, *((key, file) for key, folder in folders for file in folder.rglob("*"))]
+    return [*given, *named, *((key, file) for key, folder in folders for file in files_within(folder))]
 
 
 def _about_options(error: InputError) -> InputError:

@@ -25,6 +25,7 @@ from engine.data.prompts import read_prompts
 from engine.data.sample_files import FileWriter, SampleFiles, ShardWriter
 from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
+from engine.files import files_within
 from engine.images import images_up_to_the_limit, open_image
 from engine.request import ADAPTER, MAX_SEED, NotFiniteSamplesError, Request, Result
 from engine.runtime import Engine
@@ -123,8 +124,7 @@ def _device(name: str) -> str:
 def _digest(folder: Path) -> str:
     """Of the contents of the files of a checkpoint or an adapter."""
     found = hashlib.sha256()
-    files = (*folder.glob("*"), *folder.glob("*/*"))  # not rglob, which passes over links to folders
-    for file in sorted(path for path in files if path.suffix in (".json", ".safetensors")):
+    for file in (path for path in files_within(folder) if path.suffix in (".json", ".safetensors")):
         found.update(hashlib.sha256(file.read_bytes()).digest())
     return found.hexdigest()
 

@@ -68,11 +68,25 @@ def test_large_matrices_are_stored_with_8_bits_and_come_back_as_float16(tmp_path
     assert (tmp_path / "model.safetensors").stat().st_size < 0.3 * sum(4 * w.numel() for w in weights.values())
 
 
-@pytest.mark.parametrize("missing", [".scale", ""], ids=["scale", "matrix"])
-def test_half_of_a_matrix_of_8_bits_is_named(tmp_path, missing):
+NAME, BIAS = "shared_in.0.fc1.weight", "time.embed.bias"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: stored.pop(NAME),
+        lambda stored: stored.pop(f"{NAME}.scale"),
+        lambda stored: stored.update({f"{NAME}.scale": torch.ones(3)}),
+        lambda stored: stored.update({f"{NAME}.scale": torch.ones(256, dtype=torch.complex64)}),
+        lambda stored: stored[f"{NAME}.scale"].fill_(torch.nan),
+        lambda stored: stored.update({BIAS: torch.ones(64).char(), f"{BIAS}.scale": torch.ones(())}),
+    ],
+    ids=["no matrix", "no scale", "shape", "complex", "nan", "vector"],
+)
+def test_damaged_matrices_of_8_bits_are_named(tmp_path, damage):
     save_to(tmp_path, random_weights(), torch.int8)
     stored = load_file(tmp_path / "model.safetensors")
-    del stored[f"shared_in.0.fc1.weight{missing}"]
+    damage(stored)
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(InputError) as error:
         checkpoint.load(tmp_path)
@@ -271,6 +285,18 @@ def test_the_built_in_checkpoint_loads_and_its_codecs_build():
         codec.build()
         assert (codec.tokens, codec.channels) == (16, channels), name
     assert torch.equal(loaded.network.branches["text"].values, text.vectors.half().float())
+
+
+def test_the_model_with_sketches_has_the_codecs_of_the_other_one():
+    loaded, other = checkpoint.load("emoji-sketch"), checkpoint.load("emoji")
+    preset = PRESETS["emoji-sketch"]
+    sketch = loaded.config.codecs["sketch"]
+    assert sketch.settings["scale"] < 1  # measured
+    assert replace(loaded.config, codecs={**loaded.config.codecs, "sketch": preset.codecs["sketch"]}) == preset
+    for part in ("image", "text"):
+        assert (loaded.folder / part).resolve() == (other.folder / part).resolve()
+    files = {path.resolve() for folder in (loaded.folder, other.folder) for path in folder.glob("**/*")}
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 25 * 2**20
 
 
 def test_codecs_are_those_that_were_saved(folder):

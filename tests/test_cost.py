@@ -75,6 +75,23 @@ def test_bytes_of_weights_are_those_of_the_parameters_that_run(config):
         assert forward_bytes(config, 0, 1, ("text",), ("text",)) == run
 
 
+def test_blocks_of_three_modalities_are_read_once_by_those_that_run():
+    image, text, sketch = PRESETS["tiny-sketch"].model.modalities
+    config = replace(TINY, modalities=(image, sketch, replace(sketch, name="map"), text))
+    block, skip = (sum(p.numel() for p in build(config).branches["image"].stacks()[i].parameters()) for i in (0, 1))
+
+    def weights(**of):
+        return forward_bytes(config, 0, 1, **of)
+
+    own = weights(outputs=("text",))
+    entry = image.channels * config.dim + config.dim + image.tokens * config.dim
+    assert own - weights(outputs=("text",), cached=("image", "sketch", "map")) == block + 3 * entry
+    assert own - weights(outputs=("text",), cached=("image",)) == entry
+    head = config.dim * image.channels + image.channels + 6 * config.dim
+    assert weights(outputs=("text", "map")) - own == skip + head
+    assert weights(outputs=("text", "map", "sketch")) - own == skip + 2 * head
+
+
 def test_bytes_of_activations_are_what_the_operations_read_and_write():
     c, rows, read_and_written = NETWORKS["adaln"], 3, []
     network = build(c)

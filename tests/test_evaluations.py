@@ -120,6 +120,16 @@ def test_a_damaged_file_of_scores_is_named(images, run, tmp_path, capsys, conten
     assert f"--out: {copy / 'evaluation.jsonl'} cannot be read" in line
 
 
+def test_held_out_images_that_are_all_damaged_are_refused_before_any_work(images, tmp_path, capsys):
+    """Those that are drawn from: the first and the third of four."""
+    data = shutil.copytree(images, tmp_path / "data")
+    for name in ("8.png", "10.png"):
+        (data / "images" / name).write_bytes(b"damaged")
+    options = ("--evaluate-every", "2", "--evaluate-samples", "2")
+    assert train_main(data, tmp_path / "run", *options) == 2
+    assert "has no readable test image" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_data_without_held_out_images_is_refused_before_any_work(images, tmp_path, capsys):
     data = shutil.copytree(images, tmp_path / "data")
     (data / "captions_test.json").unlink()

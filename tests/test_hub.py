@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from engine import Engine, InputError, Request, checkpoint, evaluate, sample
 from engine.evaluation import JointScores, NameScores, Scores
-from engine.hub import local_folder
+from engine.hub import local_folder, name_of
 from engine.model_card import model_card
 from engine.presets import PRESETS
 from engine.training.options import TrainOptions
@@ -38,6 +38,7 @@ def test_a_model_that_comes_with_the_engine_has_a_name_unless_a_path_has_it(tmp_
         assert local_folder(name) == checkpoint.BUILT_IN
     for name in ("nowhere", "x" * 5000, "../emoji", str(tmp_path / "emoji")):
         assert local_folder(name) == Path(name)
+    assert name_of(local_folder("emoji")) == "emoji" and name_of(Path("runs/emoji")) == "runs/emoji"
     (tmp_path / "emoji").mkdir()
     assert local_folder("emoji") == Path("emoji")
 
@@ -201,6 +202,13 @@ def test_a_pushed_checkpoint_is_its_files_and_a_card_in_one_commit(hub, tiny_che
         ("repository", NAME, {"private": True, "exist_ok": True}),
         ("commit", NAME, {"commit_message": "Upload checkpoint", "revision": None}),
     ]
+
+
+def test_a_model_that_comes_with_the_engine_is_pushed_by_its_name_with_the_codecs_it_links_to(hub):
+    checkpoint.push_to_hub("emoji-sketch", NAME)
+    text = {f"text/{name}" for name in ("vectors.safetensors", "vocabulary.json")}
+    image = {f"image/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    assert hub.files.keys() == {"README.md", "config.json", "model.safetensors", *text, *image}
 
 
 def test_a_folders_own_card_is_pushed_unless_there_are_scores(hub, tiny_checkpoint, tmp_path):

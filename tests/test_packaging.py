@@ -52,7 +52,9 @@ def repository(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shipped(repository) -> set[str]:
     """Paths of all files that an installed engine consists of."""
-    files = {path.relative_to(repository).as_posix() for path in (repository / "engine").rglob("*") if path.is_file()}
+    engine = repository / "engine"
+    paths = (*engine.rglob("*"), *engine.glob("assets/*/*/*"))  # rglob passes over links to folders
+    files = {path.relative_to(repository).as_posix() for path in paths if path.is_file()}
     return files | {f"engine/kernels/{path.name}" for path in (repository / "kernels").glob("*.*")}
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from sample_cases import assert_refused, input_files, sample_runner
 
 from engine import Engine, Request
+from engine.hub import MODELS
 from engine.images import fit_image
 from engine.sample import main
 
@@ -120,6 +121,19 @@ def test_without_arguments_a_grid_of_joint_samples_is_made(tiny_checkpoint, tmp_
     report = json.loads(Path("samples/samples.json").read_text())
     assert [s["seed"] for s in report[:-1]] == list(range(16))
     assert (report[0]["task"], report[0]["order"], report[0]["guidance"]) == ("joint", ["text", "image"], 3.0)
+
+
+def test_a_sketch_is_for_the_model_that_has_sketches(three_modality_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(MODELS, "emoji-sketch", three_modality_checkpoint)
+    Image.new("RGB", (32, 32), "white").save("drawing.png")
+    assert main(["--sketch", "drawing.png", "--steps", "1", "--quiet"]) == 0
+    report = json.loads(Path("samples/samples.json").read_text())
+    assert report[0]["task"] == "sketch-to-image+text" and Path("samples/0000-sketch.png").exists()
+    assert main(["--input", "sketch=drawing.png", "--steps", "1", "--quiet"]) == 0
+    assert main(["--checkpoint", "emoji", "--sketch", "drawing.png"]) == 2
+    assert capsys.readouterr().err.endswith("use one of image, text, or the checkpoint emoji-sketch\n")
 
 
 def test_known_pixels_and_words_come_back(run, inputs):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from engine.codecs.text import TextCodec
-from engine.codecs.words import END
+from engine.codecs.words import END, shortened
 from engine.config import CodecConfig, Modality
 from engine.data.latents import LatentCache
 from engine.errors import InputError
 from engine.presets import PRESETS
-from engine.training.examples import Examples, shortened, with_repeats
+from engine.training.examples import Examples, with_repeats
 from engine.training.options import TrainOptions, image_and_text, sketch_of
 from engine.training.recipes import RECIPES, TINY
 

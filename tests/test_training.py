@@ -407,6 +407,7 @@ def test_what_a_thread_draws_and_reads_a_step_ahead_gives_the_same_run(tmp_path,
     assert [main for what, main in events if what == "draw"] == [False] * 5  # none of a sixth step
     stage = run_in(tmp_path, 8)
     assert outcome(stage) == uninterrupted
+    assert stage.train_step(draw, losses_of(stage.module)), "without the thread, which has ended"
 
 
 def test_an_error_of_the_thread_that_reads_ends_the_run(tmp_path):

@@ -1,19 +1,22 @@
-"""Makes the README's pictures with the built-in model: `python docs/build/pictures.py DATA`.
+"""Makes the README's pictures with the models that come with the engine: `python docs/build/pictures.py DATA`.
 
 DATA  the folder that `python -m engine.data emoji` writes
 
-Writes engine/assets/emoji/held_out.png, sixteen held-out names drawn, and docs/infill.png, four held-out images with a
-half and a word left out, each beside what the model makes of it. Names are evenly spaced and seeds count from 0, so
-nothing is picked by its looks.
+Writes engine/assets/emoji/held_out.png, sixteen held-out names drawn; docs/infill.png, four held-out images with a half
+and a word left out, each beside what the model makes of it; and docs/sketch.png, line drawings of four training images
+beside what is made of them, and four training images beside the drawings that are made of them. Names are evenly
+spaced and seeds count from 0, so nothing is picked by its looks.
 """
 
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from engine import Engine, Request
 from engine.codecs.words import caption_words
+from engine.data.sketch import draw_sketch
 from engine.data.sources import open_captioned
 from engine.evaluation import spread
 from engine.images import from_levels, grid
@@ -46,9 +49,29 @@ def infill(engine: Engine, pairs: list[tuple[Image.Image, str]]) -> Image.Image:
     return grid(images, captions, columns=8)
 
 
+def sketched(engine: Engine, pairs: list[tuple[Image.Image, str]]) -> Image.Image:
+    """Four drawings and the images made of them; below, four images and the drawings made of them."""
+    images, captions = [], []
+    for seed, (image, _) in enumerate(spread(pairs, 8)):
+        if seed < 4:
+            given, made = {"sketch": draw_sketch(image, np.random.default_rng(seed))}, "image"
+        else:
+            given, made = {"image": image}, "sketch"
+        result = engine.generate(Request(**given, seed=seed))
+        images += [*given.values(), result.samples[0].outputs[made]]
+        captions += ["", result.text]
+    return grid(images, captions, columns=8)
+
+
+def pairs_of(split: str) -> list[tuple[Image.Image, str]]:
+    data = open_captioned(sys.argv[1], split).read(SIZE)
+    return [(from_levels(pixels), " ".join(caption_words(item.captions[0]))) for item, pixels in data]
+
+
 if __name__ == "__main__":
-    data = open_captioned(sys.argv[1], "test").read(SIZE)
-    pairs = [(from_levels(pixels), " ".join(caption_words(item.captions[0]))) for item, pixels in data]
+    pairs = pairs_of("test")
+    with Engine.from_pretrained("emoji-sketch", dtype="float32") as engine:
+        sketched(engine, pairs_of("train")).save(ROOT / "docs/sketch.png")
     with Engine.from_pretrained(dtype="float32") as engine:
         held_out(engine, [name for _, name in pairs]).save(ROOT / "engine/assets/emoji/held_out.png")
         infill(engine, pairs).save(ROOT / "docs/infill.png")

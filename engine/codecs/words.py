@@ -40,6 +40,11 @@ def caption_words(caption: str) -> list[str]:
     return [word for word in tokenize(caption) if word != HOLE]
 
 
+def shortened(caption: str, words: int) -> str:
+    """The first `words` words of a caption."""
+    return " ".join(caption_words(caption)[:words])
+
+
 @cache
 def _token() -> re.Pattern[str]:
     """ASCII_TOKEN for all of Unicode; made for the first text that needs it, since finding the marks takes 30 ms."""

@@ -7,8 +7,8 @@ Training times (`DiffusionConfig.time_sampling`)
     independent  one t per modality (UniDiffuser, arXiv 2303.06555)
     masked       one t for the tokens to generate; a sample's known tokens enter clean at time 0, or, in some samples,
                  as pure noise at time N; the loss is over the generated tokens only. Known are no tokens, random
-                 ones, or some whole modalities: all choices of these are equally frequent. Of more than two, some
-                 wait at time N, as when they are generated one after the other
+                 ones, or some whole modalities: all choices of these are equally frequent. With more than two
+                 modalities, some that are to be generated wait at time N, as when one is generated after the other
     conditional  like masked; the known tokens are those of modalities that the model does not predict (U-ViT's text)
 """
 

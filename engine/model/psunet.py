@@ -61,8 +61,8 @@ class Branch(nn.Module):
 
     def stacks(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         """In-blocks and out-blocks, its own or the lender's."""
-        of = self._lender[0] if self._lender else self
-        return of.in_blocks, of.out_blocks
+        owner = self._lender[0] if self._lender else self
+        return owner.in_blocks, owner.out_blocks
 
     def enter(
         self, inputs: Tensor, table: Tensor, index: Tensor, features: Tensor | None = None
@@ -125,8 +125,8 @@ class PSUNet(nn.Module):
         half, middle = config.shared_depth // 2, config.shared_depth % 2
         self.time = TimeTable(config)
         own = {m.name: Branch(config, m) for m in config.modalities if not m.blocks_of}
-        all_of_them = {m.name: own.get(m.name) or Branch(config, m, own[m.blocks_of]) for m in config.modalities}
-        self.branches = nn.ModuleDict(all_of_them)
+        branches = {m.name: own.get(m.name) or Branch(config, m, own[m.blocks_of]) for m in config.modalities}
+        self.branches = nn.ModuleDict(branches)
         self.shared_in = nn.ModuleList(Block.from_config(config, skip=False) for _ in range(half))
         self.shared_middle = nn.ModuleList(Block.from_config(config, skip=False) for _ in range(middle))
         self.shared_out = nn.ModuleList(Block.from_config(config, skip=True) for _ in range(half))

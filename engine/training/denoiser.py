@@ -8,8 +8,10 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.codecs.text import TextCodec
+from engine.codecs.words import shortened
 from engine.config import Config
 from engine.data.latents import LatentCache
+from engine.device import DTYPES
 from engine.diffusion.loss import DenoisingLoss, distinct_times
 from engine.errors import errors_named
 from engine.files import write_atomically
@@ -23,7 +25,7 @@ from engine.sampling.graphs import compile_blocks
 from engine.training.adapter import Lora, TrainedAdapter
 from engine.training.curve import plot_curve
 from engine.training.evaluations import Evaluations
-from engine.training.examples import Examples, shortened
+from engine.training.examples import Examples
 from engine.training.initial import start_from
 from engine.training.options import image_and_text, sketch_of
 from engine.training.recipes import Recipe
@@ -83,7 +85,7 @@ def train_denoiser(
     def export(step: int, weights: dict[str, Tensor]) -> None:
         if adapter is not None:
             weights = adapter.save(run / "adapter", stage.average)
-        checkpoint.save(run / "checkpoint", config, weights, getattr(torch, recipe.weights_dtype))
+        checkpoint.save(run / "checkpoint", config, weights, DTYPES[recipe.weights_dtype])
         plot_curve(stage.curve, stage.folder / "curve.png")
         _sample(run, step, prompts, cache, config, recipe.denoiser.seed, options)
         if evaluations is not None and evaluations.is_due(step, stage.done):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from engine.codecs.words import shortened
 from engine.data.captioned import CaptionedImages
 from engine.data.sources import open_captioned
 from engine.errors import InputError, errors_named
@@ -17,7 +18,6 @@ from engine.evaluation import (
     evaluate,
     evaluate_joint,
     evaluated_modalities,
-    prompt_of,
     skipped_tasks,
     spread,
 )
@@ -55,9 +55,9 @@ class Evaluations:
             raise InputError("data", data, "give a folder with test/ beside them", "are tar files without a test split")
         with errors_named("data"):
             held_out = open_captioned(data, "test")
-        self._held_out, self._count, self._size = held_out, options.evaluate_samples, size
-        self._pairs = _read(held_out, COUNT, size)
-        if not self._pairs:
+        self._held_out, count = held_out, options.evaluate_samples
+        self._pairs, self._sources = _read(held_out, COUNT, size), _read(held_out, count, size) if count else []
+        if not self._pairs or (count and not self._sources):
             raise InputError("data", data, "leave out evaluate_every, or copy it again", "has no readable test image")
         self._others = _read(train, GALLERY, size)
         self._rows: list[dict] = []
@@ -82,7 +82,7 @@ class Evaluations:
         with Engine.from_pretrained(checkpoint, device=str(device), dtype=dtype) as engine:
             scores = evaluate(engine, self._pairs, gallery, HOW)
             joint = evaluate_joint(engine, gallery, HOW, JOINT_SAMPLES)
-            samples = self._sampled(engine) if self._count else None
+            samples = self._sampled(engine) if self._sources else None
         row = {"step": step, "test": asdict(scores), "joint": asdict(joint) if joint else None}
         row |= {"samples": samples} if samples else {}
         self._rows.append(row)
@@ -92,10 +92,11 @@ class Evaluations:
 
     def _sampled(self, engine: Engine) -> dict[str, dict]:
         """Scores of images drawn from held-out captions, and of texts that describe held-out images, by name."""
-        pairs, skipped = _read(self._held_out, self._count, self._size), skipped_tasks(engine.config)
+        pairs, skipped = self._sources, skipped_tasks(engine.config)
         scores: dict[str, Score] = {}
         if "text-to-image" not in skipped and len(pairs) > 1:
-            drawn = drawn_images(engine, [prompt_of(engine.config, item.captions[0]) for item, _ in pairs], HOW)
+            words = engine.config.model.modality(evaluated_modalities(engine.config)[1]).tokens
+            drawn = drawn_images(engine, [shortened(item.captions[0], words) for item, _ in pairs], HOW)
             network, cache = feature_network(None, engine.device), cache_folder()
             references = cache and cache / "references"
             scores |= image_scores(network, lambda: iter(drawn), self._held_out, Bootstrap(), references)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.codecs.text import TextCodec, token_weights
-from engine.codecs.words import caption_words
+from engine.codecs.words import caption_words, shortened
 from engine.config import Config
 from engine.data.latents import LatentCache
 from engine.errors import errors_named
@@ -115,8 +115,3 @@ def with_repeats(captions: list[str], repeats: int) -> list[int]:
     captions_with = Counter(word for caption in captions for word in set(caption_words(caption)))
     rarest = (min(map(captions_with.get, caption_words(c)), default=len(captions)) for c in captions)
     return [i for i, n in enumerate(rarest) for _ in range(max(1, round(repeats / math.sqrt(n))))]
-
-
-def shortened(caption: str, words: int) -> str:
-    """The first `words` words of a caption."""
-    return " ".join(caption_words(caption)[:words])

@@ -115,6 +115,7 @@ def _difference(found: ModelConfig, needed: ModelConfig) -> str:
     for config in (found, needed):
         settings = {m.name: f"{m.tokens} × {m.channels}, depth {m.depth}" for m in config.modalities}
         settings |= {f"{m.name} as categories": bool(m.categories) for m in config.modalities}
+        settings |= {f"{m.name} in blocks of": m.blocks_of or m.name for m in config.modalities}
         settings |= {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("modalities", "uvit")}
         models.append(settings | (asdict(config.uvit) if config.uvit else {}))
     keys = [key for key in models[0] | models[1] if models[0].get(key) != models[1].get(key)]

@@ -41,8 +41,7 @@ class Recipe:
     captions_alike: bool = False  # every caption has the same weight: `engine.codecs.text.token_weights`
     augmentation: Augmentation | None = None  # of images that are known, and of half of those the autoencoder sees
     repeats: int = 1  # of images with rare words in an epoch: `engine.training.examples.with_repeats`
-    weights_dtype: str = "float32"  # of the checkpoint, also "int8": see `engine.checkpoint`
-    autoencoder_dtype: str = "float32"
+    weights_dtype: str = "float32"  # of the checkpoint
 
 
 def _convolutional_autoencoder(channels: tuple[int, ...], layers: tuple[int, ...], latent_channels: int) -> dict:
@@ -71,8 +70,7 @@ EMOJI = Recipe(
     captions_alike=True,
     augmentation=Augmentation(directional=("left", "right", "clock", "thirty", "flag", "moon")),
     repeats=2,
-    weights_dtype="int8",
-    autoencoder_dtype="float16",
+    weights_dtype="float16",
 )
 PHOTOS128 = Recipe(
     StageConfig(steps=40_000, batch=32, learning_rate=1e-3, decay=0.4, ema=0.9995),

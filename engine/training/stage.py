@@ -2,7 +2,7 @@
 
 Independent of images and diffusion: a stage is a module, a `StageConfig`, and three functions:
 
-    draw    what the batch of step s consists of, from a generator seeded by (seed, s): small, in every process
+    draw    what the batch of step s consists of, from a generator seeded by (seed, s), in every process
     read    the data of a part of it, with the noise of each sample from a generator of its own, `noise_of`
     losses  named losses of these data
 
@@ -121,8 +121,9 @@ class Stage:
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         self._restore_optimizer(tensors, metadata)
-        self._reader = ThreadPoolExecutor(1, "reader") if ahead or (ahead is None and device != "cpu") else None
-        self._next: tuple[int, Future] | None = None  # a step, and its data
+        self._ahead = device != "cpu" if ahead is None else ahead
+        self._reader: ThreadPoolExecutor | None = None  # in `run`
+        self._next: Future | None = None  # the data of the next step
 
     @property
     def done(self) -> bool:
@@ -145,6 +146,7 @@ class Stage:
         Raises FloatingPointError if a loss or a gradient is not finite.
         """
         steps, quiet = self.config.steps, not self.processes.is_main
+        self._reader, self._next = ThreadPoolExecutor(1, "reader") if self._ahead else None, None
         bar = tqdm(total=steps, initial=self.step, unit="step", desc=self.folder.name, mininterval=1.0, disable=quiet)
         try:
             while not self.done:
@@ -166,6 +168,7 @@ class Stage:
             bar.close()
             if self._reader is not None:
                 self._reader.shutdown(cancel_futures=True)
+                self._reader = None
             self.files.finish()
 
     def train_step(self, draw: Draw, losses: Losses, read: Read = whole_batch) -> dict[str, float]:
@@ -204,13 +207,11 @@ class Stage:
         """The arguments of the losses of this process's part of each of the step's micro-batches."""
         if self._reader is None:
             return self._data_of(self.step, draw, read)
-        step, data = self._next or (-1, None)
-        if data is None or step != self.step:
-            data = self._reader.submit(self._data_of, self.step, draw, read)
-        found = data.result()
-        step = self.step + 1
-        self._next = (step, self._reader.submit(self._data_of, step, draw, read)) if step < self.config.steps else None
-        return found
+        data = (self._next or self._reader.submit(self._data_of, self.step, draw, read)).result()
+        following = self.step + 1
+        more = following < self.config.steps
+        self._next = self._reader.submit(self._data_of, following, draw, read) if more else None
+        return data
 
     def _data_of(self, step: int, draw: Draw, read: Read) -> list[tuple]:
         config, part = self.config, self.processes.part

@@ -34,6 +34,7 @@ from engine.data.texts import Texts
 from engine.device import DTYPES, resolve_device, resolve_dtype
 from engine.errors import InputError, errors_named
 from engine.files import unreadable, write_atomically
+from engine.hub import name_of
 from engine.model.psunet import PSUNet
 from engine.model.uvit import UViT
 from engine.presets import PRESETS, with_categories
@@ -112,7 +113,7 @@ def train(options: TrainOptions) -> None:
             tracker=tracker,
             processes=processes,
         )
-        lora = Lora(options.lora, options.lora_alpha, str(options.init), base) if options.lora else None
+        lora = Lora(options.lora, options.lora_alpha, name_of(options.init), base) if options.lora else None
         _run_stages(data, record, options, how, image, init, lora, evaluations)
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
@@ -145,7 +146,7 @@ def _run_stages(
         if folder is not None and given is None and not folder.exists():
             given = train_autoencoder(run, data, config, recipe, how)
         if given is not None:
-            _save_codec(given, folder, DTYPES[recipe.autoencoder_dtype])
+            _save_codec(given, folder, DTYPES[recipe.weights_dtype])
         train_words(run, data, config, options.seed)
 
     how.processes.on_main(make_codecs)
@@ -257,6 +258,7 @@ def _require_same_run(options: TrainOptions, base: str | None) -> None:
     file = options.out / "run.json"
     recorded = _recorded(file, lambda setting: isinstance(setting, str))
     settings = {key: str(getattr(options, key)) for key in RUN_OPTIONS}
+    settings |= {"init": name_of(options.init)} if options.init else {}
     settings |= {key: str(getattr(options.recipe, key)) for key in RUN_RECIPE}
     if base is not None:
         settings |= {"lora": str(options.lora), "lora_alpha": str(options.lora_alpha), "base": base[:16]}
