@@ -44,7 +44,7 @@ def with_sketch(config: Config) -> Config:
     sketch = replace(image, name="sketch", blocks_of="image")
     sampling = config.sampling
     guidance, temperature = (
-        values | {task: values[of] for of, tasks in SKETCH_TASKS.items() if of in values for task in tasks}
+        {**values} | {task: values[of] for of, tasks in SKETCH_TASKS.items() if of in values for task in tasks}
         for values in (sampling.guidance, sampling.temperature)
     )
     return replace(
