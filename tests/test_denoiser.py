@@ -193,7 +193,8 @@ def names_of_weights(config):
     if uvit is None:
         names |= under("shared_middle.0", block)
         for m in config.modalities:
-            stacks.append((f"branches.{m.name}.in_blocks.", f"branches.{m.name}.out_blocks.", m.depth))
+            own = 0 if m.blocks_of else m.depth
+            stacks.append((f"branches.{m.name}.in_blocks.", f"branches.{m.name}.out_blocks.", own))
             last = {"modulation"} if config.time_conditioning == "adaln" else under("norm", LINEAR)
             ends = {"position"} | under("embed", LINEAR) | under("head", LINEAR) | last
             ends |= {"values"} if m.categories else set()

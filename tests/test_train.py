@@ -518,7 +518,7 @@ def test_sample_sheets_have_what_the_model_can_do(tmp_path, monkeypatch, predict
     monkeypatch.setattr(denoiser, "Engine", FakeEngine)
     monkeypatch.setattr(denoiser, "_drawings", lambda *_: ["drawing.png"])
     drawn = PRESETS["tiny-sketch"]
-    modalities = tuple(replace(m, depth=0) for m in drawn.model.modalities)
+    modalities = tuple(replace(m, depth=0, blocks_of="") for m in drawn.model.modalities)
     uvit = UViTConfig(tuple(m.name for m in modalities), predicted)
     model = replace(drawn.model, modalities=modalities, time_conditioning="token", uvit=uvit)
     times = "independent" if len(predicted) == 3 else "conditional"
