@@ -50,7 +50,7 @@ def without_categories(config: Config) -> Config:
 def u_vit_multi(model: ModelConfig, blocks: int) -> ModelConfig:
     """A U-ViT-multi of `blocks` blocks, with the modalities and the width of another model."""
     names = tuple(m.name for m in model.modalities)
-    modalities = tuple(replace(m, depth=0) for m in model.modalities)
+    modalities = tuple(replace(m, depth=0, blocks_of="") for m in model.modalities)
     uvit = UViTConfig(names, names)
     return replace(model, modalities=modalities, shared_depth=blocks, time_conditioning="token", uvit=uvit)
 
