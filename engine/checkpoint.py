@@ -134,9 +134,9 @@ def push_to_hub(
         scores = read_json(Path(evaluation), "evaluation", remedy, remedy)
     else:
         scores = evaluation
-    paths = [path.relative_to(folder).as_posix() for path in files_within(folder)]
+    paths = sorted(path.relative_to(folder).as_posix() for path in files_within(folder))
     wanted = patterns(config)
-    files = {name: folder / name for name in sorted(paths) if any(fnmatchcase(name, pattern) for pattern in wanted)}
+    files = {name: folder / name for name in paths if any(fnmatchcase(name, pattern) for pattern in wanted)}
     readme: Path | bytes = folder / "README.md"
     if scores is not None or not (folder / "README.md").exists():
         readme = model_card(config, repo_id, scores).encode()
@@ -193,7 +193,7 @@ def _quantized(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _dequantized(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, those of 8 bits as float16. An int8 matrix without a scale of its rows is left as it is."""
+    """The weights, those of 8 bits as float16. Int8 without a valid scale stays int8, which `load` refuses."""
     weights = dict(stored)
     for name, matrix in stored.items():
         scale = stored.get(name + SCALE)

@@ -30,7 +30,7 @@ class Modality:
     channels: int  # C
     depth: int  # N_modality: in-blocks of its own, and as many out-blocks
     categories: int = 0  # K vectors, such as those of words, one of which each token is; 0: tokens have any values
-    blocks_of: str = ""  # the modality whose in- and out-blocks this one passes through too, alike in kind; "": its own
+    blocks_of: str = ""  # another modality, whose in- and out-blocks this one uses in place of its own; "": its own
 
     @property
     def head(self) -> int:

@@ -16,7 +16,7 @@ from engine.config import Config
 from engine.errors import InputError, cut
 from engine.files import is_folder, read_json
 
-MODELS = {name: Path(__file__).parent / "assets" / name for name in ("emoji", "emoji-sketch")}  # come with the engine
+MODELS = {name: Path(__file__).parent / "assets" / name for name in ("emoji", "emoji-sketch")}  # built in
 NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 PIPELINE_FOLDERS = ("transformer", "scheduler")  # beside those of the codecs, see `engine.pipeline`
 ENDINGS = ("json", "safetensors", "txt")

@@ -13,7 +13,7 @@ from engine.config import (
     UViTConfig,
 )
 
-# Tasks with sketches, by the task whose guidance and temperature they have; and scales of their own.
+# Tasks with sketches, by the task whose guidance and temperature they use, and those with another guidance.
 SKETCH_TASKS = {
     "image-to-text": ("image-to-text+sketch", "image+sketch-to-text", "sketch-to-image+text"),
     "text-to-image": ("text-to-image+sketch", "text+sketch-to-image"),

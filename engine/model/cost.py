@@ -57,9 +57,9 @@ def forward_bytes(
         weights += blocks * _block_parameters(config) + skips * _skip_parameters(config)
         activations += tokens * (blocks * _block_traffic(config) + skips * _skip_traffic(config))
     for m in config.modalities:  # blocks that several modalities pass through are read once
-        names = [o.name for o in config.modalities if m.name in (o.name, o.blocks_of)]
-        again = [max(0, sum(runs) - 1) for runs in zip(*((n not in cached, n in wanted) for n in names), strict=True)]
-        weights -= m.depth * (sum(again) * _block_parameters(config) + again[1] * _skip_parameters(config))
+        names = {o.name for o in config.modalities if m.name in (o.name, o.blocks_of)}
+        ins, outs = (max(0, len(running) - 1) for running in (names - set(cached), names & set(wanted)))
+        weights -= m.depth * ((ins + outs) * _block_parameters(config) + outs * _skip_parameters(config))
     dim, uvit, time = config.dim, config.uvit, _own_time_tokens(config)
     norm = 6 * dim if config.time_conditioning == "adaln" else 2 * dim  # the last one, of each branch or of the U-ViT
     for m in config.modalities:

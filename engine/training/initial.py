@@ -43,33 +43,30 @@ def start_from(init: PSUNet | UViT, network: PSUNet | UViT) -> list[str]:
         # Vectors of categories are the codec's; a head for another vocabulary does not fit.
         fits = [n for n in own if n in weights and weights[n].shape == own[n].shape and not n.endswith(".values")]
         network.load_state_dict(own | {name: weights[name] for name in fits})
-        _start_as_their_lenders(network, [name for name in own if name not in weights])
+        _copy_lenders(network, [name for name in own if name not in weights])
         theirs, ours = ([m.name for m in of.config.modalities] for of in (init, network))
-        new = (name for name in ours if name not in theirs)
-        lacking = [f"branch {name}: the checkpoint has none{_start_of(network, name)}" for name in new]
+        new = [network.config.modality(name) for name in ours if name not in theirs]
+        copied = {m.name: f"; it starts as a copy of {m.blocks_of}'s" for m in new if m.blocks_of}
+        lacking = [f"branch {m.name}: the checkpoint has none{copied.get(m.name, '')}" for m in new]
         lacking += [f"branch {name} of the checkpoint: the model has none" for name in theirs if name not in ours]
         heads = (name for name in own if name in weights and weights[name].shape != own[name].shape)
         return lacking + [f"{name}: the checkpoint has other words" for name in heads if name.endswith("head.weight")]
     return not_copied(network, init, initialise_from(network, init))
 
 
-def _start_of(network: PSUNet | UViT, name: str) -> str:
-    lender = network.config.modality(name).blocks_of
-    return f"; it starts as a copy of {lender}'s" if lender else ""
-
-
 @torch.no_grad()
-def _start_as_their_lenders(network: PSUNet | UViT, missing: list[str]) -> None:
-    """Branches that have another one's blocks begin with a copy of the rest of it too, where shapes are alike.
+def _copy_lenders(network: PSUNet | UViT, missing: list[str]) -> None:
+    """Copies embedding, positions and head of the branches whose blocks others use to these, where shapes are equal.
 
-    missing  names of the weights that the checkpoint has not
+    missing  names of the weights that the checkpoint lacks; no others are changed
     """
-    own = network.state_dict()
+    weights = network.state_dict()
     for m in network.config.modalities:
-        for name in missing if m.blocks_of else ():
-            lent = own.get(name.replace(f"branches.{m.name}.", f"branches.{m.blocks_of}.", 1))
-            if name.startswith(f"branches.{m.name}.") and lent is not None and lent.shape == own[name].shape:
-                own[name].copy_(lent)
+        branch = f"branches.{m.name}."
+        for name in (n for n in missing if m.blocks_of and n.startswith(branch)):
+            lent = weights.get(f"branches.{m.blocks_of}.{name.removeprefix(branch)}")
+            if lent is not None and lent.shape == weights[name].shape:
+                weights[name].copy_(lent)
 
 
 def _network_of_file(source: Path, config: Config) -> UViT:
