@@ -254,7 +254,7 @@ An H100 has 80 GB, so nothing has to be sharded; the numbers of FSDP2 are for co
 {links}
 * DDP sums gradients of float32 in a ring, in buckets of {bucket} MB, {hop:g} µs a hop, while the backward pass runs.
 * No time for evaluation, checkpoints and failures, and none for data: images are encoded once, before, and a thread
-  reads a step ahead (the noise of 32 samples takes 2.5 ms of a core, AMD EPYC).
+  reads a step ahead (drawing noise: NOTES.md).
 """
 
 
