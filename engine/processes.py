@@ -39,6 +39,9 @@ class Processes:
             self.rank, self.count, self.fsdp = accelerator.process_index, accelerator.num_processes, fsdp
             # For waiting and for values on the host; the other group gives up after minutes.
             self._hosts = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+            self.saving = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)  # for the thread that saves
+            if fsdp:
+                self._mesh_of_hosts = distributed.device_mesh.DeviceMesh.from_group(self._hosts, "cpu")
 
     @classmethod
     def started(cls, device: str, fsdp: bool = False) -> "Processes":
@@ -148,38 +151,38 @@ class Processes:
                 fully_shard(part, mesh=mesh)
         return module
 
-    def like(self, tensor: "Tensor", parameter: "Tensor") -> "Tensor":
-        """Shards a tensor that all processes have as `parameter` is, if it has the same shape."""
-        if not self.fsdp or tensor.shape != parameter.shape:
-            return tensor
-        from torch.distributed.tensor import distribute_tensor
-
-        tensor = tensor.to(parameter.device)
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
     def own(self, tensor: "Tensor") -> "Tensor":
-        """The part of a tensor that this process has."""
-        return tensor.to_local() if self.fsdp else tensor
+        """The part of a tensor that this process has, of one that is not shared all."""
+        return getattr(tensor, "to_local", lambda: tensor)() if self.fsdp else tensor
 
     def whole(self, tensor: "Tensor") -> "Tensor":
         """The full tensor of one that may be shared; all processes call this."""
         return getattr(tensor, "full_tensor", lambda: tensor)() if self.fsdp else tensor
 
-    def gathered(self, tensors: Mapping[str, "Tensor"], copy: bool = False) -> dict[str, "Tensor"]:
-        """Whole tensors in the first process, on the CPU where they are shared. All call this; the others get none.
-
-        copy  whether all are copies on the CPU, which training does not change
-        """
+    def gathered(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """Whole tensors in the first process, on the CPU where they are shared. All call this; the others get none."""
         if not self.fsdp:
-            found = tensors.items() if self.is_main else ()
-            return {name: tensor.detach().to("cpu", copy=True) if copy else tensor for name, tensor in found}
+            return dict(tensors) if self.is_main else {}
         gathered = {}
         for name, tensor in tensors.items():  # one at a time on the device
             whole = self.whole(tensor.detach())
             if self.is_main:
-                is_shared = hasattr(tensor, "full_tensor")  # then it was put together: a copy already
-                gathered[name] = whole.to("cpu", copy=copy and not is_shared)
+                gathered[name] = whole.cpu()
         return gathered
+
+    def copied(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """Contiguous copies on the CPU, shared as the tensors are, which training does not change."""
+        from torch import contiguous_format
+        from torch.distributed.tensor import DTensor
+
+        copies = {}
+        for name, tensor in tensors.items():
+            copy = self.own(tensor.detach()).to("cpu", copy=True, memory_format=contiguous_format)
+            if isinstance(tensor, DTensor):
+                mesh, like = self._mesh_of_hosts, {"shape": tensor.shape, "stride": tensor.stride()}
+                copy = DTensor.from_local(copy, mesh, tensor.placements, run_check=False, **like)
+            copies[name] = copy
+        return copies
 
     def without_averaging(self, module: "nn.Module") -> AbstractContextManager:
         """Turns off the averaging of gradients in backward passes of what `parallel` returned."""

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_data_shards import write_tar
-from train_cases import captioned_images, started, train_shared, trained
+from train_cases import captioned_images, save_beside_a_full_disk, started, train_shared, trained
 
 from engine import train
 from engine.data.sources import open_captioned
 from engine.training import denoiser
-from engine.training.files import CURVE, STATE
+from engine.training.files import CURVE, STATES, StageFiles
 
 pytest.importorskip("accelerate")
 SHORT = ["--preset", "tiny", "--steps", "6", "--autoencoder-steps", "2", "--save-every", "2", "--dtype", "float32"]
@@ -42,6 +42,10 @@ def alone(images, tmp_path_factory):
 
 def command(images, run, *options):
     return [*SHORT, "--data", str(images), "--out", str(run), *options]
+
+
+def size_of_state(run):
+    return sum(part.stat().st_size for part in (run / "denoiser").glob(f"{STATES}/*.safetensors"))
 
 
 def curve_of(run):
@@ -85,6 +89,8 @@ def test_any_number_of_processes_has_the_same_losses(images, alone, tmp_path, co
     assert trained(count, command(images, tmp_path / "run", *options), tmp_path / "log") == [0] * count
     assert_same_curve(tmp_path / "run", curve_of(alone))
     assert_same_weights(tmp_path / "run", alone)
+    parts = list((tmp_path / "run" / "denoiser").glob(f"{STATES}/*.safetensors"))
+    assert len(parts) == count and max(part.stat().st_size for part in parts) < size_of_state(alone) * 1.2 / count
     printed = (tmp_path / "log").read_text()
     assert printed.count("usable images") == printed.count("checkpoint: ") == 1 and f"in {count} processes" in printed
 
@@ -121,7 +127,7 @@ def test_any_number_of_processes_reports_the_same_to_tensorboard(images, alone, 
 def test_a_killed_run_resumes_with_another_number_of_processes(images, alone, tmp_path):
     run = tmp_path / "run"
     victims = started(2, command(images, run, "--save-every", "1"), tmp_path / "log")
-    while not (run / "denoiser" / STATE).exists() and all(victim.is_alive() for victim in victims):
+    while not any((run / "denoiser").glob(STATES)) and all(victim.is_alive() for victim in victims):
         time.sleep(0.001)
     time.sleep(random.uniform(0, 0.2))
     for victim in victims:
@@ -139,6 +145,13 @@ def test_processes_share_weights_average_and_moments_and_skip_an_overflow_in_the
     assert [one["values"] for one in found] == [[13] * 3, [8] * 3]  # of 4×3 + 4 and 1×4 + 1, by rows
     assert all(one["changed"] == [True, True, False, True] and one["scale"] == 32768 for one in found)
     assert found[0]["norm"] == found[1]["norm"]
+
+
+def test_a_state_that_one_process_cannot_write_fails_in_all_and_leaves_the_last_intact(tmp_path):
+    assert trained(3, tmp_path, tmp_path / "log", target=save_beside_a_full_disk) == [0] * 3
+    ends = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
+    assert ends == ["OSError(28, 'No space left on device')", "SystemExit(2)", "SystemExit(2)"]
+    assert [state.name for state in StageFiles(tmp_path).states] == ["state-0000000001"]
 
 
 @pytest.mark.parametrize("first, then", [((2, "--fsdp"), (3, "--fsdp")), ((2,), (2, "--fsdp")), ((3, "--fsdp"), (1,))])
@@ -168,12 +181,16 @@ def test_bad_options_are_refused_once(images, tmp_path, options, named):
     assert not (tmp_path / "run").exists()
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # also of CPUs
+
+
 @pytest.mark.slow
-def test_torchrun_starts_the_processes(images, alone, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+def test_launchers_start_the_processes(images, alone, tmp_path, launcher):
     options = command(images, tmp_path / "run", "--steps", "2")
     subprocess.run(
-        [*launcher, "engine.train", *options], cwd=Path(__file__).parents[1], check=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *launcher, "-m", "engine.train", *options], cwd=Path(__file__).parents[1], check=True,
+        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert_same_curve(tmp_path / "run", curve_of(alone)[:2])

@@ -23,7 +23,7 @@ from engine.data.latents import LatentCache
 from engine.model.blocks import Block
 from engine.presets import PRESETS
 from engine.training import autoencoder, denoiser, stages, tracking
-from engine.training.files import CURVE, SETTINGS, STATE
+from engine.training.files import CURVE, SETTINGS, StageFiles
 from engine.training.options import TrainOptions
 from engine.training.recipes import RECIPES, TINY
 from engine.training.stage import StageOptions, run_lock
@@ -109,9 +109,11 @@ def test_the_recipe_decides_how_captions_are_weighted_and_images_repeated(images
 
 
 def test_repeating_a_finished_run_changes_nothing(images, run):
-    before, state = weights_of(run), (run / "denoiser" / STATE).read_bytes()
+    before, states = weights_of(run), StageFiles(run / "denoiser").states
+    written = states[-1].stat().st_mtime_ns
     assert train_main(images, run) == 0
-    assert weights_of(run) == before and (run / "denoiser" / STATE).read_bytes() == state
+    assert weights_of(run) == before and StageFiles(run / "denoiser").states == states
+    assert states[-1].stat().st_mtime_ns == written
 
 
 def another_image(data):

@@ -14,14 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.errors import InputError
-from engine.files import save_tensors
-from engine.training import files
-from engine.training.files import CURVE, SETTINGS, STATE
+from engine.training.files import CURVE, PROGRESS, SETTINGS, STATES, WRITING, StageFiles
 from engine.training.recipes import StageConfig
 from engine.training.stage import Stage, run_lock
 
@@ -80,6 +78,17 @@ def outcome(stage):
     return stage.step, stage.curve, {name: tensor.tolist() for name, tensor in weights.items()}
 
 
+def state_in(folder):
+    """The folder of the last state."""
+    return StageFiles(folder).states[-1]
+
+
+def part_of(state):
+    """The file of the only process."""
+    (file,) = state.glob("*.safetensors")
+    return file
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     return outcome(train_in(tmp_path_factory.mktemp("uninterrupted")))
@@ -111,7 +120,7 @@ def test_a_stage_stopped_after_any_step_resumes_exactly(tmp_path, uninterrupted,
 
 
 @pytest.mark.parametrize("moment", ["half written", "written", "renamed"])
-@pytest.mark.parametrize("write", range(9))  # the curve once, settings and state of four saves
+@pytest.mark.parametrize("write", range(9))  # the curve once, settings and progress of four saves
 def test_a_stage_killed_at_any_write_resumes_exactly(tmp_path, uninterrupted, monkeypatch, write, moment):
     replace_file, count = os.replace, 0
 
@@ -129,6 +138,51 @@ def test_a_stage_killed_at_any_write_resumes_exactly(tmp_path, uninterrupted, mo
         patch.setattr("engine.files.os.replace", dying)
         train_in(tmp_path)
     assert outcome(train_in(tmp_path)) == uninterrupted
+    assert [path.name for path in tmp_path.glob("*state*")] == ["state-0000000008"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("call", range(7))  # a state gets its name in four saves, an earlier one is removed in three
+def test_a_stage_killed_while_states_change_places_resumes_exactly(tmp_path, uninterrupted, monkeypatch, call, moment):
+    rename, count = Path.rename, 0
+
+    def dying(path, target):
+        nonlocal count
+        count += 1
+        if count == call + 1 and moment == "before":
+            raise Killed
+        rename(path, target)
+        if count == call + 1:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", dying)
+        train_in(tmp_path)
+    assert outcome(train_in(tmp_path)) == uninterrupted
+    assert state_in(tmp_path).name == "state-0000000008"
+
+
+@pytest.mark.parametrize("save", range(4))
+def test_a_stage_killed_while_it_writes_tensors_resumes_exactly(tmp_path, uninterrupted, monkeypatch, save):
+    """What is left of them, here also of a second process, has no part in a later state."""
+    count = 0
+
+    def dying(tensors, metadata):
+        nonlocal count
+        count += 1
+        if count == save + 1:
+            for process in (1, 2):
+                file = tmp_path / WRITING / f"shard-0000{process}-model-00001-of-00001.safetensors"
+                file.write_bytes(safetensors.torch.save(tensors, metadata))
+            raise Killed
+        return write(tensors, metadata)
+
+    write = safetensors.torch.save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("safetensors.torch.save", dying)
+        train_in(tmp_path)
+    assert outcome(train_in(tmp_path)) == uninterrupted
+    assert part_of(state_in(tmp_path))
 
 
 def test_a_killed_process_resumes_exactly(tmp_path):
@@ -140,7 +194,7 @@ def test_a_killed_process_resumes_exactly(tmp_path):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
         stderr=subprocess.DEVNULL,
     ) as victim:
-        while not (tmp_path / "killed" / STATE).exists() and victim.poll() is None:
+        while not any((tmp_path / "killed").glob(STATES)) and victim.poll() is None:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.1))
         victim.send_signal(signal.SIGKILL)
@@ -150,14 +204,14 @@ def test_a_killed_process_resumes_exactly(tmp_path):
 
 def test_a_finished_stage_does_not_train_again(tmp_path, uninterrupted):
     train_in(tmp_path)
-    written = (tmp_path / STATE).stat().st_mtime_ns
+    written = state_in(tmp_path).stat().st_mtime_ns
     stage = stage_in(tmp_path)
 
     def never(*_):
         raise AssertionError("trained again")
 
     stage.run(never, never, 1)
-    assert stage.done and outcome(stage) == uninterrupted and (tmp_path / STATE).stat().st_mtime_ns == written
+    assert stage.done and outcome(stage) == uninterrupted and state_in(tmp_path).stat().st_mtime_ns == written
 
 
 def test_a_stage_killed_while_it_appends_to_the_curve_resumes_exactly(tmp_path, uninterrupted):
@@ -171,19 +225,20 @@ def test_a_stage_killed_while_it_appends_to_the_curve_resumes_exactly(tmp_path, 
 def test_training_goes_on_while_the_state_is_written(tmp_path, uninterrupted, monkeypatch):
     later, stage = threading.Event(), stage_in(tmp_path)
 
-    def waiting(*arguments):
+    def waiting(tensors, metadata):
         assert later.wait(60)
-        save_tensors(*arguments)
+        return write(tensors, metadata)
 
     def drawing(generator, indices):
         if stage.step == 6:
-            assert not (tmp_path / STATE).exists()
+            assert not any(tmp_path.glob(STATES))
             later.set()
             raise Killed
         return draw(generator, indices)
 
+    write = safetensors.torch.save
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(files, "save_tensors", waiting)
+        patch.setattr("safetensors.torch.save", waiting)
         stage.run(drawing, losses_of(stage.module), 5)
     assert stage_in(tmp_path).step == 5
     assert outcome(train_in(tmp_path)) == uninterrupted
@@ -203,12 +258,11 @@ def test_what_fails_after_a_save_does_not_lose_it(tmp_path, failure):
 def test_a_full_disk_stops_the_stage_and_leaves_the_last_state_intact(tmp_path, uninterrupted, monkeypatch):
     train_in(tmp_path, replace(CONFIG, steps=4))
 
-    def full(path, *_):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
+    def full(tensors, metadata):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("safetensors.torch.save_file", lambda tensors, path, metadata: full(path))
+        patch.setattr("safetensors.torch.save", full)
         train_in(tmp_path, save_every=1)
     assert stage_in(tmp_path).step == 4
     assert outcome(train_in(tmp_path)) == uninterrupted
@@ -217,13 +271,11 @@ def test_a_full_disk_stops_the_stage_and_leaves_the_last_state_intact(tmp_path, 
 def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path, uninterrupted):
     stage = stage_in(tmp_path, keep=3)
     stage.run(draw, losses_of(stage.module), 1)
-    assert sorted(path.name for path in tmp_path.glob("state*")) == [
-        "state-0000000006.safetensors", "state-0000000007.safetensors", STATE,
-    ]  # fmt: skip
-    (tmp_path / STATE).write_bytes(b"damaged")
-    with pytest.raises(InputError, match="is damaged .*; delete it to resume from state-0000000007.safetensors"):
+    assert [path.name for path in StageFiles(tmp_path).states] == [f"state-000000000{step}" for step in (6, 7, 8)]
+    part_of(state_in(tmp_path)).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is damaged .*; delete it to resume from state-0000000007"):
         stage_in(tmp_path)
-    (tmp_path / STATE).unlink()
+    shutil.rmtree(state_in(tmp_path))
     assert stage_in(tmp_path).step == 7
     assert outcome(train_in(tmp_path)) == uninterrupted
 
@@ -231,17 +283,43 @@ def test_the_last_states_are_kept_and_can_be_resumed_from(tmp_path, uninterrupte
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
 def test_a_truncated_state_is_named(tmp_path, keep):
     train_in(tmp_path)
-    data = (tmp_path / STATE).read_bytes()
-    (tmp_path / STATE).write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(InputError, match="^folder: .*damaged.*delete it") as error:
+    file = part_of(state_in(tmp_path))
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(InputError, match=f"^folder: .*damaged .{file.name} has .* bytes.*delete it") as error:
         stage_in(tmp_path)
-    assert error.value.value == tmp_path / STATE
+    assert error.value.value == state_in(tmp_path)
 
 
-def test_a_state_without_its_settings_is_named(tmp_path):
+def test_a_state_without_the_part_of_a_process_is_named(tmp_path):
     train_in(tmp_path)
-    save_file(load_file(tmp_path / STATE), tmp_path / STATE)
-    with pytest.raises(InputError, match="damaged.*delete it"):
+    (file := part_of(state_in(tmp_path))).unlink()
+    with pytest.raises(InputError, match="^folder: .* does not exist; delete it to restart this stage") as error:
+        stage_in(tmp_path)
+    assert error.value.value == file
+
+
+def test_a_state_whose_bytes_have_changed_is_named(tmp_path):
+    train_in(tmp_path)
+    file = part_of(state_in(tmp_path))
+    data = bytearray(file.read_bytes())
+    data[:8] = b"\xff" * 8  # the length of the header
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="^folder: .*is damaged.*delete it"):
+        stage_in(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["", "5", "[]", "{}", '{"step": 8, "config": 1, "files": {}}', "[" * 100_000])
+def test_damaged_progress_is_named(tmp_path, damage):
+    train_in(tmp_path)
+    (state_in(tmp_path) / PROGRESS).write_text(damage)
+    with pytest.raises(InputError, match="^folder: .*is damaged.*delete it"):
+        stage_in(tmp_path)
+
+
+def test_a_state_of_version_0_1_is_not_passed_over(tmp_path):
+    (tmp_path / "state.safetensors").touch()
+    with pytest.raises(InputError, match="written by version 0.1; use another folder, and --init"):
         stage_in(tmp_path)
 
 
@@ -252,11 +330,9 @@ def test_damaged_rows_are_named(tmp_path, name, damage):
     curve = tmp_path / name
     if damage == "missing":
         curve.unlink()
-        if name == SETTINGS:  # runs of version 0.1 had none
-            return
     else:
         curve.write_text(curve.read_text()[:-20] if damage == "truncated" else damage)
-    with pytest.raises(InputError, match=f"(does not exist|is damaged).*; delete {tmp_path / STATE}") as error:
+    with pytest.raises(InputError, match=f"(does not exist|is damaged).*; delete {state_in(tmp_path)}") as error:
         stage_in(tmp_path)
     assert error.value.value == curve
 
@@ -265,7 +341,7 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path):
     train_in(tmp_path)
     with pytest.raises(InputError, match="another shape") as error:
         Stage(tmp_path, nn.Linear(3, 1), CONFIG, SAMPLES, torch.float32)
-    assert error.value.value == tmp_path / STATE
+    assert error.value.value == state_in(tmp_path)
 
 
 def test_a_stage_of_other_settings_is_refused(tmp_path):
@@ -306,7 +382,7 @@ def test_after_a_divergence_a_stage_resumes_with_a_lower_learning_rate(tmp_path,
     assert settings_in(tmp_path / "killed") == settings_in(tmp_path)
 
 
-@pytest.mark.parametrize("moment", [SETTINGS, STATE])
+@pytest.mark.parametrize("moment", [SETTINGS, PROGRESS])
 def test_settings_of_steps_that_were_not_saved_are_not_recorded(tmp_path, monkeypatch, moment):
     train_in(tmp_path, replace(CONFIG, steps=4))
     replace_file = os.replace
@@ -321,14 +397,6 @@ def test_settings_of_steps_that_were_not_saved_are_not_recorded(tmp_path, monkey
         train_in(tmp_path, replace(CONFIG, learning_rate=1.0))
     train_in(tmp_path, CONFIG)
     assert settings_in(tmp_path) == [(0, 0.05, 4), (4, 0.05, 8)]
-
-
-def test_a_state_without_settings_beside_it_resumes(tmp_path, uninterrupted):
-    """As version 0.1 wrote it."""
-    train_in(tmp_path)
-    (tmp_path / SETTINGS).unlink()
-    train_in(tmp_path, replace(CONFIG, steps=9))
-    assert settings_in(tmp_path) == [(0, 0.05, 8), (8, 0.05, 9)]
 
 
 def test_one_process_trains_in_a_folder_until_it_ends(tmp_path):

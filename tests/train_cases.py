@@ -116,3 +116,33 @@ def train_shared(folder) -> int:
     (folder / f"{processes.rank}.json").write_text(json.dumps(found))
     processes.end()
     return 0
+
+
+def save_beside_a_full_disk(folder) -> int:
+    """Trains two steps of a stage, of which the second's state cannot be written by the last process.
+
+    Writes what each process ends with to FOLDER/RANK.txt.
+    """
+    import safetensors.torch
+    from test_training import CONFIG, SAMPLES, draw, losses_of, module
+
+    from engine.processes import Processes
+    from engine.training.stage import Stage
+
+    def full(tensors, metadata):
+        raise OSError(28, "No space left on device")
+
+    processes = Processes.started("cpu")
+    stage = Stage(folder, module(), CONFIG, SAMPLES, torch.float32, processes)
+    try:
+        for _ in range(2):
+            stage.train_step(draw, losses_of(stage.module))
+            stage.curve.append({"step": stage.step})
+            stage.save()
+            if processes.rank == processes.count - 1:
+                stage.files.finish()
+                safetensors.torch.save = full
+        stage.save()
+    except (OSError, SystemExit) as error:
+        (folder / f"{processes.rank}.txt").write_text(repr(error))
+    return 0

@@ -1,66 +1,95 @@
 """`StageFiles`: the last states of a stage, its loss curve and its settings, written in the background.
 
-The rows of the curve are written before the state, which has their number: rows beyond it are ignored.
+torch.distributed.checkpoint writes and reads the states: each process its part, as safetensors, so nothing is
+unpickled, and another number of processes can read them. The rows of the curve are written before a state gets its
+name, which has their number: rows beyond it are ignored.
 """
 
 import json
+import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.files import load_tensors, save_tensors, unreadable, write_atomically
+from engine.files import unreadable, write_atomically
+from engine.processes import Processes
 
-STATE, CURVE, SETTINGS = "state.safetensors", "curve.jsonl", "settings.jsonl"
-EARLIER = "state-*.safetensors"
+STATES, PROGRESS, CURVE, SETTINGS = "state-*", "progress.json", "curve.jsonl", "settings.jsonl"
+WRITING, DELETING = ".state.writing", ".state.deleting"
 
 
 class StageFiles:
     """The files in a stage's folder.
 
-        state.safetensors           tensors of the last saved step; its metadata are strings
-        state-0000000250.safetensors   those of earlier steps
-        curve.jsonl                 a row for each step
-        settings.jsonl              from which step on the stage was trained with which settings
+        state-0000000250/   of a saved step: a safetensors file from each process, and `progress.json`
+        curve.jsonl         a row for each step
+        settings.jsonl      from which step on the stage was trained with which settings
 
-    keep  how many states there are at most
+    keep       how many states there are at most
+    processes  that write a state together; all call `save` and `fill`
     """
 
-    def __init__(self, folder: Path, keep: int = 1):
-        self.folder, self.keep = folder, keep
-        self._step = 0  # of the last state
+    def __init__(self, folder: Path, keep: int = 1, processes: Processes | None = None):
+        self.folder, self.keep, self.processes = folder, keep, processes or Processes()
         self._rows: int | None = None  # in the curve's file; None: unknown
         self._thread = ThreadPoolExecutor(1, "save")
         self._write: Future | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
-    def state(self) -> Path | None:
-        """The last state, or None: of an earlier step if a run was killed between two writes."""
-        last = self.folder / STATE
-        return last if last.exists() else max(self.folder.glob(EARLIER), default=None)
+    def states(self) -> list[Path]:
+        """The states' folders, the last one last."""
+        return sorted(self.folder.glob(STATES))
 
-    def save(self, tensors: Mapping[str, Tensor], metadata: dict[str, str], curve: list, settings: list) -> None:
+    def save(self, tensors: Mapping[str, Tensor], progress: dict, curve: list, settings: list) -> None:
         """Writes all files in the background, after `finish`.
 
-        tensors  on the CPU, copies that training does not change
+        tensors   on the CPU, whole or as this process's part (DTensor), copies that training does not change
+        progress  "step", "config" and whatever else JSON can hold
         """
-        assert self._write is None, "finish comes first"
-        self._write = self._thread.submit(self._save, tensors, metadata, list(curve), list(settings))
+        self._write = self._thread.submit(self._save, tensors, progress, list(curve), list(settings))
 
     def finish(self) -> None:
         """Waits for the write that is under way, if there is one.
 
-        Raises what it failed with, such as OSError for a full disk: the last state is then intact.
+        Raises, in the first process, what it failed with in any, such as OSError for a full disk: the last state is
+        then intact.
         """
         write, self._write = self._write, None
         if write is not None:
             write.result()
 
-    def _save(self, tensors: Mapping[str, Tensor], metadata: dict[str, str], curve: list, settings: list) -> None:
+    def _save(self, tensors: Mapping[str, Tensor], progress: dict, curve: list, settings: list) -> None:
+        writing, is_main = self.folder / WRITING, self.processes.is_main
+        if is_main:
+            shutil.rmtree(writing, ignore_errors=True)  # of a run that was killed
+        writer = dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True)
+        try:
+            dcp.save(dict(tensors), storage_writer=writer, **self._among())
+        except dcp.CheckpointException as error:  # in all processes, whichever failed
+            if is_main:
+                raise _cause(error) from None
+            return
+        if not is_main:
+            return
+        self._write_rows(curve, settings)
+        sizes = {path.name: path.stat().st_size for path in sorted(writing.iterdir())}
+        text = json.dumps({**progress, "files": sizes}, indent=2)
+        write_atomically(writing / PROGRESS, lambda path: path.write_text(text + "\n"))
+        writing.rename(self.folder / STATES.replace("*", f"{progress['step']:010d}"))
+        deleting = self.folder / DELETING
+        for path in self.states[: -self.keep]:
+            shutil.rmtree(deleting, ignore_errors=True)
+            path.rename(deleting)  # first, so that a kill leaves no part of a state
+            shutil.rmtree(deleting, ignore_errors=True)
+
+    def _write_rows(self, curve: list, settings: list) -> None:
         if self._rows is None:  # what is there may go beyond the state that this run began with
             write_atomically(self.folder / CURVE, lambda path: path.write_text(_lines(curve)))
         else:
@@ -68,40 +97,67 @@ class StageFiles:
                 file.write(_lines(curve[self._rows :]))
         self._rows = len(curve)
         write_atomically(self.folder / SETTINGS, lambda path: path.write_text(_lines(settings)))
-        last = self.folder / STATE
-        if self.keep > 1 and last.exists():
-            last.rename(self.folder / EARLIER.replace("*", f"{self._step:010d}"))
-        save_tensors(last, tensors, metadata)
-        self._step = int(metadata["step"])
-        earlier = sorted(self.folder.glob(EARLIER))
-        for path in earlier[: max(0, len(earlier) - self.keep + 1)]:
-            path.unlink()
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, str], list[dict], list[dict]] | None:
-        """Tensors, metadata, curve and settings of the last state; None: there is none.
+    def load(self) -> tuple[dict, list[dict], list[dict]] | None:
+        """Progress, curve and settings of the last state; None: there is none.
 
-        Raises InputError about `folder` for files that are damaged or cannot be read.
+        Raises InputError about `folder` for files that are damaged, cannot be read or are those of version 0.1.
         """
-        path = self.state
-        if path is None:
+        if not self.states:
+            if (old := self.folder / "state.safetensors").exists():
+                remedy = "use another folder, and --init with this run's checkpoint to continue from its weights"
+                raise InputError("folder", old, remedy, "was written by version 0.1")
             return None
-        remedy = "delete it to restart this stage"
-        if earlier := [other for other in self.folder.glob(EARLIER) if other != path]:
-            remedy = f"delete it to resume from {max(earlier).name}"
+        file = self.states[-1] / PROGRESS
         try:
-            tensors, metadata = load_tensors(path)
-            self._step = step = int(metadata["step"])
+            progress = json.loads(file.read_text())
+            if not isinstance(progress["config"], dict):
+                raise ValueError("it has no config")
+            step, files = int(progress["step"]), dict(progress["files"])
+            found = {name: (file.parent / name).stat().st_size for name in files}
+            if wrong := next((name for name in files if files[name] != found[name]), None):
+                raise ValueError(f"{wrong} has {found[wrong]} bytes in place of {files[wrong]}")
         except OSError as error:
-            raise unreadable("folder", path, error, remedy) from None
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:  # of the file or its metadata
-            raise InputError("folder", path, remedy, f"is damaged ({error})") from None
-        curve = self._read_rows(CURVE, step)
-        settings = self._read_rows(SETTINGS) if (self.folder / SETTINGS).exists() else []  # not in runs of version 0.1
-        return tensors, metadata, curve, settings
+            raise unreadable("folder", Path(error.filename or file), error, self._remedy()) from None
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise self._damaged(error) from None
+        return progress, self._read_rows(CURVE, step), self._read_rows(SETTINGS)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Reads the last state into these tensors, of which DTensors take their part.
+
+        Raises InputError about `folder` if it is damaged or has other tensors.
+        """
+        path = self.states[-1]
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        try:
+            saved = {name: value.size for name, value in reader.read_metadata().state_dict_metadata.items()}
+            if saved != {name: tensor.shape for name, tensor in tensors.items()}:
+                remedy = "use another folder"
+                raise InputError("folder", path, remedy, "was written by a model of another shape")
+            dcp.load(dict(tensors), storage_reader=reader, **self._among())
+        except dcp.CheckpointException as error:
+            raise self._damaged(_cause(error)) from None
+        except (OSError, SafetensorError, LookupError, TypeError) as error:
+            raise self._damaged(error) from None
+
+    def _among(self) -> dict:
+        """The arguments that tell torch.distributed.checkpoint which processes take part."""
+        if self.processes.count > 1:
+            return {"process_group": self.processes.saving}
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it warns of one process
+        return {"no_dist": True}
+
+    def _remedy(self) -> str:
+        earlier = self.states[:-1]
+        return f"delete it to resume from {earlier[-1].name}" if earlier else "delete it to restart this stage"
+
+    def _damaged(self, error: BaseException) -> InputError:
+        return InputError("folder", self.states[-1], self._remedy(), f"is damaged ({error})")
 
     def _read_rows(self, name: str, count: int | None = None) -> list[dict]:
         """The rows of a file; `count`: those of so many steps, whatever follows."""
-        path, remedy = self.folder / name, f"delete {self.state} to restart this stage"
+        path, remedy = self.folder / name, f"delete {self.states[-1]} to restart this stage"
         try:
             rows = [json.loads(line) for line in path.read_text().splitlines()[:count]]
             if not rows or not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
@@ -113,6 +169,12 @@ class StageFiles:
             raise unreadable("folder", path, error, remedy) from None
         except (ValueError, RecursionError) as error:
             raise InputError("folder", path, remedy, f"is damaged ({error})") from None
+
+
+def _cause(error: dcp.CheckpointException) -> BaseException:
+    """What the first process that failed has failed with."""
+    exception, _ = next(iter(error.failures.values()))
+    return exception
 
 
 def _lines(rows: list[dict]) -> str:

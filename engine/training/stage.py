@@ -100,14 +100,15 @@ class Stage:
         blocks: Iterable[nn.Module] = (),
         ahead: bool | None = None,
     ):
-        self.processes, self.files = processes or Processes(), StageFiles(folder, keep)
+        self.processes = processes or Processes()
+        self.files = StageFiles(folder, keep, self.processes)
         self.folder, self.module, self.config, self.samples = folder, module, config, samples
         self.average = deepcopy(module).eval().requires_grad_(False)
         self.step, self.norm = 0, 0.0  # the gradient's norm in the last step, before it is clipped
         self.curve: list[dict] = []
         self.settings: list[dict] = [{"step": 0} | asdict(config)]
         self._epoch, self._epoch_order = -1, torch.empty(0)
-        tensors, metadata = self._restore() or ({}, {})
+        progress = self._restore_progress()
         if self.processes.from_main(self.step) != self.step:
             problem = "is not the same folder in all processes"
             raise InputError("folder", folder, "give one that all machines share", problem)
@@ -120,7 +121,11 @@ class Stage:
         device = next(module.parameters()).device.type
         self.autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
         self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-        self._restore_optimizer(tensors, metadata)
+        self._begin_optimizer()
+        if progress is not None:
+            self.files.fill(self._tensors())
+            if self.scaler.is_enabled() and "scaler" in progress:
+                self.scaler.load_state_dict(progress["scaler"])
         self._ahead = device != "cpu" if ahead is None else ahead
         self._reader: ThreadPoolExecutor | None = None  # in `run`
         self._next: Future | None = None  # the data of the next step
@@ -219,66 +224,56 @@ class Stage:
         return [read(batch, part(config.batch, i, config.accumulate)) for i in range(config.accumulate)]
 
     def save(self) -> None:
-        """Gathers the state in the first process, which begins to write it once the write before has ended.
+        """Begins to write a copy of the state, once the write before has ended. All processes call this.
 
-        Raises what that one failed with.
+        Raises, in the first one, what that write failed with.
         """
         self.processes.on_main(self.files.finish)  # first, so that there are not two copies in memory
-        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        metadata = {"step": str(self.step), "config": json.dumps(asdict(self.config))}
+        progress = {"step": self.step, "config": asdict(self.config)}
         if self.scaler.is_enabled():
-            metadata["scaler"] = json.dumps(self.scaler.state_dict())
-        tensors = self.processes.gathered(tensors, copy=True)
-        self.processes.on_main(lambda: self.files.save(tensors, metadata, self.curve, self.settings))
+            progress["scaler"] = self.scaler.state_dict()
+        self.files.save(self.processes.copied(self._tensors()), progress, self.curve, self.settings)
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights in the first process, none in others; all call this."""
         return self.processes.gathered(self.average.state_dict())
 
-    def _restore(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Restores all but the optimiser from the saved state, if there is one; returns its tensors and metadata."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a saved state has: weights, their average and the optimiser's moments, by name."""
+        tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        for name, parameter in self.module.named_parameters():
+            for key, tensor in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = tensor
+        return tensors
+
+    def _begin_optimizer(self) -> None:
+        """Makes AdamW's state as it does in its first step, so that a saved one can be read into it."""
+        for parameter in self.module.parameters():
+            step = torch.zeros((), device=parameter.device)
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": step, **moments}
+
+    def _restore_progress(self) -> dict | None:
+        """Restores step, curve and settings of the saved state, if there is one; returns its progress."""
         loaded = self.files.load()
         if loaded is None:
             return None
-        tensors, metadata, self.curve, settings = loaded
-        path, step, config = self.files.state, int(metadata["step"]), self._same_config(metadata)
-        try:
-            self.module.load_state_dict(_with_prefix(tensors, "module."))
-            self.average.load_state_dict(_with_prefix(tensors, "average."))
-        except RuntimeError:
-            raise InputError("folder", path, "use another folder", "was written by a model of another shape") from None
+        progress, self.curve, settings = loaded
+        step, config = progress["step"], self._same_config(progress["config"])
         self.step = step
         self.settings = [row for row in settings if row["step"] < step] or [{"step": 0} | config]
         if config != (now := _as_json(self.config)):
             self.settings.append({"step": step} | now)
-        return tensors, metadata
+        return progress
 
-    def _restore_optimizer(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _with_prefix(tensors, "optimizer.").items():
-            i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = self.processes.like(tensor, parameters[int(i)])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        if self.scaler.is_enabled() and "scaler" in metadata:
-            self.scaler.load_state_dict(json.loads(metadata["scaler"]))
-
-    def _same_config(self, metadata: dict[str, str]) -> dict:
+    def _same_config(self, config: dict) -> dict:
         """The config that the saved state was trained with, which may differ in what may change."""
-        path = self.files.state
-        try:
-            config = dict(json.loads(metadata["config"]))
-        except (LookupError, TypeError, ValueError) as error:
-            raise InputError("folder", path, "delete it to restart this stage", f"is damaged ({error})") from None
         now = _as_json(self.config)
         if refused := sorted(key for key in now if now[key] != config.get(key) and key not in MAY_CHANGE):
             before, after = (", ".join(f"{key} {c.get(key)}" for key in refused) for c in (config, now))
-            raise InputError(
-                "folder", path, "use the same settings or another folder", f"was trained with {before}, not {after}"
-            )
+            path, remedy = self.files.states[-1], "use the same settings or another folder"
+            raise InputError("folder", path, remedy, f"was trained with {before}, not {after}")
         return config
 
     def _batch_indices(self, step: int) -> list[int]:
@@ -324,10 +319,6 @@ def noise_of(seed: int, samples: slice, size: int) -> Tensor:
 def _as_json(config: StageConfig) -> dict:
     """Its settings as JSON keeps them."""
     return json.loads(json.dumps(asdict(config)))
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _seed(*parts: int) -> int:
