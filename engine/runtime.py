@@ -28,7 +28,7 @@ from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
-from engine.sampling.worker import check_process, drive, in_own_thread
+from engine.sampling.worker import check_process, drive
 
 NOT_FINITE = "NaN or infinity; use less guidance, or an autoencoder of other weights"
 
@@ -108,15 +108,12 @@ class Engine:
         if adapters is not None and not isinstance(adapters, Mapping):
             raise InputError("adapters", adapters, "give a dict of names and folders", "is not a mapping")
 
-        def make() -> Engine:
-            loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
-            what = resolve_dtype(dtype, where, loaded.config.model)
-            engine = cls(loaded, where, what, int(max_rows), graphs, compile, attention, quantize)
-            for name, folder in (adapters or {}).items():
-                engine.load_adapter(name, folder)
-            return engine
-
-        return in_own_thread(make)
+        loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
+        what = resolve_dtype(dtype, where, loaded.config.model)
+        engine = cls(loaded, where, what, int(max_rows), graphs, compile, attention, quantize)
+        for name, folder in (adapters or {}).items():
+            engine.load_adapter(name, folder)
+        return engine
 
     def __enter__(self) -> "Engine":
         return self
@@ -346,10 +343,10 @@ class Engine:
         return Stats(sampler.forwards, replays, sampler.finished, flops, moved, prepare, sample, decode, memory)
 
     def _build(self, codecs: dict[str, Codec]) -> None:
-        """Builds the codecs, unless they are built, in threads that end: see `in_own_thread`."""
+        """Builds the codecs, unless they are built."""
         if not self._built:
             for codec in codecs.values():
-                in_own_thread(codec.build)
+                codec.build()
             self._built = True
 
     def _count(self, stage: int, since: float) -> float:

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextvars
 import gc
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -272,3 +274,36 @@ def test_a_forked_process_is_refused_and_its_parent_goes_on(process):
 def test_a_process_that_ends_while_samples_are_under_way_ends_cleanly_with_its_exit_code(process):
     assert (process.code, process.errors) == (7, "")
     assert len(process.messages) == 2 and all(message.startswith(CLOSED) for message in process.messages)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of a process on Linux")
+def test_openmp_threads_of_callers_and_of_an_idle_worker_end():
+    """More of them than cores would slow each other down: see `end_idle_threads`."""
+    program = """
+import os, time, torch
+from test_worker import doing
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def parallel():
+    return torch.ones(1 << 20).add(1).sum().item() and threads()
+
+torch.set_num_threads(3)
+alone = threads()
+assert parallel() == alone + 2, "PyTorch does not compute with OpenMP"
+with doing() as doer:
+    during = doer.post(parallel).result()
+    until = time.monotonic() + 30
+    while threads() > alone + 1 and time.monotonic() < until:
+        time.sleep(0.01)
+    print(during - alone, threads() - alone, parallel() - alone)
+"""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if "does not compute with OpenMP" in done.stderr:
+        pytest.skip("PyTorch does not compute with OpenMP here")
+    assert done.stdout.split() == ["3", "1", "3"], done.stderr

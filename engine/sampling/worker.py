@@ -2,11 +2,13 @@
 
 import atexit
 import contextvars
+import ctypes
 import os
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -54,6 +56,8 @@ class Worker:
         Raises as `check`.
         """
         self.check()
+        if self._thread is not threading.current_thread():
+            end_idle_threads()
         with self._lock:
             self.check()
             self._threads = torch.get_num_threads()
@@ -113,6 +117,7 @@ class Worker:
                     owner.abort(EngineClosed(CLOSED))
                     return
                 del owner
+                end_idle_threads()
 
     def _turn(self, owner: Owner) -> bool:
         if torch.get_num_threads() != self._threads:
@@ -120,14 +125,23 @@ class Worker:
         return owner.turn()
 
 
-def in_own_thread(function: Callable, *arguments):
-    """function(*arguments), run in a thread that then ends, and its OpenMP threads with it.
+def end_idle_threads() -> None:
+    """Ends the OpenMP threads that wait for the calling thread's next parallel operation, which starts them again.
 
-    Once a process has more OpenMP threads than cores, libgomp hardly spins at barriers: one parallel operation on the
-    caller's thread, such as loading weights, would slow down everything that the worker does afterwards.
+    Every thread that computes in parallel has OpenMP threads of its own. Once a process has more of them than cores,
+    libgomp hardly spins at barriers: those of a program that had computed with PyTorch itself would slow down all
+    that the worker does afterwards, and the worker's all that the program does (benchmarks/NOTES.md).
     """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(contextvars.copy_context().run, function, *arguments).result()
+    _pause()(1)  # omp_pause_soft
+
+
+@cache
+def _pause() -> Callable[[int], int]:
+    """omp_pause_resource_all of the OpenMP library in this process; does nothing where it is not found."""
+    try:
+        return ctypes.CDLL(None).omp_pause_resource_all
+    except (AttributeError, OSError, TypeError):  # an older OpenMP, another system
+        return lambda kind: 0
 
 
 def finish_future(future: Future, result=None, error: BaseException | None = None) -> None:
