@@ -18,10 +18,9 @@ from engine.diffusion.schedule import timesteps
 from engine.diffusion.solver_table import GuidanceOptions, SolverOptions, StepTable, solver_table
 from engine.kernels.attention import attention
 from engine.kernels.cfg_step import cfg_step, init_state
-from engine.kernels.linear import onednn_computes
+from engine.kernels.linear import onednn_computes, packed_product
 from engine.model.cost import forward_flops
 from engine.model.denoiser import Denoiser, build
-from engine.packages import TOKENS
 from engine.presets import PRESETS, with_categories
 from engine.sampling.batch import SampleSpec, batch_constants, new_state
 from engine.sampling.graphs import set_up
@@ -186,9 +185,7 @@ def products(
     def linear(layer, inputs, output):
         (x,) = inputs
         if x.is_cpu and onednn_computes(x.dtype):
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), TOKENS)
-            product = torch.ops.mkldnn._linear_pointwise
-            calls.append(partial(product, x, weight, layer.bias, "none", [], ""))
+            calls.append(partial(packed_product(layer.weight, layer.bias), x))
         else:
             calls.append(partial(layer.forward, x))
 

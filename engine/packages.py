@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from engine.device import processor
 from engine.files import cache_folder
-from engine.kernels.linear import onednn_computes
+from engine.kernels.linear import onednn_computes, pack
 
 LIMIT = 256 << 20  # bytes of the folder; beyond it the least recently used entries are removed
 ROOM = 32 << 20  # bytes that have to be free to build an entry
@@ -38,7 +38,6 @@ ABANDONED = 24 * 3600  # seconds after which the folder of a build that was kill
 LABEL = "psunet-engine"  # of the entry's description among a package's metadata
 PACKED = "packed"  # of the names of the weights in oneDNN's layout, likewise
 WEIGHT = 1  # its place among the arguments of oneDNN's product
-TOKENS = 64  # for which oneDNN chooses its layout; other numbers hardly change it
 DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 log = logging.getLogger("engine.packages")
@@ -94,10 +93,7 @@ class Package:
         oneDNN would otherwise bring them into its layout again at every call.
         """
         run = self._loader.run
-        ordered = [
-            torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TOKENS) if name in self._packed else weight
-            for name, weight in sorted(weights.items())
-        ]
+        ordered = [pack(weight) if name in self._packed else weight for name, weight in sorted(weights.items())]
 
         def forward(*inputs: Tensor | None) -> Tensor:
             # The compiled code assumes the layout of its examples.

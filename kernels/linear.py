@@ -18,6 +18,7 @@ Dtypes: float32, bfloat16 or float16 in and out, accumulated in float32; GELU an
 Source of the format: Micikevicius et al. 2022 (arXiv 2209.05433).
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
 from engine.kernels.linear_kernels import linear_forward
 
 E4M3_MAX = 448.0  # the largest float8_e4m3fn
+PACKED_FOR = 64  # tokens for which oneDNN chooses its layout; other numbers hardly change it
 PROGRAMS = 264  # as many keep an H100's 132 multiprocessors busy: two each
 
 
@@ -74,6 +76,23 @@ def onednn_computes(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of a weight [N, K] in oneDNN's own layout, into which oneDNN else brings it at every call."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR)
+
+
+def packed_product(
+    weight: Tensor, bias: Tensor | None, then: str = "none", approximate: str = ""
+) -> Callable[[Tensor], Tensor]:
+    """x ↦ x·Wᵀ + b, or with `then` "gelu" the GELU of it, by a copy of W in oneDNN's layout. For inference."""
+    packed = pack(weight)
+
+    def product(x: Tensor) -> Tensor:  # [B, L, K] → [B, L, N]
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], approximate)
+
+    return product
 
 
 # ------------------------------------------------------------------------------------------------ launchers

@@ -115,6 +115,21 @@ def test_every_kind_of_step_is_the_eager_one_at_any_number_of_rows(cached, netwo
 
 
 @torch.inference_mode()
+def test_blocks_without_a_package_compute_the_same_with_weights_in_onednns_layout(network, monkeypatch, tmp_path):
+    use_cache(monkeypatch, tmp_path)
+    if not onednn_computes(torch.float32):
+        pytest.skip("PyTorch has no oneDNN here")
+    expected = forwards(network, 3)
+    graphs.set_up(network, torch.device("cpu"))
+    assert not any("forward" in block.__dict__ for block in network.blocks()), "there are no packages"
+    for block in network.blocks():
+        for layer in filter(None, (block.skip, block.qkv, block.proj, block.fc1, block.fc2)):
+            layer.weight.zero_()  # not read any more
+    for found, eager in zip(forwards(network, 3), expected, strict=True):
+        torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
 def test_a_block_whose_sums_are_fused_with_products_computes_the_same(built, tmp_path, monkeypatch):
     use_cache(monkeypatch, tmp_path)
     torch.manual_seed(0)

@@ -118,7 +118,8 @@ class Adapters:
         for name in layer_names(self.network):
             path, _, layer = name.rpartition(".")
             block = self.network.get_submodule(path)
-            block.__dict__.pop("forward", None)  # of a package
+            for replaced in ("forward", "_hidden"):  # by a package, or by products of packed weights
+                block.__dict__.pop(replaced, None)
             self._layers[name] = AdaptedLinear(getattr(block, layer), self._current)
             setattr(block, layer, self._layers[name])
 

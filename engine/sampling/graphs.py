@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import InputError, cut
+from engine.kernels.linear import onednn_computes, packed_product
 from engine.model.blocks import Block, quantize_blocks
 from engine.packages import Source, package
 
@@ -32,7 +33,8 @@ def set_up(
     if quantize != "none":
         quantize_blocks(list(network.blocks()))
     if device.type == "cpu":
-        use_packages(network, build=compile)
+        if not use_packages(network, build=compile):
+            pack_products(block for block in network.blocks() if "forward" not in block.__dict__)
     elif compile:
         compile_blocks(network.blocks())
 
@@ -79,6 +81,19 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
         if found[source.file] is not None:
             block.forward = _in_parts(found[source.file].bind(dict(block.named_parameters())))
     return all(found.values())
+
+
+def pack_products(blocks: Iterable[Block]) -> None:
+    """Lets the products of blocks on a CPU use weights in oneDNN's own layout, where it computes in their dtype.
+
+    It would otherwise bring them into that layout at every call. The weights are copied, as they are now.
+    """
+    for block in blocks:
+        if not onednn_computes(block.qkv.weight.dtype):
+            continue
+        for layer in filter(None, (block.skip, block.qkv, block.proj, block.fc2)):
+            layer.forward = packed_product(layer.weight, layer.bias)
+        block._hidden = packed_product(block.fc1.weight, block.fc1.bias, "gelu", block.gelu)
 
 
 def _in_parts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
