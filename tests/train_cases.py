@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from PIL import Image
 
+from engine import train
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train_cases", "accelerate", "diffusers", "matplotlib.figure", "gensim.models",
                                "engine.training.stages", "torch.nn.parallel"])  # fmt: skip
@@ -28,6 +30,27 @@ def captioned_images(folder):
     }
     (folder / "captions.json").write_text(json.dumps(content))
     return folder
+
+
+SHORT = ["--preset", "tiny", "--steps", "4", "--autoencoder-steps", "3", "--save-every", "2", "--dtype", "float32"]
+
+
+def train_main(images, run, *options) -> int:
+    """A short run by the command; its exit status."""
+    return train.main([*SHORT, "--data", str(images), "--out", str(run), *options])
+
+
+def refusal(capsys, *arguments):
+    """The single line on stderr of a refused command."""
+    capsys.readouterr()
+    try:
+        status = train.main(list(arguments))
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    assert status == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("python -m engine.train: "), lines
+    return lines[0]
 
 
 class Killed(BaseException):
@@ -79,7 +102,6 @@ def _run(target, rank: int, count: int, port: int, arguments, log) -> None:
 
 
 def _train(arguments: list[str]) -> int:
-    from engine import train
     from engine.training import denoiser, tracking
 
     tracking.EVERY = 3
