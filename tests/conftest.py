@@ -25,12 +25,22 @@ settings.register_profile("engine", deadline=None, derandomize=True)
 settings.load_profile("engine")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist's `loadfile` would begin with the files of most tests; those of few are the longest here."""
+    config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of endurance are slow too: `-m "not slow"` replaces the `-m "not endurance"` of pyproject.toml."""
+    """Files with slow tests come first, so that no worker begins one when the others have nothing left.
+
+    Tests of endurance are slow too: `-m "not slow"` replaces the `-m "not endurance"` of pyproject.toml.
+    """
     for item in items:
         if item.get_closest_marker("endurance"):
             item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
