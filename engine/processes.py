@@ -171,14 +171,21 @@ class Processes:
         return gathered
 
     def copied(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-        """Contiguous copies on the CPU, shared as the tensors are, which training does not change."""
+        """Contiguous copies on the CPU that training does not change: of shared tensors this process's part, of the
+        others, which all processes have, this process's share. Together the processes copy everything once."""
         from torch import contiguous_format
         from torch.distributed.tensor import DTensor
 
-        copies = {}
-        for name, tensor in tensors.items():
+        copies, taken = {}, [0] * self.count  # bytes of whole tensors, by process
+        for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+            is_shared = isinstance(tensor, DTensor)
+            if not is_shared:
+                process = taken.index(min(taken))
+                taken[process] += tensor.nbytes
+                if process != self.rank:
+                    continue
             copy = self.own(tensor.detach()).to("cpu", copy=True, memory_format=contiguous_format)
-            if isinstance(tensor, DTensor):
+            if is_shared:
                 mesh, like = self._mesh_of_hosts, {"shape": tensor.shape, "stride": tensor.stride()}
                 copy = DTensor.from_local(copy, mesh, tensor.placements, run_check=False, **like)
             copies[name] = copy

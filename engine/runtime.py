@@ -28,7 +28,7 @@ from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
 from engine.sampling.scheduler import CacheMode
-from engine.sampling.worker import check_process, drive
+from engine.sampling.worker import check_process, drive, in_own_thread
 
 NOT_FINITE = "NaN or infinity; use less guidance, or an autoencoder of other weights"
 
@@ -108,12 +108,15 @@ class Engine:
         if adapters is not None and not isinstance(adapters, Mapping):
             raise InputError("adapters", adapters, "give a dict of names and folders", "is not a mapping")
 
-        loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
-        what = resolve_dtype(dtype, where, loaded.config.model)
-        engine = cls(loaded, where, what, int(max_rows), graphs, compile, attention, quantize)
-        for name, folder in (adapters or {}).items():
-            engine.load_adapter(name, folder)
-        return engine
+        def make() -> Engine:
+            loaded = load(BUILT_IN if checkpoint is None else checkpoint, revision)
+            what = resolve_dtype(dtype, where, loaded.config.model)
+            engine = cls(loaded, where, what, int(max_rows), graphs, compile, attention, quantize)
+            for name, folder in (adapters or {}).items():
+                engine.load_adapter(name, folder)
+            return engine
+
+        return in_own_thread(make)
 
     def __enter__(self) -> "Engine":
         return self
@@ -346,7 +349,7 @@ class Engine:
         """Builds the codecs, unless they are built."""
         if not self._built:
             for codec in codecs.values():
-                codec.build()
+                in_own_thread(codec.build)
             self._built = True
 
     def _count(self, stage: int, since: float) -> float:

@@ -4,6 +4,8 @@ import gc
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -220,3 +222,26 @@ def test_memory_does_not_grow_with_generations_finished_or_cancelled(tiny_checkp
         before = resident()
         several(160)
         assert resident() - before < 1 << 20, "6.5 kB a time, less than what one generation makes"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_an_engine_works_in_a_process_that_was_forked_after_other_parallel_work(tiny_checkpoint):
+    """The parent's OpenMP threads do not exist in the child, where waiting for them would never end."""
+    program = f"""
+import os, torch
+from engine import Engine, Request
+
+torch.set_num_threads(3)
+torch.ones(1 << 20).add(1).sum()
+if os.fork() == 0:
+    with Engine.from_pretrained({str(tiny_checkpoint)!r}, device="cpu", dtype="float32") as engine:
+        print(len(engine.generate(Request(num=2, steps=2)).samples), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    quiet = ["-W", "ignore::DeprecationWarning"]  # of a fork beside threads, from Python 3.12 on
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, *quiet, "-c", program], cwd=root, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.split() == ["2"], done.stderr

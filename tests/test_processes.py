@@ -18,7 +18,7 @@ from train_cases import captioned_images, save_beside_a_full_disk, started, trai
 from engine import train
 from engine.data.sources import open_captioned
 from engine.training import denoiser
-from engine.training.files import CURVE, STATES, StageFiles
+from engine.training.files import CURVE, StageFiles
 
 pytest.importorskip("accelerate")
 SHORT = ["--preset", "tiny", "--steps", "6", "--autoencoder-steps", "2", "--save-every", "2", "--dtype", "float32"]
@@ -45,7 +45,7 @@ def command(images, run, *options):
 
 
 def size_of_state(run):
-    return sum(part.stat().st_size for part in (run / "denoiser").glob(f"{STATES}/*.safetensors"))
+    return sum(part.stat().st_size for part in (run / "denoiser").glob("state-*/*.safetensors"))
 
 
 def curve_of(run):
@@ -89,7 +89,7 @@ def test_any_number_of_processes_has_the_same_losses(images, alone, tmp_path, co
     assert trained(count, command(images, tmp_path / "run", *options), tmp_path / "log") == [0] * count
     assert_same_curve(tmp_path / "run", curve_of(alone))
     assert_same_weights(tmp_path / "run", alone)
-    parts = list((tmp_path / "run" / "denoiser").glob(f"{STATES}/*.safetensors"))
+    parts = list((tmp_path / "run" / "denoiser").glob("state-*/*.safetensors"))
     assert len(parts) == count and max(part.stat().st_size for part in parts) < size_of_state(alone) * 1.2 / count
     printed = (tmp_path / "log").read_text()
     assert printed.count("usable images") == printed.count("checkpoint: ") == 1 and f"in {count} processes" in printed
@@ -127,7 +127,7 @@ def test_any_number_of_processes_reports_the_same_to_tensorboard(images, alone, 
 def test_a_killed_run_resumes_with_another_number_of_processes(images, alone, tmp_path):
     run = tmp_path / "run"
     victims = started(2, command(images, run, "--save-every", "1"), tmp_path / "log")
-    while not any((run / "denoiser").glob(STATES)) and all(victim.is_alive() for victim in victims):
+    while not any((run / "denoiser").glob("state-*")) and all(victim.is_alive() for victim in victims):
         time.sleep(0.001)
     time.sleep(random.uniform(0, 0.2))
     for victim in victims:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from engine.errors import InputError
-from engine.training.files import CURVE, PROGRESS, SETTINGS, STATES, WRITING, StageFiles
+from engine.training import files
+from engine.training.files import CURVE, DELETING, PROGRESS, SETTINGS, WRITING, StageFiles
 from engine.training.recipes import StageConfig
 from engine.training.stage import Stage, run_lock
 
@@ -194,7 +195,7 @@ def test_a_killed_process_resumes_exactly(tmp_path):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
         stderr=subprocess.DEVNULL,
     ) as victim:
-        while not any((tmp_path / "killed").glob(STATES)) and victim.poll() is None:
+        while not any((tmp_path / "killed").glob("state-*")) and victim.poll() is None:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.1))
         victim.send_signal(signal.SIGKILL)
@@ -231,7 +232,7 @@ def test_training_goes_on_while_the_state_is_written(tmp_path, uninterrupted, mo
 
     def drawing(generator, indices):
         if stage.step == 6:
-            assert not any(tmp_path.glob(STATES))
+            assert not any(tmp_path.glob("state-*"))
             later.set()
             raise Killed
         return draw(generator, indices)
@@ -264,6 +265,7 @@ def test_a_full_disk_stops_the_stage_and_leaves_the_last_state_intact(tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr("safetensors.torch.save", full)
         train_in(tmp_path, save_every=1)
+    assert not (tmp_path / WRITING).exists()
     assert stage_in(tmp_path).step == 4
     assert outcome(train_in(tmp_path)) == uninterrupted
 
@@ -294,27 +296,61 @@ def test_a_truncated_state_is_named(tmp_path, keep):
 def test_a_state_without_the_part_of_a_process_is_named(tmp_path):
     train_in(tmp_path)
     (file := part_of(state_in(tmp_path))).unlink()
-    with pytest.raises(InputError, match="^folder: .* does not exist; delete it to restart this stage") as error:
+    with pytest.raises(InputError, match=f"^folder: .* is damaged .{file.name} is missing.; delete it to") as error:
         stage_in(tmp_path)
-    assert error.value.value == file
+    assert error.value.value == state_in(tmp_path)
 
 
-def test_a_state_whose_bytes_have_changed_is_named(tmp_path):
+@pytest.mark.parametrize("where", ["length", "header"])
+def test_a_state_whose_bytes_have_changed_is_named(tmp_path, where):
     train_in(tmp_path)
     file = part_of(state_in(tmp_path))
     data = bytearray(file.read_bytes())
-    data[:8] = b"\xff" * 8  # the length of the header
+    place = 7 if where == "length" else data.index(b"saved_offsets") + 20  # within the list of numbers there
+    data[place] = 0xFF if where == "length" else ord("x")
     file.write_bytes(data)
     with pytest.raises(InputError, match="^folder: .*is damaged.*delete it"):
         stage_in(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["", "5", "[]", "{}", '{"step": 8, "config": 1, "files": {}}', "[" * 100_000])
-def test_damaged_progress_is_named(tmp_path, damage):
+@pytest.mark.parametrize(
+    "change",
+    ["", "5", "[]", "{}", "[" * 100_000, {"step": "8"}, {"step": 8.5}, {"step": 7}, {"step": True}, {"config": 1},
+     {"files": 5}, None],
+    ids=str,
+)  # fmt: skip
+def test_damaged_progress_is_named(tmp_path, change):
     train_in(tmp_path)
-    (state_in(tmp_path) / PROGRESS).write_text(damage)
-    with pytest.raises(InputError, match="^folder: .*is damaged.*delete it"):
+    file = state_in(tmp_path) / PROGRESS
+    if isinstance(change, dict):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    elif change is None:
+        file.unlink()
+    else:
+        file.write_text(change)
+    with pytest.raises(InputError, match="^folder: .*is damaged.*delete it to restart"):
         stage_in(tmp_path)
+
+
+def test_what_else_is_in_the_folder_is_neither_taken_for_a_state_nor_removed(tmp_path, uninterrupted):
+    others = ["state-backup", "state-0000000004.bak", "state-0.tar", "state-abc", "state-9999999999"]
+    train_in(tmp_path, replace(CONFIG, steps=4))
+    for name in others[:2]:
+        shutil.copytree(state_in(tmp_path), tmp_path / name)
+    for name in others[2:]:
+        (tmp_path / name).touch()
+    for name in (WRITING, DELETING):  # as no run of this version leaves them
+        (tmp_path / name).touch()
+    assert outcome(train_in(tmp_path)) == uninterrupted
+    assert {path.name for path in tmp_path.glob("*state*")} == {*others, "state-0000000008"}
+
+
+def test_large_states_are_written_in_several_files(tmp_path, uninterrupted, monkeypatch):
+    """While safetensors puts a file together no other thread runs."""
+    monkeypatch.setattr(files, "PART", 64)
+    train_in(tmp_path, replace(CONFIG, steps=4))
+    assert len(list(state_in(tmp_path).glob("*.safetensors"))) > 4
+    assert outcome(train_in(tmp_path)) == uninterrupted
 
 
 def test_a_state_of_version_0_1_is_not_passed_over(tmp_path):

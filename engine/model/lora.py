@@ -118,7 +118,7 @@ class Adapters:
         for name in layer_names(self.network):
             path, _, layer = name.rpartition(".")
             block = self.network.get_submodule(path)
-            for replaced in ("forward", "_hidden"):  # by a package, or by products of packed weights
+            for replaced in ("forward", "_hidden"):  # by a package; by a product of packed weights, joined with GELU
                 block.__dict__.pop(replaced, None)
             self._layers[name] = AdaptedLinear(getattr(block, layer), self._current)
             setattr(block, layer, self._layers[name])

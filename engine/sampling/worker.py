@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Protocol
 
@@ -53,7 +53,7 @@ class Worker:
     def post(self, item, inbox: list) -> Future:
         """Appends an item to an inbox that the owner reads in its turns; returns the item's future.
 
-        Raises as `check`.
+        Ends the calling thread's idle OpenMP threads. Raises as `check`.
         """
         self.check()
         if self._thread is not threading.current_thread():
@@ -125,6 +125,16 @@ class Worker:
         return owner.turn()
 
 
+def in_own_thread(function: Callable, *arguments):
+    """function(*arguments), run in a thread that then ends.
+
+    Its parallel operations need nothing of the caller's OpenMP threads, which in a forked process are gone, nor of the
+    caller's settings of PyTorch, such as the inference mode.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(contextvars.copy_context().run, function, *arguments).result()
+
+
 def end_idle_threads() -> None:
     """Ends the OpenMP threads that wait for the calling thread's next parallel operation, which starts them again.
 
@@ -132,7 +142,8 @@ def end_idle_threads() -> None:
     libgomp hardly spins at barriers: those of a program that had computed with PyTorch itself would slow down all
     that the worker does afterwards, and the worker's all that the program does (benchmarks/NOTES.md).
     """
-    _pause()(1)  # omp_pause_soft
+    if not _IN_CHILD:  # of a fork, where waiting for the parent's OpenMP threads would never end
+        _pause()(1)  # omp_pause_soft
 
 
 @cache
@@ -203,6 +214,9 @@ def check_process() -> None:
         raise RuntimeError(FORKED)
 
 
+_IN_CHILD: list[bool] = []  # not empty in a process that was forked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _IN_CHILD.append(True))
 _FIRST_PID: list[int] = []  # at most one: of the process in which the first worker was made
 _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 

@@ -125,7 +125,10 @@ class Stage:
         if progress is not None:
             self.files.fill(self._tensors())
             if self.scaler.is_enabled() and "scaler" in progress:
-                self.scaler.load_state_dict(progress["scaler"])
+                try:
+                    self.scaler.load_state_dict(progress["scaler"])
+                except (LookupError, RuntimeError, TypeError) as error:
+                    raise self.files.damaged(error) from None
         self._ahead = device != "cpu" if ahead is None else ahead
         self._reader: ThreadPoolExecutor | None = None  # in `run`
         self._next: Future | None = None  # the data of the next step
@@ -232,7 +235,7 @@ class Stage:
         progress = {"step": self.step, "config": asdict(self.config)}
         if self.scaler.is_enabled():
             progress["scaler"] = self.scaler.state_dict()
-        self.files.save(self.processes.copied(self._tensors()), progress, self.curve, self.settings)
+        self.files.save(self._tensors(), progress, self.curve, self.settings)
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights in the first process, none in others; all call this."""
