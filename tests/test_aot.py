@@ -16,7 +16,13 @@ def is_the_tables_compiler():
     return f"triton {aot.triton.__version__}." in COMMITTED.read_text()
 
 
-@pytest.fixture(scope="session", params=list(aot.TARGETS))
+EVERY_TIME = ("sm_90", "gfx942")  # of each vendor one; all four take more than two minutes
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(t, marks=() if t in EVERY_TIME else pytest.mark.endurance) for t in aot.TARGETS],
+)
 def target(request):
     return request.param
 

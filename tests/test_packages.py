@@ -105,6 +105,7 @@ def forwards(network, rows: int) -> list[torch.Tensor]:
     return [*features.values(), *(network(x, table, index, **step) for step in steps)]
 
 
+@pytest.mark.slow  # the first one builds the packages of this file
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_kind_of_step_is_the_eager_one_at_any_number_of_rows(cached, network, rows):

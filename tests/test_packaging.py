@@ -115,6 +115,7 @@ def test_wheel_holds_the_whole_engine_and_no_second_kernels(wheel, shipped):
     assert {"engine/kernels/cfg_step.py", "engine/kernels/measured.json"} <= shipped
 
 
+@pytest.mark.slow
 def test_wheel_samples_offline_without_the_repository(wheel, tmp_path):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -56,6 +56,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reason", "language", "code"), blocks())
 def test_block_runs(reason, language, code, folder):
     if reason:
