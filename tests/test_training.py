@@ -345,6 +345,16 @@ def test_what_else_is_in_the_folder_is_neither_taken_for_a_state_nor_removed(tmp
     assert {path.name for path in tmp_path.glob("*state*")} == {*others, "state-0000000008"}
 
 
+def test_a_state_may_be_a_link(tmp_path, uninterrupted):
+    train_in(tmp_path / "run", replace(CONFIG, steps=4))
+    state = state_in(tmp_path / "run")
+    state.rename(tmp_path / "elsewhere")
+    state.symlink_to(tmp_path / "elsewhere")
+    assert stage_in(tmp_path / "run").step == 4
+    assert outcome(train_in(tmp_path / "run")) == uninterrupted
+    assert not state.is_symlink() and part_of(tmp_path / "elsewhere")
+
+
 def test_large_states_are_written_in_several_files(tmp_path, uninterrupted, monkeypatch):
     """While safetensors puts a file together no other thread runs."""
     monkeypatch.setattr(files, "PART", 64)

@@ -51,7 +51,7 @@ class StageFiles:
     @property
     def states(self) -> list[Path]:
         """The states' folders, the last one last."""
-        return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name) and _is_folder(path))
+        return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
 
     def save(self, tensors: Mapping[str, Tensor], progress: dict, curve: list, settings: list) -> None:
         """Writes all files in the background, after `finish`.
@@ -193,13 +193,9 @@ def _cause(error: dcp.CheckpointException) -> BaseException:
     return exception
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
 def _remove(path: Path) -> None:
-    """Whatever it is, if it is there."""
-    if _is_folder(path):
+    """Whatever it is, if it is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
