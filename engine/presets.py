@@ -98,7 +98,7 @@ PRESETS: dict[str, Config] = {
         replace(
             TEXT_FIRST,
             guidance=GUIDANCE | {"text-to-image": 2.0, "infill": 1.5},
-            temperature={"joint": 0.7, "image-to-text": 0.25, "infill": 0.25},
+            temperature={"joint": 0.85, "image-to-text": 0.25, "infill": 0.25},
         ),
     ),
     # The paper's baseline: depth 12, as on MS-COCO.
