@@ -26,14 +26,18 @@ TASKS = {
 }
 
 
+def assert_same_images(found, expected):
+    """To rounding: an engine's products use weights in another layout."""
+    assert all(abs(levels(a) - levels(b)).max() <= 1 for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_images_and_texts_are_the_engines_of_the_same_seed(pipe, on_cpu, task):
     given = {{"mask_image": "mask"}.get(name, name): value for name, value in TASKS[task].items()}
     theirs = on_cpu.generate(Request(**given, steps=3, seed=7, num=2))
     ours = make(pipe, seed=7, num_inference_steps=3, num_images_per_prompt=2, **TASKS[task])
     assert ours.text == [sample.text for sample in theirs.samples]
-    for a, b in zip(ours.images, theirs.samples, strict=True):
-        assert a.tobytes() == b.image.tobytes()
+    assert_same_images(ours.images, [sample.image for sample in theirs.samples])
 
 
 def test_a_batch_of_tasks_is_the_engines_batch(pipe, on_cpu):
@@ -41,7 +45,7 @@ def test_a_batch_of_tasks_is_the_engines_batch(pipe, on_cpu):
     prompts = ["red cat", "_ dog"]
     theirs = on_cpu.generate([Request(prompt, steps=3, seed=seed) for seed, prompt in enumerate(prompts, 4)])
     ours = pipe(prompts, num_inference_steps=3, generator=[seeded(4), seeded(5)])
-    assert [image.tobytes() for image in ours.images] == [result.image.tobytes() for result in theirs]
+    assert_same_images(ours.images, [result.image for result in theirs])
     assert ours.text == [result.text for result in theirs]
 
 
@@ -75,7 +79,7 @@ def test_models_of_more_modalities_generate_them_too(three_modality_checkpoint, 
     pipe = PSUNetPipeline.from_pretrained(three_modality_checkpoint)
     out = make(pipe, seed=3)
     with Engine.from_pretrained(three_modality_checkpoint, device="cpu", dtype="float32") as engine:
-        assert out.images[0].tobytes() == engine.generate(Request(steps=2, seed=3)).image.tobytes()
+        assert_same_images(out.images, [engine.generate(Request(steps=2, seed=3)).image])
     pipe.save_pretrained(tmp_path)
     assert same(make(PSUNetPipeline.from_pretrained(tmp_path), seed=3), out)
 
@@ -92,7 +96,7 @@ def test_the_solver_is_the_schedulers(pipe, on_cpu):
     other = PSUNetPipeline(**pipe.components, **pipe.parameters)
     other.scheduler = PSUNetScheduler.from_config(pipe.scheduler.config, solver="ddim", eta=1.0)
     theirs = on_cpu.generate(Request(prompt="red cat", steps=3, solver="ddim", eta=1.0))
-    assert make(other, prompt="red cat", num_inference_steps=3).images[0].tobytes() == theirs.image.tobytes()
+    assert_same_images(make(other, prompt="red cat", num_inference_steps=3).images, [theirs.image])
     with pytest.raises(InputError, match="^solver: 'euler' is not known"):
         PSUNetScheduler.from_config(pipe.scheduler.config, solver="euler")
 
@@ -174,7 +178,8 @@ def test_guidance_is_that_of_the_call_or_the_checkpoints(pipe, on_cpu):
     for scale in (None, 1.0, 7.5):
         ours = make(pipe, prompt="red cat", guidance_scale=scale)
         theirs = on_cpu.generate(Request(prompt="red cat", guidance=scale, steps=2))
-        assert pipe.guidance_scale == scale and ours.images[0].tobytes() == theirs.image.tobytes()
+        assert pipe.guidance_scale == scale
+        assert_same_images(ours.images, [theirs.image])
 
 
 @pytest.mark.parametrize(
