@@ -152,7 +152,7 @@ class Processes:
         return module
 
     def own(self, tensor: "Tensor") -> "Tensor":
-        """The part of a tensor that this process has, of one that is not shared all."""
+        """The part of a shared tensor that this process has; any other tensor as it is."""
         return getattr(tensor, "to_local", lambda: tensor)() if self.fsdp else tensor
 
     def whole(self, tensor: "Tensor") -> "Tensor":
@@ -171,8 +171,10 @@ class Processes:
         return gathered
 
     def copied(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-        """Contiguous copies on the CPU that training does not change: of shared tensors this process's part, of the
-        others, which all processes have, this process's share. Together the processes copy everything once."""
+        """Contiguous copies on the CPU that training does not change; all processes together copy everything once.
+
+        Of shared tensors, this process's part. The others, which all processes have, are divided among them by size.
+        """
         from torch import contiguous_format
         from torch.distributed.tensor import DTensor
 

@@ -59,6 +59,23 @@ def shared() -> Path:
     return Path(os.environ["PSUNET_SHARED"])
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A data set of twelve random images with two captions each."""
+    from train_cases import captioned_images
+
+    return captioned_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def short_sheets() -> Iterator[None]:
+    """Sample sheets of two images of a kind: most of a tiny run's time would be theirs."""
+    from train_cases import small_sample_sheets
+
+    with small_sample_sheets(2):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A complete checkpoint folder of the `tiny` preset with random weights: 32 px, 6 words, a vocabulary of 32."""

@@ -225,15 +225,18 @@ def test_memory_does_not_grow_with_generations_finished_or_cancelled(tiny_checkp
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-def test_an_engine_works_in_a_process_that_was_forked_after_other_parallel_work(tiny_checkpoint):
+@pytest.mark.parametrize("imported", ["before the fork", "in the child"])
+def test_an_engine_works_in_a_process_that_was_forked_after_other_parallel_work(tiny_checkpoint, imported):
     """The parent's OpenMP threads do not exist in the child, where waiting for them would never end."""
     program = f"""
 import os, torch
-from engine import Engine, Request
+if {imported!r} == "before the fork":
+    from engine import Engine, Request
 
 torch.set_num_threads(3)
 torch.ones(1 << 20).add(1).sum()
 if os.fork() == 0:
+    from engine import Engine, Request
     with Engine.from_pretrained({str(tiny_checkpoint)!r}, device="cpu", dtype="float32") as engine:
         print(len(engine.generate(Request(num=2, steps=2)).samples), flush=True)
     os._exit(0)

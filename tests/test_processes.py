@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_data_shards import write_tar
-from train_cases import captioned_images, save_beside_a_full_disk, started, train_shared, trained
+from train_cases import save_beside_a_full_disk, started, train_shared, trained
 
 from engine import train
 from engine.data.sources import open_captioned
@@ -22,11 +22,6 @@ from engine.training.files import CURVE, StageFiles
 
 pytest.importorskip("accelerate")
 SHORT = ["--preset", "tiny", "--steps", "6", "--autoencoder-steps", "2", "--save-every", "2", "--dtype", "float32"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return captioned_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from train_cases import SHORT, Killed, captioned_images, refusal, small_sample_sheets, train_main
+from train_cases import SHORT, Killed, captioned_images, refusal, train_main
 
 from engine import checkpoint
 from engine.config import Config, UViTConfig
@@ -26,16 +26,7 @@ from engine.training.options import TrainOptions
 from engine.training.recipes import RECIPES, TINY
 from engine.training.stage import StageOptions, run_lock
 
-
-@pytest.fixture(scope="module", autouse=True)
-def short_sheets():
-    with small_sample_sheets(2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return captioned_images(tmp_path_factory.mktemp("images"))
+pytestmark = pytest.mark.usefixtures("short_sheets")
 
 
 def weights_of(run):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import SHORT, captioned_images, refusal, small_sample_sheets, train_main
+from train_cases import SHORT, refusal, train_main
 from uvit_cases import published_weights
 
 from engine import checkpoint, train
@@ -20,16 +20,7 @@ from engine.training.options import TrainOptions
 from engine.training.recipes import TINY
 from engine.training.stage import StageOptions
 
-
-@pytest.fixture(scope="module", autouse=True)
-def short_sheets():
-    with small_sample_sheets(2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return captioned_images(tmp_path_factory.mktemp("images"))
+pytestmark = pytest.mark.usefixtures("short_sheets")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from engine.errors import EngineClosed
 CLOSED = "this engine is closed; make another with Engine.from_pretrained"
 FORKED = "an engine was made before this process was forked; start processes with multiprocessing's spawn instead"
 WAITS_FOR_ITSELF = "the engine's own thread cannot wait for the engine; call from another thread, or use submit"
+PF_FORKNOEXEC = 0x40  # Linux's flag of a process that was forked and has not started another program since
 AT_EXIT = 10.0  # seconds that the interpreter waits for a worker to end
 
 
@@ -128,8 +130,8 @@ class Worker:
 def in_own_thread(function: Callable, *arguments):
     """function(*arguments), run in a thread that then ends.
 
-    Its parallel operations need nothing of the caller's OpenMP threads, which in a forked process are gone, nor of the
-    caller's settings of PyTorch, such as the inference mode.
+    It uses neither the caller's OpenMP threads, which do not exist in a forked process, nor the caller's settings of
+    PyTorch, such as inference mode.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(contextvars.copy_context().run, function, *arguments).result()
@@ -142,17 +144,23 @@ def end_idle_threads() -> None:
     libgomp hardly spins at barriers: those of a program that had computed with PyTorch itself would slow down all
     that the worker does afterwards, and the worker's all that the program does (benchmarks/NOTES.md).
     """
-    if not _IN_CHILD:  # of a fork, where waiting for the parent's OpenMP threads would never end
-        _pause()(1)  # omp_pause_soft
+    _pause(os.getpid())(1)  # omp_pause_soft
 
 
 @cache
-def _pause() -> Callable[[int], int]:
-    """omp_pause_resource_all of the OpenMP library in this process; does nothing where it is not found."""
+def _pause(pid: int) -> Callable[[int], int]:
+    """omp_pause_resource_all of the OpenMP library in this process, on Linux.
+
+    Does nothing where it is not found, nor in a forked process: it would wait for the parent's threads, which do not
+    exist there.
+    """
     try:
-        return ctypes.CDLL(None).omp_pause_resource_all
-    except (AttributeError, OSError, TypeError):  # an older OpenMP, another system
-        return lambda kind: 0
+        flags = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6])
+        if not flags & PF_FORKNOEXEC:
+            return ctypes.CDLL(None).omp_pause_resource_all
+    except (AttributeError, OSError):  # an older OpenMP, another system
+        pass
+    return lambda kind: 0
 
 
 def finish_future(future: Future, result=None, error: BaseException | None = None) -> None:
@@ -214,9 +222,6 @@ def check_process() -> None:
         raise RuntimeError(FORKED)
 
 
-_IN_CHILD: list[bool] = []  # not empty in a process that was forked
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _IN_CHILD.append(True))
 _FIRST_PID: list[int] = []  # at most one: of the process in which the first worker was made
 _ALL: weakref.WeakSet[Worker] = weakref.WeakSet()
 

@@ -142,7 +142,7 @@ class StageFiles:
 
         Raises InputError about `folder` if it is damaged or has other tensors.
         """
-        path, saved = self.states[-1], {}
+        path = self.states[-1]
         reader = dcp.HuggingFaceStorageReader(str(path))
         try:
             saved = {name: value.size for name, value in reader.read_metadata().state_dict_metadata.items()}
