@@ -183,9 +183,10 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
 def test_launchers_start_the_processes(images, alone, tmp_path, launcher):
-    options = command(images, tmp_path / "run", "--steps", "2")
-    subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "engine.train", *options], cwd=Path(__file__).parents[1], check=True,
-        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """Behind "--", or torchrun takes --log for an option of its own."""
+    options = command(images, tmp_path / "run", "--steps", "2", "--log", "tensorboard")
+    launched = [sys.executable, "-m", *launcher, "-m", "engine.train", "--", *options]
+    alone_each = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(launched, cwd=Path(__file__).parents[1], check=True, timeout=300, env=alone_each)
     assert_same_curve(tmp_path / "run", curve_of(alone)[:2])
+    assert any((tmp_path / "run" / "log").iterdir())
