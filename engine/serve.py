@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,7 +152,8 @@ def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -
 
 
 def _stop(*_) -> None:
-    sys.exit(0)
+    """Ends the process: an exception would pass through imports and destructors, some of which swallow it."""
+    os._exit(0)
 
 
 def _check(options: argparse.Namespace) -> None:

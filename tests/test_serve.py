@@ -108,12 +108,38 @@ async def test_whoever_waits_at_the_end_is_answered_with_503(tiny_checkpoint, ca
     assert served.engine.closed and not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_process_that_is_stopped_while_it_loads_exits_at_once(tiny_checkpoint):
-    process = subprocess.Popen([sys.executable, "-m", "engine.serve", "--port", "0"], cwd=ROOT, stderr=subprocess.PIPE)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) in (0, 130) and b"Traceback" not in process.stderr.read()
-    process.stderr.close()
+STOPPED_IN_A_DESTRUCTOR = """
+import os, signal
+import engine.serve as command
+
+class Loaded:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def application(*_):
+    Loaded()
+    os._exit(3)  # it went on
+
+command._application = application
+command.main(["--port", "0"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"),
+    [(["-m", "engine.serve", "--port", "0"], 1), (["-c", STOPPED_IN_A_DESTRUCTOR], None)],
+    ids=["import", "destructor"],
+)
+def test_a_process_that_is_stopped_while_it_loads_exits_at_once(arguments, seconds):
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE) as process:
+        if seconds is not None:
+            time.sleep(seconds)
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+        assert process.returncode in (0, 130) and b"Traceback" not in process.stderr.read()
 
 
 # ------------------------------------------------------------------------------------------------- the official client
