@@ -10,7 +10,8 @@
 The same Triton kernels (adaln_kernels.py) do all three, forward and backward.
 
 Shapes: x, y, h [B, L, D]; table [T, K·D], one row per distinct time; index [B, L] int32 rows of the table; vector
-[K·D], the block's own addition. shift, scale and gate are chunk numbers in 0…K−1.
+[K·D], the block's own addition. shift, scale and gate are chunk numbers in 0…K−1. In place of (table, index, vector)
+the operations also take what `gathered` gives for them.
 Dtypes: x's dtype in and out; statistics and modulations in float32.
 Source: adaLN-Zero, Peebles and Xie 2022 (arXiv 2212.09748); adaLN-single, Chen et al. 2023 (arXiv 2310.00426,
 section 2.3).
@@ -25,6 +26,7 @@ from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
 
 EPS = 1e-6
 MAX_CHANNELS = 2048  # that the Triton kernels take: a token's channels are held in registers
+GATHERED = 1 << 20  # elements of x; beyond, gathering all chunks at once takes memory and saves no time
 CHUNKS = 6  # of a block's modulation: shift, scale and gate for attention and for the MLP
 
 
@@ -32,23 +34,40 @@ CHUNKS = 6  # of a block's modulation: shift, scale and gate for attention and f
 
 
 def _torch_adaln(
-    x: Tensor, y: Tensor | None, table: Tensor, index: Tensor, vector: Tensor, gate: int, shift: int, scale: int
+    x: Tensor,
+    y: Tensor | None,
+    table: Tensor,
+    index: Tensor | None,
+    vector: Tensor | None,
+    gate: int,
+    shift: int,
+    scale: int,
 ) -> tuple[Tensor, Tensor]:
     """(x', h): x' is x without y, h is x' without a shift."""
-    dim, modulations = x.shape[-1], table.float() + vector.float()  # [T, K·D]
+    dim = x.shape[-1]
+    modulations = table.float() + vector.float() if index is not None else table  # [T, K·D], or [K, B, L, D]
 
-    def rows(k: int) -> Tensor:
-        return modulations.narrow(1, k * dim, dim)  # [T, D]
+    def of_tokens(k: int, plus: float = 0.0) -> Tensor:
+        if index is None:
+            return modulations[k]  # [B, L, D]
+        rows = modulations.narrow(1, k * dim, dim)  # [T, D]
+        return F.embedding(index, rows + plus if plus else rows)  # [B, L, D]
 
     stream = x
     if y is not None:
-        stream = torch.addcmul(x.float(), F.embedding(index, rows(gate)), y.float()).to(x.dtype)  # [B, L, D]
+        stream = torch.addcmul(x.float(), of_tokens(gate), y.float()).to(x.dtype)  # [B, L, D]
     if shift == NONE:
         return stream, stream
     # With a weight, though of ones, this takes half as long on a CPU as without.
     normed = F.layer_norm(stream.float(), (dim,), stream.new_ones(dim, dtype=torch.float32), eps=EPS)
-    h = torch.addcmul(F.embedding(index, rows(shift)), normed, F.embedding(index, 1 + rows(scale)))
-    return stream, h.to(x.dtype)
+    return stream, torch.addcmul(of_tokens(shift), normed, of_tokens(scale, plus=1)).to(x.dtype)
+
+
+def _gather(table: Tensor, index: Tensor, vector: Tensor, scales: slice) -> Tensor:
+    """Each token's modulations [K, B, L, D] float32, with 1 + m_scale in the chunks of scales."""
+    modulations = (table.float() + vector.float()).unflatten(1, (CHUNKS, -1)).transpose(0, 1).contiguous()  # [K, T, D]
+    modulations[scales].add_(1)
+    return modulations.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
 # ------------------------------------------------------------------------------------------------ launchers
@@ -183,6 +202,22 @@ def _choose(x: Tensor, backend: str) -> str:
     rows, tokens, dim = x.shape
     unsupported = "" if dim <= MAX_CHANNELS else f"takes at most {MAX_CHANNELS} channels"
     return choose("adaln", x, (rows, tokens, dim), backend, unsupported)
+
+
+Time = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, None, None]
+
+
+def gathered(x: Tensor, table: Tensor, index: Tensor, vector: Tensor, scales: slice) -> Time:
+    """What to pass for (table, index, vector) to several operations on x [B, L, D] with K = 6.
+
+    In eager inference on a CPU, of small inputs, these are the tokens' modulations, gathered once for all chunks; else
+    they are the same three.
+    scales  the chunks that are scales
+    """
+    eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if eager and x.is_cpu and x.numel() <= GATHERED and _choose(x, "auto") == "torch":
+        return _gather(table, index, vector, scales), None, None
+    return table, index, vector
 
 
 def layer_norm_modulate(

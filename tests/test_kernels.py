@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.kernels import adaln, attention, timestep
-from engine.kernels.adaln import gated_residual, gated_residual_modulate, layer_norm_modulate
+from engine.kernels.adaln import gated_residual, gated_residual_modulate, gathered, layer_norm_modulate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIM = 24
@@ -127,6 +127,22 @@ def test_gated_residual_modulate_is_the_one_after_the_other(dtype):
     stream, h = gated_residual_modulate(x, y, *time, 2, 3, 4)
     assert torch.equal(stream, gated_residual(x, y, *time, 2))
     assert torch.equal(h, layer_norm_modulate(stream, *time, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_modulations_that_were_gathered_before_give_the_same(dtype):
+    x, y, *time = adaln_inputs(dtype)
+    assert gathered(x, *time, slice(1, None, 3)) == tuple(time), "there is a backward only for these"
+    with torch.no_grad():
+        before = gathered(x, *time, slice(1, None, 3))
+        assert before[1:] == (None, None) if x.is_cpu else before == tuple(time)
+        for operation, arguments, chunks in (
+            (layer_norm_modulate, (x,), (0, 1)),
+            (gated_residual, (x, y), (5,)),
+            (gated_residual_modulate, (x, y), (2, 3, 4)),
+        ):
+            expected, found = operation(*arguments, *time, *chunks), operation(*arguments, *before, *chunks)
+            assert torch.equal(torch.stack(tuple(expected)), torch.stack(tuple(found))), operation
 
 
 def test_modulations_are_not_rounded_to_the_residual_streams_dtype():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.config import ModelConfig
-from engine.kernels.adaln import gated_residual, gated_residual_modulate, layer_norm_modulate
+from engine.kernels.adaln import gated_residual, gated_residual_modulate, gathered, layer_norm_modulate
 from engine.kernels.attention import attention
 from engine.kernels.linear import Weight8, linear, linear_gelu, linear_pair, linear_residual, quantize
 from engine.kernels.timestep import sinusoid, timestep_table
@@ -24,6 +24,7 @@ from engine.kernels.timestep import sinusoid, timestep_table
 FREQUENCIES = 256  # channels of the sinusoidal time embedding
 # The chunks of a modulation [6·D].
 SHIFT_ATTENTION, SCALE_ATTENTION, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
+SCALES = slice(SCALE_ATTENTION, None, SCALE_MLP - SCALE_ATTENTION)
 
 
 class Block(nn.Module):
@@ -72,7 +73,7 @@ class Block(nn.Module):
         if self.skip is not None:
             x = self._join(x, skip)  # [R, L, D]
         if self.norm == "adaln":
-            time = (table, index, self.modulation)
+            time = gathered(x, table, index, self.modulation, SCALES)
             h = layer_norm_modulate(x, *time, SHIFT_ATTENTION, SCALE_ATTENTION)  # [R, L, D]
             h = self._attend(h)  # [R, L, D]
             x, h = gated_residual_modulate(x, h, *time, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP)  # 2 × [R, L, D]
