@@ -225,6 +225,21 @@ assert None not in [sys.modules.get(name, 1) for name in UNUSED]
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize(("main", "found"), [("engine.sample", False), ("program", True)])
+def test_only_commands_of_the_engine_import_diffusers_without_what_is_optional(main, found):
+    code = f"""
+from importlib.machinery import ModuleSpec
+__spec__ = ModuleSpec({main!r}, None)  # as `python -m` does
+from engine.codecs.autoencoder import autoencoder_class
+autoencoder_class("AutoencoderTiny")
+from diffusers.utils import is_scipy_available
+assert is_scipy_available() == {found}
+import scipy
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_a_program_may_have_imported_diffusers_before():
     """It has then found xformers, which its models import with their first class."""
     code = (

@@ -191,20 +191,24 @@ def autoencoder_class(name: str):
 def import_diffusers(*names: str) -> ModuleType:
     """diffusers, with the modules of these classes, which it imports when they are first used.
 
-    It imports many optional packages. Our classes need none of UNUSED, so if the import fails, as with a broken
-    package, diffusers is imported again without them, unless the program had imported it before.
-    xformers is hidden without a CUDA device; with one, or where diffusers has found it before, its warnings are
-    suppressed.
+    It imports many optional packages, half of the time it takes. Our classes need none of UNUSED, so the engine's
+    commands (`python -m engine.…`) import it without them. A program may need them for its own use of diffusers; there
+    they are left out only if the import fails, as with a broken package, and the program had not imported it before.
+    Without a CUDA device xformers is always left out; with one, or where diffusers has found it before, its warnings
+    are suppressed.
     """
-    again = "diffusers" not in sys.modules
+    first = "diffusers" not in sys.modules
     level = XFORMERS_LOG.level
     XFORMERS_LOG.setLevel(logging.ERROR)
+    if first and _is_command():
+        hidden = UNUSED
+    else:
+        hidden = () if not first or torch.cuda.is_available() or "xformers" in sys.modules else ("xformers",)
     try:
-        hide = again and not torch.cuda.is_available() and "xformers" not in sys.modules
-        with _hidden(("xformers",) if hide else ()):
+        with _hidden(hidden):
             return _import_diffusers(names)
     except Exception as error:  # a broken package raises anything
-        if not again:
+        if not first:
             raise
         log.info("diffusers: imported again without optional packages (%s)", error)
     finally:
@@ -213,6 +217,12 @@ def import_diffusers(*names: str) -> ModuleType:
         del sys.modules[module]
     with _hidden(UNUSED):
         return _import_diffusers(names)
+
+
+def _is_command() -> bool:
+    """Whether this process is `python -m` of one of our modules."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.startswith("engine.")
 
 
 def _import_diffusers(names: Iterable[str]) -> ModuleType:
