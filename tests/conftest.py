@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -11,6 +12,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers with several threads slow each other down
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: the processes of tests would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub: names that no cache holds are not looked up
 
@@ -115,6 +119,45 @@ def single(request, tmp_path_factory) -> tuple[str, Path]:
     codecs, sampling = {name: tiny.codecs[name]}, SamplingConfig(tiny.sampling.guidance)
     config = replace(tiny, model=model, codecs=codecs, sampling=sampling)
     return name, random_checkpoint(tmp_path_factory.mktemp("single") / name, config)
+
+
+@pytest.fixture(scope="session")
+def built(tiny_checkpoint, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A cache folder with all packages of the tiny model in float32, and the files that were compiled for it.
+
+    Compiled once for all workers of a run. Tests may use it, but not change it: `cached` is a copy.
+    """
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
+    from filelock import FileLock
+
+    from engine import Engine, packages
+
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if parallel else root) / "built"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            compiled, build, threads = [], packages.compile_package, torch.get_num_threads()
+            writing = folder.with_name("building")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(packages, "compile_package", lambda s, p: (compiled.append(s.file), build(s, p)))
+                patch.setenv("XDG_CACHE_HOME", str(writing))
+                torch.set_num_threads(1)
+                with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True):
+                    pass
+                torch.set_num_threads(threads)
+            (writing / "compiled.txt").write_text("\n".join(compiled))
+            writing.rename(folder)
+    return folder, (folder / "compiled.txt").read_text().splitlines()
+
+
+@pytest.fixture
+def cached(built, monkeypatch, tmp_path) -> Path:
+    """A copy of the built packages is the cache; returns its folder."""
+    shutil.copytree(built[0], tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "psunet-engine" / "packages"
 
 
 @pytest.fixture(scope="module")

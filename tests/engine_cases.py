@@ -1,7 +1,5 @@
 """Example images, masks and requests, and comparisons of results, for the tests of `Engine`."""
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,7 @@ import torch
 from PIL import Image
 
 from engine import Request
-from engine.checkpoint import load, save
+from engine.checkpoint import save
 from engine.codecs.image import ImageCodec
 from engine.codecs.text import TextCodec
 from engine.codecs.words import END
@@ -73,14 +71,6 @@ def random_network(folder: Path, config: Config) -> None:
     shapes = {name: w.shape for name, w in build(config.model).state_dict().items()}
     weights = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     save(folder, config, weights, torch.float32)
-
-
-def one_block_checkpoint(tiny_checkpoint: Path, folder: Path) -> Path:
-    """A checkpoint of a single block, since every kind of block takes a C++ compiler several seconds."""
-    folder, tiny = shutil.copytree(tiny_checkpoint, folder), load(tiny_checkpoint).config
-    modalities = tuple(replace(m, depth=0) for m in tiny.model.modalities)
-    random_network(folder, replace(tiny, model=replace(tiny.model, modalities=modalities, shared_depth=1)))
-    return folder
 
 
 def random_checkpoint(folder: Path, config) -> Path:

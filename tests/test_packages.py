@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,36 +40,6 @@ class Builds:
     def __call__(self, source: packages.Source, path: Path) -> None:
         self.files.append(source.file)
         shutil.copy(self.folder / source.file, path)
-
-
-def use_cache(monkeypatch, folder: Path) -> Path:
-    """Makes it the cache folder; returns where its packages are."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder / "psunet-engine" / "packages"
-
-
-@pytest.fixture(scope="module")
-def built(tiny_checkpoint, tmp_path_factory) -> Iterator[tuple[Path, list[str]]]:
-    """A cache folder with all packages of the tiny model in float32, and the files that were compiled for it."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("no C++ compiler")
-    folder, compiled, compile_package = tmp_path_factory.mktemp("built"), [], packages.compile_package
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packages, "compile_package", lambda s, p: (compiled.append(s.file), compile_package(s, p)))
-        use_cache(patch, folder)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True):
-            pass
-        torch.set_num_threads(threads)
-    return folder, compiled
-
-
-@pytest.fixture
-def cached(built, monkeypatch, tmp_path) -> Path:
-    """A copy of the built packages is the cache; returns its folder."""
-    shutil.copytree(built[0], tmp_path / "cache")
-    return use_cache(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -117,7 +86,7 @@ def test_every_kind_of_step_is_the_eager_one_at_any_number_of_rows(cached, netwo
 
 @torch.inference_mode()
 def test_blocks_without_a_package_compute_the_same_with_weights_in_onednns_layout(network, monkeypatch, tmp_path):
-    use_cache(monkeypatch, tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if not onednn_computes(torch.float32):
         pytest.skip("PyTorch has no oneDNN here")
     expected = forwards(network, 3)
@@ -132,7 +101,7 @@ def test_blocks_without_a_package_compute_the_same_with_weights_in_onednns_layou
 
 @torch.inference_mode()
 def test_a_block_whose_sums_are_fused_with_products_computes_the_same(built, tmp_path, monkeypatch):
-    use_cache(monkeypatch, tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.manual_seed(0)
     block = Block(16, 8, 4, skip=True, norm="post")
     inputs = torch.randn(5, 3, 16), torch.randn(5, 3, 16), torch.zeros(1, 16), torch.zeros(5, 3, dtype=torch.int32)
@@ -366,7 +335,7 @@ def test_without_a_place_to_keep_them_the_run_goes_on_with_one_sentence(
     builds, tiny_checkpoint, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "file").touch()
-    use_cache(monkeypatch, tmp_path / "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True) as engine:
         assert np.asarray(engine.generate(Request(prompt="red", steps=1)).image).shape == (32, 32, 3)
     (line,) = caplog.messages
@@ -386,7 +355,7 @@ def test_without_a_compiler_it_is_refused_in_one_line(tiny_checkpoint, tmp_path,
     def broken(source, path):
         raise kind("No working C++ compiler found\nand more")
 
-    use_cache(monkeypatch, tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(packages, "compile_package", broken)
     with pytest.raises(InputError, match=r"^compile: True failed \(No working .*\); install a C\+\+ compiler"):
         Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True)

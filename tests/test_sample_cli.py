@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_cases import one_block_checkpoint
 from PIL import Image
 from sample_cases import assert_refused, input_files, sample_runner
 
@@ -270,14 +269,12 @@ def test_a_failed_run_leaves_an_earlier_one_as_it_was(run, monkeypatch):
     assert {path.name: path.read_bytes() for path in done.folder.iterdir()} == before
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside Inductor
-def test_compiled_it_makes_the_same_images(run, tiny_checkpoint, tmp_path):
-    folder = one_block_checkpoint(tiny_checkpoint, tmp_path / "one-block")
-    given = ("--prompt", "red _", "--guidance", "1")
-    plain = run(*given, checkpoint=folder, out="plain")
-    compiled = run(*given, "--compile", checkpoint=folder, out="compiled")
+def test_compiled_it_makes_the_same_images(run, cached):
+    given = ("--prompt", "red _", "--guidance", "1", "--dtype", "float32")
+    compiled = run(*given, "--compile", out="compiled")
     assert compiled.code == 0, compiled.err
+    shutil.rmtree(cached)
+    plain = run(*given, out="plain")
     assert compiled.report[0] == plain.report[0]
     difference = plain.images()[0].astype(int) - compiled.images()[0]
     assert abs(difference).max() <= 2

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from engine_cases import difference, left_half, levels, noise, one_block_checkpoint
+from engine_cases import difference, left_half, levels, noise
 from PIL import Image
 from service_cases import (
     EDITS,
@@ -331,12 +331,8 @@ async def test_a_result_that_is_not_finite_is_an_error_and_no_black_image(own): 
 
 @pytest.mark.slow
 @asynchronous
-async def test_memory_does_not_grow_with_requests_when_compiled(
-    tiny_checkpoint, tmp_path, monkeypatch
-):  # vllm-omni 4674
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    checkpoint = one_block_checkpoint(tiny_checkpoint, tmp_path / "one")
-    with Engine.from_pretrained(checkpoint, dtype="float32", compile=True, max_rows=4) as engine:
+async def test_memory_does_not_grow_with_requests_when_compiled(cached, tiny_checkpoint):  # vllm-omni 4674
+    with Engine.from_pretrained(tiny_checkpoint, dtype="float32", compile=True, max_rows=4) as engine:
         engine.warmup(4)
         async with service(engine) as http:
 
