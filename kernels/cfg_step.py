@@ -23,6 +23,8 @@ CPU noise is drawn only where a sample uses it, and kept where it stays the same
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -63,48 +65,57 @@ def _torch_step(prediction: Tensor, constants: BatchConstants, state: SamplerSta
 
     f = f_0
     for guidance_k, f_k in zip(guidance, f_extra, strict=True):
-        f = f + torch.where(guidance_k != 0, guidance_k * (f_0 - f_k), 0.0)
-    x0 = p * state.state + torch.where(q != 0, q * f, 0.0)
+        f = torch.addcmul(f, guidance_k, f_0 - torch.where(guidance_k != 0, f_k, f_0))
+    x0 = torch.addcmul(p * state.state, q, torch.where(q != 0, f, 0.0))
 
     state.step.add_(1)
     noise_scale, before = coefficients[..., Coefficient.D], indices
     coefficients, indices = at_step(constants, state)
     z, xi = _step_noise(constants, state, noise_scale, coefficients[..., Coefficient.KNOWN_SIGMA])
-    x = a * state.state + b * x0 + c * state.x0_prev + d * z + e * state.x0_prev2
+    x = torch.addcmul(a * state.state, b, x0).addcmul_(c, state.x0_prev).addcmul_(e, state.x0_prev2)
+    if z is not None:
+        x.addcmul_(d, z)
     torch.where(constants.generate, x, constants.known, out=state.state)
     state.x0_prev2.copy_(state.x0_prev)
     state.x0_prev.copy_(x0)
     _write_inputs(constants, state, coefficients, indices, xi, before)
 
 
-def _step_noise(constants: BatchConstants, state: SamplerState, *scales: Tensor) -> tuple[Tensor, Tensor]:
-    """z of the step before and ξ of the present one, [B, N] each; zeros [] if all the scales of both are 0."""
-    if not _used(*scales):
-        return constants.known.new_zeros(2).unbind()
+def _step_noise(
+    constants: BatchConstants, state: SamplerState, *scales: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """z of the step before and ξ of the present one, [B, N] each; None if all the scales of both are 0."""
+    if not any(map(_any, scales)):
+        return None, None
     return normals(constants.seeds, state.step, STATE_STREAM, constants.known.shape[1])
 
 
 def _drop_noise(
-    constants: BatchConstants, state: SamplerState, indices: Tensor, before: Tensor | None, k: int
+    constants: BatchConstants, state: SamplerState, indices: Tensor, before: Tensor | None, k: int, drops: bool
 ) -> Tensor:
     """η of extra pass k, [B, N] or [], where it drops something; elsewhere anything.
 
     before  the indices of the step whose inputs the state still holds: what stays dropped keeps its noise
+    drops   whether the pass drops anything
     """
-    of_pass, drops = StepColumn.PASS + k, PassKind.DROPS_KNOWN | PassKind.DROPS_STATE
     if before is not None and indices.is_cpu:
-        columns = [StepColumn.DROP_DRAW, of_pass]
-        if torch.equal(indices[..., columns], before[..., columns]):
+        columns = StepColumn.DROP_DRAW, StepColumn.PASS + k
+        if all(torch.equal(indices[..., column], before[..., column]) for column in columns):
             return state.inputs.view(-1, *state.state.shape)[k + 1]
-    if not _used(indices[..., of_pass] & drops):
+    if not drops:
         return constants.known.new_zeros(())
     draw = indices[:, 0, StepColumn.DROP_DRAW].long()  # all modalities have the same
     return normals(constants.seeds, draw, DROP_STREAM + k, constants.known.shape[1])[0]
 
 
-def _used(*scales: Tensor) -> bool:
-    """Whether any is not 0. Values on a CPU are known to the host; on other devices it does not wait for them."""
-    return any(not scale.is_cpu or bool(scale.any()) for scale in scales)
+def _any(values: Tensor) -> bool:
+    """Whether any value may be other than 0. Only a CPU's are known to the host, which does not wait for others."""
+    return not values.is_cpu or any(values.flatten().tolist())
+
+
+def _kinds_of(values: Tensor) -> int:
+    """The flags of `PassKind` that some value may have."""
+    return reduce(or_, values.flatten().tolist(), 0) if values.is_cpu else ~0
 
 
 def _of_each(modality: Tensor, values: Tensor) -> Tensor:
@@ -118,7 +129,7 @@ def _write_inputs(
     state: SamplerState,
     coefficients: Tensor,  # of the samples' present steps, [B, M, len(Coefficient)]
     indices: Tensor,  # of the samples' present steps, [B, M, StepColumn.PASS + P − 1]
-    xi: Tensor,  # [B, N] or [], noise of the known part
+    xi: Tensor | None,  # [B, N], noise of the known part; None: there is none
     before: Tensor | None = None,  # as indices, of the step whose inputs the state holds
 ) -> None:
     """The inputs and times of all passes."""
@@ -130,18 +141,25 @@ def _write_inputs(
     token_indices = _of_each(constants.token_modality, indices)  # [StepColumn.PASS + P − 1, B, L]
     kinds = _of_each(constants.modality, indices[..., StepColumn.PASS :])  # [P − 1, B, N]
 
-    known_noise = known_sigma * xi
-    inputs[0] = torch.where(generate, state.state, known_alpha * constants.known + known_noise)
-    times[0] = torch.where(token_generate, token_indices[StepColumn.TIME], token_indices[StepColumn.KNOWN_TIME])
+    torch.where(generate, state.state, _noised(known_alpha, constants.known, known_sigma, xi), out=inputs[0])
+    time, known_time = token_indices[StepColumn.TIME], token_indices[StepColumn.KNOWN_TIME]
+    torch.where(token_generate, time, known_time, out=times[0])
     for k, kind in enumerate(kinds):
-        eta = _drop_noise(constants, state, indices, before, k)
+        occurring = _kinds_of(indices[..., StepColumn.PASS + k])
+        drops = occurring & (PassKind.DROPS_KNOWN | PassKind.DROPS_STATE) != 0
+        eta = _drop_noise(constants, state, indices, before, k, drops)
         kept = inputs[0]
-        if _used(indices[..., StepColumn.PASS + k] & PassKind.NULLS_KNOWN):
+        if occurring & PassKind.NULLS_KNOWN:
             nulled = ((kind & PassKind.NULLS_KNOWN) != 0) & ~generate
-            kept = torch.where(nulled, known_alpha * constants.null + known_noise, kept)
-        inputs[k + 1] = torch.where(_dropped(kind, generate), eta, kept)
+            kept = torch.where(nulled, _noised(known_alpha, constants.null, known_sigma, xi), kept)
+        torch.where(_dropped(kind, generate), eta, kept, out=inputs[k + 1])
         dropped = _dropped(token_indices[StepColumn.PASS + k], token_generate)
-        times[k + 1] = torch.where(dropped, token_indices[StepColumn.DROP_TIME], times[0])
+        torch.where(dropped, token_indices[StepColumn.DROP_TIME], times[0], out=times[k + 1])
+
+
+def _noised(alpha: Tensor, values: Tensor, sigma: Tensor, xi: Tensor | None) -> Tensor:
+    """alpha·values + sigma·xi; all [B, N]; xi None: sigma is 0."""
+    return alpha * values if xi is None else torch.addcmul(alpha * values, sigma, xi)
 
 
 def _dropped(kind: Tensor, generate: Tensor) -> Tensor:
