@@ -48,7 +48,7 @@ def _torch_adaln(
     modulations = table.float() + vector.float() if index is not None else table  # [T, K·D], or [K, B, L, D]
 
     def of_tokens(k: int, plus: float = 0.0) -> Tensor:
-        if index is None:
+        if index is None:  # `_gather` has added it
             return modulations[k]  # [B, L, D]
         rows = modulations.narrow(1, k * dim, dim)  # [T, D]
         return F.embedding(index, rows + plus if plus else rows)  # [B, L, D]
