@@ -67,7 +67,7 @@ def prepare(
     adapter = None if request.adapter is None else (adapters or {}).get(request.adapter)
     if request.adapter is not None and adapter is None:
         names = ", ".join(sorted(adapters or {})) or "none"
-        raise InputError("adapter", request.adapter, f"load it first (loaded: {names})", "is not loaded")
+        raise InputError("adapter", request.adapter, f"use one that is loaded ({names}), or load it", "is not loaded")
     if request.step_cache > 1 and not can_cache:
         raise InputError("step_cache", request.step_cache, "use 1", "needs a model of 3 or more shared blocks")
     given = {

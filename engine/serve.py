@@ -44,7 +44,7 @@ def _parser() -> Parser:
     add("--cors", action="append", default=[], metavar="ORIGIN", help=text)
     text = "a limit of one request, as in /v1/models, such as num=8 or body_bytes=1000000; may be repeated"
     add("--limit", action="append", default=[], type=_limit, metavar="NAME=VALUE", help=text)
-    text = "seconds that running requests have to end in on SIGTERM (default: 30)"
+    text = "seconds that running requests have to end in on SIGTERM or Ctrl-C; a second one ends them (default: 30)"
     add("--drain", type=float, default=30.0, metavar="SECONDS", help=text)
     text = "engines, each in a process of its own, through Ray Serve (default: one, without Ray)"
     add("--replicas", type=int, metavar="N", help=text)

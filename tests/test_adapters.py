@@ -90,7 +90,9 @@ def test_requests_without_an_adapter_are_bit_equal_once_some_are_loaded(adapted,
 def test_an_adapter_that_is_replaced_or_unloaded_stays_with_the_requests_that_had_it(tiny_checkpoint, folders):
     request = Request(prompt="red cat", steps=3, adapter="style")
     with Engine.from_pretrained(tiny_checkpoint, dtype="float32") as engine:
-        with pytest.raises(InputError, match=r"^adapter: 'style' is not loaded; load it first \(loaded: none\)"):
+        with pytest.raises(
+            InputError, match=r"^adapter: 'style' is not loaded; use one that is loaded \(none\), or load it"
+        ):
             engine.generate(request)
         expected, held = {}, []
         for name, folder in folders.items():

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 
+import openapi_spec_validator
 import pytest
 from engine_cases import assert_same, difference, left_half, noise
 from PIL import Image
@@ -332,6 +333,12 @@ def references(document) -> set[str]:
     if isinstance(document, dict):
         return {document["$ref"]} if "$ref" in document else set().union(*map(references, document.values()))
     return set().union(*map(references, document)) if isinstance(document, list) else set()
+
+
+@asynchronous
+async def test_the_openapi_document_keeps_to_its_standard(engine):
+    async with service(engine) as http:
+        openapi_spec_validator.validate((await http.get("/openapi.json")).json())
 
 
 @asynchronous

@@ -83,6 +83,7 @@ def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: 
         bad(INFILL, {"image": PHOTO, "mask": base64_of(left_half((16, 16)))}, "mask", "invalid_image"),
         bad(INFILL, {"image": PHOTO, "mask": PHOTO}, "mask", "invalid_image"),
         bad(INFILL, {"image": PHOTO, "prompt": "red"}, "prompt, image"),
+        bad(INFILL, {"image": ""}, "image", "invalid_image"),
         bad(INFILL, {"prompt": "red", "inputs": {"text": "red"}}, "prompt"),
         bad(GENERATIONS, {"n": 2.0}, "n"),
         bad(GENERATIONS, {"response_format": "url"}, "response_format"),
@@ -98,6 +99,7 @@ def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: 
         bad(EDITS, {"image": None}, "image"),
         bad(EDITS, {"mask_image": base64_of(left_half((16, 16)))}, "mask_image", "invalid_image"),
         bad(CAPTIONS, {"image": None}, "image"),
+        bad(CAPTIONS, {"prompt": ""}, "prompt, image"),
         bad(CAPTIONS, {"steps": 251}, "steps"),
         bad(CAPTIONS, {"stream": True}, "stream", "unsupported_field"),
     ],
@@ -145,7 +147,7 @@ async def test_a_malformed_body_is_refused(engine, content, kind, status, code):
     ("content", "says"),
     [
         ('{"steps": 1,}', "double quotes: line 1, column 13"),
-        ('{"steps": NaN}', "a number that cannot be read"),
+        ('{"steps": NaN}', "a number that cannot be read, NaN"),
         ("[" * 100_000, "nested too deeply"),
         (b'{"prompt": "\xff"}', "not in UTF-8"),
     ],
@@ -294,7 +296,23 @@ async def test_a_full_queue_is_a_429_and_a_deadline_a_504(tiny_checkpoint):
             assert (await http.get("/ready")).status_code == 200
             assert_error(await http.post(INFILL, json=LONG | {"deadline": 0.05}), 504, "deadline_exceeded", "deadline")
         async with service(engine, limits=Limits(seconds=0.05)) as http:
-            assert_error(await http.post(INFILL, json=LONG | {"deadline": 9}), 504, "deadline_exceeded", "deadline")
+            assert_error(await http.post(INFILL, json=LONG), 504, "deadline_exceeded", None)
+            assert_error(await http.post(INFILL, json=LONG | {"deadline": 9}), 400, "invalid_value", "deadline")
+
+
+@asynchronous
+async def test_a_client_that_hangs_up_amid_its_body_is_not_a_fault_of_the_service(engine):
+    messages = iter([{"type": "http.request", "body": b"{}", "more_body": True}, {"type": "http.disconnect"}])
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"20")]
+    scope = {"type": "http", "method": "POST", "path": INFILL, "query_string": b"", "headers": headers}
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        assert message.get("status", 400) == 400
+
+    await app_of(engine)[0](scope, receive, send)  # raises what the server would log
 
 
 # ------------------------------------------------------------------------------------------------- tokens, other pages
@@ -321,8 +339,11 @@ async def test_other_pages_may_call_only_where_that_was_asked_for(engine):
     origin = {"origin": "https://a.example", "access-control-request-method": "POST"}
     async with service(engine) as http:
         assert "access-control-allow-origin" not in (await http.get("/v1/models", headers=origin)).headers
+        assert_error(await http.options(INFILL, headers=origin), 403, "forbidden")
     async with service(engine, origins=["https://a.example"], tokens=["t"]) as http:
-        assert (await http.options(INFILL, headers=origin)).headers["access-control-allow-origin"] == origin["origin"]
+        asked = origin | {"access-control-request-headers": "authorization,x-stainless-lang"}  # of OpenAI's client
+        allowed = await http.options(INFILL, headers=asked)
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == origin["origin"]
         refused = await http.get("/v1/models", headers=origin)
         assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == origin["origin"]
         other = await http.get("/v1/models", headers=origin | {"origin": "https://b.example"})

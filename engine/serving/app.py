@@ -49,6 +49,7 @@ from engine.serving.service import Job, Service
 
 PAGE = Path(__file__).parent / "page"
 PROTECTED = ("/v1/", "/metrics")
+OTHER_PAGES = ServiceError(403, "forbidden", "scripts of other pages may not call this service (--cors)")
 ERRORS = errors(400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
@@ -105,8 +106,8 @@ def create_app(
 
 def guards(tokens: Sequence[str], origins: Sequence[str]) -> list[Middleware]:
     """The middleware, outermost first; `tokens` and `origins` as for `create_app`."""
-    headers = ["Authorization", "Content-Type"]
-    cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=headers)
+    options = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+    cors = Middleware(CORSMiddleware, allow_origins=list(origins), **options)
     return [cors] * bool(origins) + [Middleware(Gate, tokens=tokens, origins=origins)]
 
 
@@ -233,6 +234,8 @@ def _add_errors(app: FastAPI) -> None:
         code, message = "invalid_request", str(error.detail)
         if error.status_code == 404:
             code, message = "not_found", f"{cut(http.url.path, 200)}: is not an endpoint; /openapi.json lists them"
+        elif error.status_code == 405 and "access-control-request-method" in http.headers:
+            return OTHER_PAGES.response()
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
             code, message = "method_not_allowed", f"{http.method}: is not a method of this endpoint; use {allowed}"
@@ -268,7 +271,7 @@ class Gate:
     def _error(self, headers: dict[bytes, bytes]) -> ServiceError | None:
         # Any page can post a form to any address; browsers mark such requests.
         if headers.get(b"sec-fetch-site") == b"cross-site" and headers.get(b"origin") not in self._origins:
-            return ServiceError(403, "forbidden", "scripts of other pages may not call this service (--cors)")
+            return OTHER_PAGES
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         # Digests of equal length, all compared, so that the time taken does not depend on the tokens.
         matches = [secrets.compare_digest(_digest(token.strip()), digest) for digest in self._digests]

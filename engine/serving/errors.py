@@ -55,7 +55,7 @@ def dumps(content) -> str:
 def service_error(error: BaseException, names: Mapping[str, str] | None = None) -> ServiceError | None:
     """An error of the engine as clients get it; None for an unexpected one.
 
-    names  the client's names of arguments of `Request`, where they differ
+    names  the client's names of arguments of `Request`, where they differ; of "deadline", if it has sent one
     """
     match error:
         case ServiceError():
@@ -67,7 +67,8 @@ def service_error(error: BaseException, names: Mapping[str, str] | None = None) 
         case Cancelled():
             return ServiceError(409, "cancelled", str(error))
         case DeadlineExceeded():
-            return ServiceError(504, "deadline_exceeded", str(error), "deadline")
+            message = f"{error}; ask for fewer steps or samples"
+            return ServiceError(504, "deadline_exceeded", message, (names or {}).get("deadline"))
         case EngineClosed():
             return ServiceError(503, "closed", str(error), headers=RETRY_AFTER)
         case FloatingPointError():

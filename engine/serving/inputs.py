@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from engine.errors import cut, shown
 from engine.images import IMAGE_ERRORS
@@ -27,6 +28,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with exte
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)  # browsers do not know the type of every file
 PART_OF = re.compile(r"(inputs|masks)\[([^\[\]]+)\]")  # a form's field "inputs[sketch]"
 MOST_PARTS = 64
+CONSTANTS = ("NaN", "Infinity", "-Infinity")  # which Python's JSON has beyond the standard
 EXAMPLE = '{"prompt": "red heart"}'
 IN_FORMS = {"boolean": "true or false", "integer": "a whole number", "number": "a number"}  # other types: as in JSON
 
@@ -46,8 +48,8 @@ class Limits:
 
     def most(self, field: str) -> float:
         """The largest value of a body's field, where the service has a limit of its own for it."""
-        named = {"num": self.num, "n": self.num, "steps": self.steps, "num_inference_steps": self.steps}
-        return named.get(field, float("inf"))
+        num, steps = dict.fromkeys(("num", "n"), self.num), dict.fromkeys(("steps", "num_inference_steps"), self.steps)
+        return {**num, **steps, "deadline": self.seconds}.get(field, float("inf"))
 
 
 async def read(http: HttpRequest, model: type[BaseModel], limits: Limits) -> BaseModel:
@@ -81,7 +83,10 @@ async def _in_time(reading: Coroutine, http: HttpRequest, limits: Limits):
     try:
         return await asyncio.wait_for(reading, limits.body_seconds)
     except asyncio.TimeoutError:
-        raise ServiceError(408, "timeout", f"the body was not there within {limits.body_seconds:g} s") from None
+        problem = f"the body was not there within {limits.body_seconds:g} s; send it at once, or a smaller one"
+        raise ServiceError(408, "timeout", problem) from None
+    except ClientDisconnect:  # nobody reads the answer
+        raise ServiceError(400, "invalid_body", "the body ends before its Content-Length") from None
 
 
 def _refusal(error: ValidationError, limits: Limits) -> ServiceError:
@@ -95,7 +100,8 @@ def _refusal(error: ValidationError, limits: Limits) -> ServiceError:
     if errors[0]["type"] == "less_than_equal" and limits.most(name) < errors[0]["ctx"]["le"]:
         return refused(name, f"should be less than or equal to {limits.most(name)}")
     messages = [e["msg"] for e in errors if _named(e["loc"]) == name and e["type"] != "bytes_type"]  # bytes: of forms
-    return refused(name, ", or ".join(dict.fromkeys(message.removeprefix("Input ") for message in messages)))
+    said = (message.removeprefix("Input ").replace(" after validation", "") for message in messages)
+    return refused(name, ", or ".join(dict.fromkeys(said)))
 
 
 def _named(place: tuple[str | int, ...]) -> str:
@@ -143,8 +149,9 @@ def _from_json(text: str | bytes):
         reason = "it is not in UTF-8"
     except RecursionError:
         reason = "it is nested too deeply"
-    except ValueError:
-        reason = "it has a number that cannot be read"
+    except ValueError as error:
+        constant = f", {error}" if str(error) in CONSTANTS else ""
+        reason = f"it has a number that cannot be read{constant}"
     raise ValueError(reason)
 
 
@@ -238,6 +245,8 @@ def _list_from_form(name: str, values: list[str | bytes], schema: dict):
 def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
     """An image that a client sent; its pixels are not read yet. Raises ServiceError about `param`. Not on the loop."""
     data = value if isinstance(value, bytes) else _from_base64(value, param)
+    if not data:
+        raise refused(param, "is empty; leave it out, or send an image", "invalid_image")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height

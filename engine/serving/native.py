@@ -32,6 +32,7 @@ def infill(service: Service, body: InfillBody) -> Job:
         lambda: _request(body, service),
         answer,
         preview=preview,
+        names={} if body.deadline is None else {"deadline": "deadline"},
         priority=body.priority,
         deadline=body.deadline,
         stream=body.stream,

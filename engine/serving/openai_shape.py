@@ -101,9 +101,9 @@ def _image_and_mask(service: Service, body: EditBody) -> dict[str, Image.Image]:
     param = "image" if body.mask is None else "mask"
     mask = image if body.mask is None else open_image(open_upload(body.mask, "mask", service.limits), "mask")
     if mask.mode != "RGBA":
-        raise refused(
-            param, "has no transparency to say where to edit; send one with it, or mask_image", "invalid_image"
-        )
+        others = "mask or mask_image" if body.mask is None else "mask_image"
+        problem = f"has no transparency to say where to edit; send one with it, or {others}"
+        raise refused(param, problem, "invalid_image")
     return {"image": image, "mask": mask.getchannel("A").point(lambda alpha: 255 - alpha)}
 
 
@@ -128,4 +128,4 @@ def captions(service: Service, body: CaptionBody) -> Job:
         ]
         return {"created": created(), "data": data}
 
-    return Job(request, answer, names={"num": "n"})
+    return Job(request, answer, names={"num": "n", "inputs['text']": "prompt"})

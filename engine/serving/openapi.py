@@ -17,8 +17,10 @@ form, numbers and booleans are written as in JSON, a list as in JSON or as a fie
 Of a given image the middle square is used, resized to the model's size (`size` in `/v1/models`). A mask has the size of
 its image.
 
-Every error has a status and an error object: `param` names the field, `message` says what to do, `code` is for
-programs. What one request may ask for is in `/v1/models` under `limits`."""
+Every error of an endpoint has a status and an error object: `param` names the field, `message` says what to do, `code`
+is for programs. With 429 and 503, `Retry-After` says in how many seconds to try again. What one request may ask for is
+in `/v1/models` under `limits`: `calls` are those of the model for one sample, `seconds` those until the answer is
+there, `body_seconds` those until the body is."""
 STREAM = """\
 With `stream`, the answer is server-sent events, of which each has a name and JSON as data: {}. The last line of data is
 `[DONE]`; lines that begin with a colon are comments. A request that is refused has a status and no events; one that
@@ -42,8 +44,14 @@ def about_stream(events: Events) -> dict:
     """What an endpoint that can stream says of it: its description, and the content of its answer."""
     return {
         "description": STREAM.format(", ".join(f"`{name}`" for name in events)),
-        "content": {"text/event-stream": {"itemSchema": {"oneOf": [_event(*event) for event in events.items()]}}},
+        "content": {"text/event-stream": {"schema": _stream([_event(*event) for event in events.items()])}},
     }
+
+
+def _stream(events: list[dict]) -> dict:
+    """A text that stands for a list of events: OpenAPI has a field of its own for this from 3.2 only."""
+    content = {"type": "array", "items": {"oneOf": events}}
+    return {"type": "string", "contentMediaType": "text/event-stream", "contentSchema": content}
 
 
 def _event(name: str, data: type[BaseModel]) -> dict:

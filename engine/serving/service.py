@@ -93,10 +93,11 @@ class Service:
         """Answers with JSON or with events; cancels the request if the client disconnects. Raises ServiceError."""
         try:
             request = await asyncio.to_thread(job.request)
-            self._check(request, job.names)
-            seconds = min(job.deadline or self.limits.seconds, self.limits.seconds)
+            self._check(request, job)
             watch = {"preview_every": job.preview_every, "done": self.metrics.count}
-            handle = await self.engine.submit(request, priority=job.priority, deadline=seconds, **watch)
+            handle = await self.engine.submit(
+                request, priority=job.priority, deadline=job.deadline or self.limits.seconds, **watch
+            )
             if job.user is not None:
                 log.info("request %s is of user %r", handle.id, job.user)
             if job.stream:
@@ -110,7 +111,7 @@ class Service:
             raise known from None
         return AsciiJSON(answer)
 
-    def _check(self, request: Request, names: Mapping[str, str]) -> None:
+    def _check(self, request: Request, job: Job) -> None:
         """Raises ServiceError where a request asks for more than the service's limits."""
         limits = self.limits
         repeats = "resample" if request.infill == "repaint" else "inner_steps"
@@ -118,12 +119,12 @@ class Service:
             "num": (request.num, limits.num),
             "steps": (request.steps, limits.steps),
             repeats: (request.calls, limits.calls),
+            "deadline": (job.deadline or 0, limits.seconds),
         }
         for key, (value, most) in checks.items():
             if value > most:
-                name = names.get(key, key)
-                unit = "steps in all" if key == repeats else name
-                raise refused(name, f"{value} {unit} are too many here; use at most {most}")
+                unit = " steps in all" if key == repeats else ""
+                raise refused(job.names.get(key, key), f"{value:g}{unit} is too much here; use at most {most:g}")
 
     async def _events(self, handle: Handle, job: Job) -> AsyncIterator[str]:
         async for event in _with_pauses(handle.events()):
