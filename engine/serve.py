@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,8 +74,8 @@ def _adapter(text: str) -> tuple[str, Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _stop)  # while loading; the server has handlers of its own
-    signal.signal(signal.SIGINT, _stop)
+    for number in (signal.SIGTERM, signal.SIGINT):  # while loading; the server has handlers of its own
+        signal.signal(number, _stop if options.replicas is None else _stop_replicas)
     try:
         tokens = _tokens(options.token_file)
         _check(options)
@@ -141,7 +142,8 @@ def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -
 
     from engine.serving.server import Server
 
-    signal.signal(signal.SIGTERM, _stop)  # Ray has set its own
+    if options.replicas is not None:
+        signal.signal(signal.SIGTERM, _stop_replicas)  # Ray has set its own
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # to stderr
     logging.getLogger("engine.serving").setLevel(logging.INFO)
     most = (options.max_rows + options.max_queue) * (options.max_replicas or options.replicas or 1) + CONNECTIONS
@@ -154,6 +156,11 @@ def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -
 def _stop(*_) -> None:
     """Ends the process: an exception would pass through imports and destructors, some of which swallow it."""
     os._exit(0)
+
+
+def _stop_replicas(*_) -> None:
+    """Ends the process with an exception, so that Ray's processes are ended too."""
+    sys.exit(0)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -221,7 +221,7 @@ def gathered(x: Tensor, table: Tensor, index: Tensor, vector: Tensor, scales: sl
 
 
 def layer_norm_modulate(
-    x: Tensor, table: Tensor, index: Tensor, vector: Tensor, shift: int, scale: int, backend: str = "auto"
+    x: Tensor, table: Tensor, index: Tensor | None, vector: Tensor | None, shift: int, scale: int, backend: str = "auto"
 ) -> Tensor:  # [B, L, D]
     """LayerNorm without affine parameters, then scale and shift by each token's time."""
     if _choose(x, backend) == "triton":
@@ -230,7 +230,7 @@ def layer_norm_modulate(
 
 
 def gated_residual(
-    x: Tensor, y: Tensor, table: Tensor, index: Tensor, vector: Tensor, gate: int, backend: str = "auto"
+    x: Tensor, y: Tensor, table: Tensor, index: Tensor | None, vector: Tensor | None, gate: int, backend: str = "auto"
 ) -> Tensor:
     """The residual stream x plus the gated output y of a sublayer, [B, L, D] in x's dtype."""
     if _choose(x, backend) == "triton":
@@ -242,8 +242,8 @@ def gated_residual_modulate(
     x: Tensor,
     y: Tensor,
     table: Tensor,
-    index: Tensor,
-    vector: Tensor,
+    index: Tensor | None,
+    vector: Tensor | None,
     gate: int,
     shift: int,
     scale: int,

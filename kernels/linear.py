@@ -191,13 +191,16 @@ def linear_residual(
     weight: Tensor | Weight8,
     bias: Tensor,
     table: Tensor,
-    index: Tensor,
-    vector: Tensor,
+    index: Tensor | None,
+    vector: Tensor | None,
     gate: int,
     backend: str = "auto",
 ) -> Tensor:
-    """The residual stream plus the gated linear layer of a sublayer's last activations, [B, L, N]."""
-    if _choose("linear_residual", x, weight, backend) == "triton":
+    """The residual stream plus the gated linear layer of a sublayer's last activations, [B, L, N].
+
+    Gathered modulations (`engine.kernels.adaln.gathered`) are left to PyTorch.
+    """
+    if index is not None and _choose("linear_residual", x, weight, backend) == "triton":
         return _launch(x, weight, bias, residual=(stream, table, index, vector), gate=gate)
     return gated_residual(stream, _torch_linear(x, weight, bias), table, index, vector, gate)
 

@@ -140,13 +140,15 @@ def built(tiny_checkpoint, tmp_path_factory) -> tuple[Path, list[str]]:
         if not folder.exists():
             compiled, build, threads = [], packages.compile_package, torch.get_num_threads()
             writing = folder.with_name("building")
+            shutil.rmtree(writing, ignore_errors=True)  # of a worker that failed
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(packages, "compile_package", lambda s, p: (compiled.append(s.file), build(s, p)))
                 patch.setenv("XDG_CACHE_HOME", str(writing))
                 torch.set_num_threads(1)
-                with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True):
-                    pass
-                torch.set_num_threads(threads)
+                try:
+                    Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True).close()
+                finally:
+                    torch.set_num_threads(threads)
             (writing / "compiled.txt").write_text("\n".join(compiled))
             writing.rename(folder)
     return folder, (folder / "compiled.txt").read_text().splitlines()

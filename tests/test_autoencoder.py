@@ -1,5 +1,6 @@
 """Saved autoencoders: damaged folders, configs that cannot be, and building the network when it is first needed."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from autoencoder_cases import load, save_autoencoders
 from safetensors.torch import load_file, save_file
 
-from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, autoencoder_class
+from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, _not_found, autoencoder_class
 from engine.errors import InputError
 
 
@@ -234,10 +235,17 @@ from engine.codecs.autoencoder import autoencoder_class
 autoencoder_class("AutoencoderTiny")
 from diffusers.utils import is_scipy_available
 assert is_scipy_available() == {found}
-import scipy
+import sys
+assert {found} or not {{"peft", "scipy"}} & {{*sys.modules}}
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_other_threads_find_everything_while_a_command_imports_diffusers():
+    with _not_found(["scipy"]):
+        assert importlib.util.find_spec("scipy") is None and importlib.util.find_spec("numpy") is not None
+        importlib.import_module("scipy.ndimage")
 
 
 def test_a_program_may_have_imported_diffusers_before():

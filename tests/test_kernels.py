@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.kernels import adaln, attention, timestep
 from engine.kernels.adaln import gated_residual, gated_residual_modulate, gathered, layer_norm_modulate
+from engine.kernels.linear import linear_residual
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIM = 24
@@ -143,6 +144,16 @@ def test_modulations_that_were_gathered_before_give_the_same(dtype):
         ):
             expected, found = operation(*arguments, *time, *chunks), operation(*arguments, *before, *chunks)
             assert torch.equal(torch.stack(tuple(expected)), torch.stack(tuple(found))), operation
+
+
+def test_a_product_leaves_gathered_modulations_to_pytorch():
+    x, y, *time = adaln_inputs()
+    weight, bias = normal(DIM, DIM, seed=5), normal(DIM, seed=6)
+    with torch.no_grad():
+        expected = linear_residual(x, y, weight, bias, *time, 2, backend="torch")
+        before = gathered(x, *time, slice(1, None, 3))
+        found = linear_residual(x, y, weight, bias, *before, 2, backend="triton" if x.is_cpu else "torch")
+    torch.testing.assert_close(found, expected)
 
 
 def test_modulations_are_not_rounded_to_the_residual_streams_dtype():

@@ -4,7 +4,7 @@ diffusers is imported when an autoencoder is built, never before: its import tak
 decoder that was compiled (`engine.packages`) does not need it.
 """
 
-import importlib
+import importlib.util
 import inspect
 import logging
 import sys
@@ -126,7 +126,7 @@ class SavedAutoencoder:
         kind = autoencoder_class(name)
         if isinstance(self.source, str):
             try:
-                return kind.from_pretrained(self.source, use_safetensors=True).float()
+                return kind.from_pretrained(self.source, use_safetensors=True, low_cpu_mem_usage=False).float()
             except (OSError, ValueError) as error:
                 remedy = "give the folder of a diffusers autoencoder"
                 raise InputError("checkpoint", self.source, remedy, f"cannot be downloaded ({error})") from None
@@ -200,12 +200,9 @@ def import_diffusers(*names: str) -> ModuleType:
     first = "diffusers" not in sys.modules
     level = XFORMERS_LOG.level
     XFORMERS_LOG.setLevel(logging.ERROR)
-    if first and _is_command():
-        hidden = UNUSED
-    else:
-        hidden = () if not first or torch.cuda.is_available() or "xformers" in sys.modules else ("xformers",)
     try:
-        with _hidden(hidden):
+        hide = first and not torch.cuda.is_available() and "xformers" not in sys.modules
+        with _hidden(("xformers",) if hide else ()), _not_found(UNUSED if first and _is_command() else ()):
             return _import_diffusers(names)
     except Exception as error:  # a broken package raises anything
         if not first:
@@ -230,6 +227,20 @@ def _import_diffusers(names: Iterable[str]) -> ModuleType:
     for name in names:
         getattr(module, name)
     return module
+
+
+@contextmanager
+def _not_found(packages: Iterable[str]) -> Iterator[None]:
+    """Lets `importlib.util.find_spec`, by which diffusers looks for packages, find none of these.
+
+    Importing them works all the same: other threads may do that meanwhile.
+    """
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, package=None: None if name in packages else find_spec(name, package)
+    try:
+        yield
+    finally:
+        importlib.util.find_spec = find_spec
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def _add_errors(app: FastAPI) -> None:
         code, message = "invalid_request", str(error.detail)
         if error.status_code == 404:
             code, message = "not_found", f"{cut(http.url.path, 200)}: is not an endpoint; /openapi.json lists them"
-        elif error.status_code == 405 and "access-control-request-method" in http.headers:
+        elif http.method == "OPTIONS" and "access-control-request-method" in http.headers:  # a browser's, before a call
             return OTHER_PAGES.response()
         elif error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")

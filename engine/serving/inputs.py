@@ -246,7 +246,7 @@ def open_upload(value: str | bytes, param: str, limits: Limits) -> Image.Image:
     """An image that a client sent; its pixels are not read yet. Raises ServiceError about `param`. Not on the loop."""
     data = value if isinstance(value, bytes) else _from_base64(value, param)
     if not data:
-        raise refused(param, "is empty; leave it out, or send an image", "invalid_image")
+        raise refused(param, "is empty; send an image", "invalid_image")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
