@@ -121,9 +121,9 @@ def check(operation: str, asked: str, device_type: str, argument: str | None = N
 
 
 def _automatic(operation: str, x: torch.Tensor, sizes: tuple[int, ...], unsupported: str) -> str:
-    if not x.is_cuda:
+    if x.device.type != "cuda":
         if not torch.compiler.is_compiling():
-            _announce(operation, PORTABLE[operation], "on CPU" if x.is_cpu else f"on {x.device.type}", logging.INFO)
+            _announce(operation, PORTABLE[operation], f"on {x.device.type}", logging.INFO)
         return PORTABLE[operation]
     measured = fastest(family(x.device.index or 0), operation, str(x.dtype).removeprefix("torch."), sizes)
     chosen = measured or UNMEASURED[operation]
