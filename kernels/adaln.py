@@ -26,7 +26,7 @@ from engine.kernels.backend import COMPILER_OPTIONS, choose, triton
 
 EPS = 1e-6
 MAX_CHANNELS = 2048  # that the Triton kernels take: a token's channels are held in registers
-GATHERED = 1 << 20  # elements of x; beyond, gathering all chunks at once takes memory and saves no time
+GATHERED = 1 << 20  # elements of x; of larger ones the gathered chunks, six times x in float32, would take much memory
 CHUNKS = 6  # of a block's modulation: shift, scale and gate for attention and for the MLP
 
 
@@ -204,10 +204,9 @@ def _choose(x: Tensor, backend: str) -> str:
     return choose("adaln", x, (rows, tokens, dim), backend, unsupported)
 
 
-Time = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, None, None]
-
-
-def gathered(x: Tensor, table: Tensor, index: Tensor, vector: Tensor, scales: slice) -> Time:
+def gathered(
+    x: Tensor, table: Tensor, index: Tensor, vector: Tensor, scales: slice
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What to pass for (table, index, vector) to several operations on x [B, L, D] with K = 6.
 
     In eager inference on a CPU, of small inputs, these are the tokens' modulations, gathered once for all chunks; else

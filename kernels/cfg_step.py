@@ -146,7 +146,7 @@ def _write_inputs(
     torch.where(token_generate, time, known_time, out=times[0])
     for k, kind in enumerate(kinds):
         occurring = _kinds_of(indices[..., StepColumn.PASS + k])
-        drops = occurring & (PassKind.DROPS_KNOWN | PassKind.DROPS_STATE) != 0
+        drops = bool(occurring & (PassKind.DROPS_KNOWN | PassKind.DROPS_STATE))
         eta = _drop_noise(constants, state, indices, before, k, drops)
         kept = inputs[0]
         if occurring & PassKind.NULLS_KNOWN:

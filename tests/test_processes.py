@@ -186,7 +186,7 @@ def test_launchers_start_the_processes(images, alone, tmp_path, launcher):
     """Behind "--", or torchrun takes --log for an option of its own."""
     options = command(images, tmp_path / "run", "--steps", "2", "--log", "tensorboard")
     launched = [sys.executable, "-m", *launcher, "-m", "engine.train", "--", *options]
-    alone_each = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(launched, cwd=Path(__file__).parents[1], check=True, timeout=300, env=alone_each)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(launched, cwd=Path(__file__).parents[1], check=True, timeout=300, env=environment)
     assert_same_curve(tmp_path / "run", curve_of(alone)[:2])
     assert any((tmp_path / "run" / "log").iterdir())

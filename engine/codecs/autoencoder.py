@@ -191,9 +191,10 @@ def autoencoder_class(name: str):
 def import_diffusers(*names: str) -> ModuleType:
     """diffusers, with the modules of these classes, which it imports when they are first used.
 
-    It imports many optional packages, which may take half of the time. Our classes need none of UNUSED, so the engine's
-    commands (`python -m engine.…`) import it without them. A program may need them for its own use of diffusers; there
-    they are left out only if the import fails, as with a broken package, and the program had not imported it before.
+    It imports many optional packages, which takes time (benchmarks/NOTES.md). Our classes need none of UNUSED, so the
+    engine's commands (`python -m engine.…`) import it without them. A program may need them for its own use of
+    diffusers; there they are left out only if the import fails, as with a broken package, and the program had not
+    imported it before.
     Without a CUDA device xformers is always left out; with one, or where diffusers has found it before, its warnings
     are suppressed.
     """

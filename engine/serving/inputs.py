@@ -48,8 +48,8 @@ class Limits:
 
     def most(self, field: str) -> float:
         """The largest value of a body's field, where the service has a limit of its own for it."""
-        num, steps = dict.fromkeys(("num", "n"), self.num), dict.fromkeys(("steps", "num_inference_steps"), self.steps)
-        return {**num, **steps, "deadline": self.seconds}.get(field, float("inf"))
+        named = {"num": self.num, "n": self.num, "steps": self.steps, "num_inference_steps": self.steps}
+        return {**named, "deadline": self.seconds}.get(field, float("inf"))
 
 
 async def read(http: HttpRequest, model: type[BaseModel], limits: Limits) -> BaseModel:

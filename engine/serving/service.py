@@ -124,7 +124,7 @@ class Service:
         for key, (value, most) in checks.items():
             if value > most:
                 unit = " steps in all" if key == repeats else ""
-                raise refused(job.names.get(key, key), f"{value}{unit} is too much here; use at most {most}")
+                raise refused(job.names.get(key, key), f"{value}{unit} exceeds the limit; use at most {most}")
 
     async def _events(self, handle: Handle, job: Job) -> AsyncIterator[str]:
         async for event in _with_pauses(handle.events()):
