@@ -19,7 +19,7 @@ setup(
     ],
     package_data={
         "engine": ["assets/**/*", "py.typed"],
-        "engine.kernels": ["measured.json"],
+        "engine.kernels": ["block.cpp", "measured.json"],
         "engine.serving": ["page/*"],
     },
 )

@@ -1,50 +1,32 @@
-"""Packages: modules compiled ahead of time for this CPU by AOTInductor, kept in the user's cache folder.
+"""Packages: modules compiled ahead of time for this CPU by AOTInductor.
 
 Loading one takes milliseconds and imports no Dynamo. A package has no weights: they are inputs, so that one serves all
 modules of a kind, and every checkpoint of that shape. Its dynamic dimensions take any size from 1.
 
-An entry belongs to what it was compiled from: the versions of torch and of the engine's source, the processor, the
-module's settings, shapes and dtypes. That is in its name and inside it; an entry that does not fit, or is damaged, is
-never loaded. Entries are written beside their place and renamed, so several processes may build at once.
+A package belongs to its module's settings, shapes and dtypes, besides what all entries of `engine.compiled` belong to.
 """
 
-import errno
-import hashlib
 import json
-import logging
-import os
-import shutil
-import tempfile
-import time
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine.device import processor
-from engine.files import cache_folder
+from engine import compiled
 from engine.kernels.linear import onednn_computes, pack
 
-LIMIT = 256 << 20  # bytes of the folder; beyond it the least recently used entries are removed
-ROOM = 32 << 20  # bytes that have to be free to build an entry
-ABANDONED = 24 * 3600  # seconds after which the folder of a build that was killed is removed
 LABEL = "psunet-engine"  # of the entry's description among a package's metadata
 PACKED = "packed"  # of the names of the weights in oneDNN's layout, likewise
 WEIGHT = 1  # its place among the arguments of oneDNN's product
-DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error)
-
-log = logging.getLogger("engine.packages")
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Source(compiled.Source["Package"]):
     """What a package is compiled from. Of the weights only names, shapes and dtypes matter: they may be "meta" tensors.
 
     name      for people: the first part of the file's name
@@ -62,19 +44,28 @@ class Source:
     dynamic: tuple[Mapping[int, str], ...]
     settings: Mapping = field(default_factory=dict)
 
-    @cached_property
-    def description(self) -> str:
-        """All that identifies a package, in JSON."""
+    suffix = ".pt2"
+
+    def facts(self) -> Mapping:
         inputs = [
             None if x is None else [str(x.dtype), *(sizes.get(i, n) for i, n in enumerate(x.shape))]
             for x, sizes in zip(self.inputs, self.dynamic, strict=True)
         ]
         weights = {name: [str(w.dtype), *w.shape] for name, w in self.weights.items()}
-        return json.dumps({**_here(), "settings": self.settings, "inputs": inputs, "weights": weights}, sort_keys=True)
+        return {"settings": self.settings, "inputs": inputs, "weights": weights}
 
-    @property
-    def file(self) -> str:
-        return f"{self.name}-{hashlib.sha256(self.description.encode()).hexdigest()[:20]}.pt2"
+    def compile(self, path: Path) -> None:
+        compile_package(self, path)
+
+    def load(self, path: Path) -> "Package":
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()  # a damaged library could end the process
+        metadata = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
+        if broken is not None:
+            raise compiled.Unfit("is damaged")
+        if metadata.get(LABEL) != self.description:
+            raise compiled.Unfit("was built from something else")
+        return Package(path, metadata)
 
 
 class Package:
@@ -100,77 +91,6 @@ class Package:
             return run([*(x.contiguous() for x in inputs if x is not None), *ordered])[0]
 
         return forward
-
-
-def package(source: Source, build: bool = False) -> Package | None:
-    """The package compiled from this; None where there is none and none is to be built, or it cannot be kept or loaded.
-
-    Damaged entries and those built from something else are announced, once, and with `build` built again.
-    Raises what PyTorch raises where a compiler fails or is missing.
-    """
-    folder = _folder()
-    found = _stored(folder / source.file, source.description) if folder else None
-    if found is None and build:
-        try:
-            if folder is None:
-                raise OSError("there is no home folder")
-            _build(folder, source)
-        except OSError as error:
-            where = folder or "the cache"
-            _announce(f"compile: {where} cannot be written ({error.strerror or error}); continuing without packages")
-            return None
-        found = _stored(folder / source.file, source.description)
-    return found
-
-
-@cache  # once
-def _announce(problem: str) -> None:
-    log.warning(problem)
-
-
-def _folder() -> Path | None:
-    cache = cache_folder()
-    return cache and cache / "packages"
-
-
-def _stored(path: Path, description: str) -> Package | None:
-    """The package in a file; None if there is none, or none that can be trusted, which is announced."""
-    try:
-        owner = path.stat().st_uid
-    except OSError:
-        return None
-    problem = None
-    try:
-        if owner not in (0, os.getuid()):  # it would run as code
-            problem = "belongs to another user"
-        else:
-            with zipfile.ZipFile(path) as file:
-                broken = file.testzip()  # a damaged library could end the process
-            metadata = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
-            if broken is not None:
-                problem = "is damaged"
-            elif metadata.get(LABEL) != description:
-                problem = "was built from something else"
-            else:
-                found = Package(path, metadata)
-                with suppress(OSError):
-                    os.utime(path)
-                return found
-    except (*DAMAGE, RuntimeError) as error:
-        problem = f"is damaged or cannot be loaded ({' '.join(str(error).split())[:100]})"
-    _announce(f"compile: {path} {problem}; it is not used, --compile builds it again")
-    return None
-
-
-def _build(folder: Path, source: Source) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < ROOM:  # PyTorch's writer aborts the process on a full disk
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
-        made = Path(building) / source.file
-        compile_package(source, made)
-        os.replace(made, folder / source.file)
-    _shrink(folder, keep=source.file)
 
 
 def compile_package(source: Source, path: Path) -> None:
@@ -253,39 +173,3 @@ class _Stateless(nn.Module):
 
     def forward(self, inputs: tuple[Tensor | None, ...], weights: list[Tensor]) -> Tensor:
         return torch.func.functional_call(self._module[0], dict(zip(self._names, weights, strict=True)), inputs)
-
-
-def _shrink(folder: Path, keep: str) -> None:
-    """Removes the least recently used entries until the folder is within its limit, and abandoned builds."""
-    entries = []
-    for path in folder.iterdir():
-        with suppress(OSError):  # another process may have removed it
-            status = path.stat()
-            if path.name.startswith(".building-"):
-                if time.time() - status.st_mtime > ABANDONED:
-                    shutil.rmtree(path, ignore_errors=True)
-            elif path.suffix == ".pt2":
-                entries.append((status.st_mtime, status.st_size, path))
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total > LIMIT and path.name != keep:
-            with suppress(OSError):
-                path.unlink()
-            total -= size
-
-
-@cache
-def _here() -> dict[str, str]:
-    """Versions and processor that compiled code depends on."""
-    engine = Path(__file__).parent
-    files = sorted([Path(__file__), *(engine / "model").glob("*.py"), *(engine / "kernels").glob("*.py")])
-    source = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files))
-    flags = ""
-    with suppress(OSError), open("/proc/cpuinfo") as file:
-        flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "torch": torch.__version__,
-        "source": source.hexdigest(),
-        "processor": f"{processor()}, {capability}, {hashlib.sha256(flags.encode()).hexdigest()}",
-    }

@@ -123,33 +123,37 @@ def single(request, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.fixture(scope="session")
 def built(tiny_checkpoint, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A cache folder with all packages of the tiny model in float32, and the files that were compiled for it.
+    """A cache folder with all compiled code of the tiny model in float32, and the files that were compiled for it.
 
-    Compiled once for all workers of a run. Tests may use it, but not change it: `cached` is a copy.
+    It has packages of the blocks too, where the CPU can do with the library alone. Compiled once for all workers of a
+    run. Tests may use it, but not change it: `cached` is a copy.
     """
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
     from filelock import FileLock
 
-    from engine import Engine, packages
+    from engine import Engine, compiled
+    from engine.kernels import block
 
     parallel = "PYTEST_XDIST_WORKER" in os.environ
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if parallel else root) / "built"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            compiled, build, threads = [], packages.compile_package, torch.get_num_threads()
+            files, build, threads = [], compiled._build, torch.get_num_threads()
             writing = folder.with_name("building")
             shutil.rmtree(writing, ignore_errors=True)  # of a worker that failed
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(packages, "compile_package", lambda s, p: (compiled.append(s.file), build(s, p)))
+                patch.setattr(compiled, "_build", lambda f, source: (files.append(source.file), build(f, source)))
                 patch.setenv("XDG_CACHE_HOME", str(writing))
                 torch.set_num_threads(1)
                 try:
-                    Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True).close()
+                    for computes in (block.computes, lambda dtype, sizes: False):
+                        patch.setattr(block, "computes", computes)
+                        Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", compile=True).close()
                 finally:
                     torch.set_num_threads(threads)
-            (writing / "compiled.txt").write_text("\n".join(compiled))
+            (writing / "compiled.txt").write_text("\n".join(files))
             writing.rename(folder)
     return folder, (folder / "compiled.txt").read_text().splitlines()
 

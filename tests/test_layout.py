@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md is the same
     "engine.kernels": 1,
     "engine.command": 2,
+    "engine.compiled": 2,
     "engine.config": 2,
     "engine.device": 2,
     "engine.errors": 2,
@@ -19,6 +20,7 @@ FLOORS = {  # a folder stands for all files in it; the table in CONTRIBUTING.md 
     "engine.hub": 2,
     "engine.images": 2,
     "engine.interrupts": 2,
+    "engine.native": 2,
     "engine.packages": 2,
     "engine.presets": 2,
     "engine.processes": 2,

@@ -1,6 +1,7 @@
 """Packages: what they compute, which are used, and what happens to those that are damaged, of others, or too many.
 
-One real build for the whole file; elsewhere its files stand in for what a compiler makes.
+One real build for the whole file; elsewhere its files stand in for what a compiler makes. Blocks are compiled into
+packages in all of these, as on CPUs that the library of `engine.kernels.block` is not for: test_block.py has that.
 """
 
 import logging
@@ -18,17 +19,32 @@ import torch.nn.functional as F
 from adapter_cases import write_adapter
 from engine_cases import assert_same, mixed_requests
 
-from engine import Engine, Request, packages
+from engine import Engine, Request, compiled, packages
 from engine.checkpoint import load
 from engine.codecs import image
 from engine.errors import InputError
 from engine.files import load_tensors, save_tensors
+from engine.kernels import block as native_block
 from engine.kernels.linear import onednn_computes
 from engine.model.blocks import Block, InnerCache
 from engine.sampling import graphs
 from engine.training.stages import _given_autoencoder
 
+PACKAGES = ["block-64", "decoder", "skip-block-64"]
 ROWS = [1, 2, 31, 32, 33]
+
+
+@pytest.fixture(autouse=True)
+def _packages(monkeypatch):
+    monkeypatch.setattr(native_block, "computes", lambda dtype, sizes: False)
+
+
+@pytest.fixture
+def cached(cached) -> Path:
+    """The folder without the library."""
+    for library in cached.glob("blocks-*"):
+        library.unlink()
+    return cached
 
 
 class Builds:
@@ -146,7 +162,8 @@ def test_no_call_takes_more_rows_than_other_threads_can_wait_for(cached, network
 def test_samples_are_the_eager_ones_and_nothing_is_built_when_batch_task_or_steps_change(
     built, cached, builds, engine, mixed, tiny_checkpoint, tmp_path
 ):
-    assert len(built[1]) == 3, "a block with a skip, one without, and the decoder"
+    kinds = [file.rpartition("-")[0] for file in built[1]]
+    assert sorted({*kinds} - {"blocks"}) == PACKAGES and len(kinds) == len({*kinds}), "each is compiled once"
     eager = engine.generate(mixed)
     style = write_adapter(tmp_path / "style", tiny_checkpoint)
     with Engine.from_pretrained(tiny_checkpoint, dtype="float32", adapters={"style": style}) as adapted:
@@ -292,9 +309,9 @@ def test_an_entry_belongs_to_what_it_was_built_from(monkeypatch, network, change
     block, table = next(iter(network.blocks())), network.time_table(torch.arange(7))
     before = graphs._source(block, table).file
     if changed in ("torch", "processor", "source"):
-        assert packages._here()[changed]
-        here = {**packages._here(), changed: "another"}
-        monkeypatch.setattr(packages, "_here", lambda: here)
+        assert compiled._here()[changed]
+        here = {**compiled._here(), changed: "another"}
+        monkeypatch.setattr(compiled, "_here", lambda: here)
     elif changed == "dtype":
         block.bfloat16()
     elif changed == "width":
@@ -312,7 +329,7 @@ def test_the_folder_keeps_what_was_used_last_within_its_limit(cached, builds, ne
     abandoned.mkdir()
     for i, path in enumerate((old, skip, abandoned)):
         os.utime(path, (i, i))
-    monkeypatch.setattr(packages, "LIMIT", skip.stat().st_size + plain.stat().st_size)
+    monkeypatch.setattr(compiled, "LIMIT", skip.stat().st_size + plain.stat().st_size)
     plain.unlink()
     assert graphs.use_packages(network, build=True) and builds.files == [plain.name]
     assert {*cached.iterdir()} == {skip, plain}, "the skip's was used after the old one"
@@ -343,9 +360,9 @@ def test_without_a_place_to_keep_them_the_run_goes_on_with_one_sentence(
 
 
 def test_a_full_disk_is_noticed_before_anything_is_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr(compiled.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(OSError, match="No space left on device"):
-        packages._build(tmp_path, SimpleNamespace(file="block.pt2"))
+        compiled._build(tmp_path, SimpleNamespace(file="block.pt2"))
     assert not [*tmp_path.iterdir()]
 
 

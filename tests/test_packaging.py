@@ -112,7 +112,7 @@ def test_wheel_holds_the_whole_engine_and_no_second_kernels(wheel, shipped):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     assert {name for name in names if ".dist-info/" not in name} == shipped
     assert {"engine/py.typed", "engine/serving/page/index.html", "engine/assets/emoji/model.safetensors"} <= shipped
-    assert {"engine/kernels/cfg_step.py", "engine/kernels/measured.json"} <= shipped
+    assert {"engine/kernels/cfg_step.py", "engine/kernels/block.cpp", "engine/kernels/measured.json"} <= shipped
 
 
 @pytest.mark.slow

@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from engine.compiled import entry
 from engine.config import MAX_BLOCKS, MAX_CHANNELS
 from engine.errors import InputError, shown
 from engine.files import all_finite, is_folder, read_json, save_tensors, shape_difference, unreadable
-from engine.packages import Source, package
+from engine.packages import Source
 
 # The classes that can be used, with diffusers' defaults of what `LatentSpace` reads: a config.json may leave these out.
 AUTOENCODERS: dict[str, dict] = {
@@ -167,11 +168,11 @@ class SavedAutoencoder:
             dynamic=({0: "images"},),
             settings={"config": dict(self.config), "diffusers": version("diffusers")},
         )
-        compiled = package(source, build)
-        if compiled is None:
+        package = entry(source, build)
+        if package is None:
             return None
         weights = _finite_weights(self.source / WEIGHTS)
-        return compiled.bind({f"autoencoder.{name}": weights[name].float() for name in names})
+        return package.bind({f"autoencoder.{name}": weights[name].float() for name in names})
 
 
 class _Decoder(nn.Module):

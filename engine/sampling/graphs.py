@@ -4,8 +4,9 @@ Compilation is regional: a model's blocks repeat, so one compilation per kind of
 cold start costs a few compilations instead of one as long as the model. Inductor keeps what it has built on disk
 (`TORCHINDUCTOR_CACHE_DIR`), so that the next process starts quickly.
 
-For sampling on a CPU a kind of block is compiled ahead of time instead, see `engine.packages`: once for all numbers of
-rows and tokens, and for all checkpoints of this width.
+For sampling on a CPU blocks are compiled ahead of time instead, once for this machine and for all numbers of rows and
+tokens: where the CPU has what it takes, one library for all blocks (`engine.native`), elsewhere a package for each kind
+of block, for all checkpoints of this width (`engine.packages`).
 
 Capture is for CUDA: on a CPU there is nothing to capture, and `StepGraphs` cannot be made.
 """
@@ -15,10 +16,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from engine import compiled, native
 from engine.errors import InputError, cut
+from engine.kernels import block as native_block
 from engine.kernels.linear import onednn_computes, packed_product
 from engine.model.blocks import Block, quantize_blocks
-from engine.packages import Source, package
+from engine.packages import Source
 
 PART = 1 << 19  # elements of a block's input that one call of its package takes: some 20 to 100 milliseconds
 EXAMPLE_TIMES = 7  # rows of the table that packages are compiled with; they take any number
@@ -57,9 +60,9 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def use_packages(network: nn.Module, build: bool = False) -> bool:
-    """Lets a network's blocks compute in packages as far as there are any; with `build`, builds those that are missing.
+    """Lets a network's blocks compute in compiled code as far as there is any; with `build`, builds what is missing.
 
-    network  in evaluation mode on a CPU, with its last weights: the packages copy those of products
+    network  in evaluation mode on a CPU, with its last weights: the compiled code copies those of products
     Returns whether all blocks do. Shows its progress on a terminal. Raises InputError where nothing can be compiled.
     """
     from tqdm import tqdm
@@ -67,19 +70,24 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
     table = network.time_table(torch.arange(EXAMPLE_TIMES))
     sources = [(block, _source(block, table)) for block in network.blocks()]
     kinds = {source.file: source for _, source in sources}
-    found = {file: package(source) for file, source in kinds.items()}
+    found = {file: compiled.entry(source) for file, source in kinds.items()}
     if build and not all(found.values()):
         missing = [file for file, known in found.items() if known is None]
         for file in tqdm(missing, desc="compiling, once for this machine", unit="kind of block", disable=None):
             try:
-                found[file] = package(kinds[file], build=True)
+                found[file] = compiled.entry(kinds[file], build=True)
             except Exception as error:
                 if (failure := compile_failure(error)) is error:
                     raise
                 raise failure from None
     for block, source in sources:
-        if found[source.file] is not None:
-            block.forward = _in_parts(found[source.file].bind(dict(block.named_parameters())))
+        if (code := found[source.file]) is None:
+            continue
+        weights = dict(block.named_parameters())
+        if isinstance(source, native.Source):
+            block.forward = code.bind(weights, block.heads, block.gelu)
+        else:
+            block.forward = _in_parts(code.bind(weights))
     return all(found.values())
 
 
@@ -110,8 +118,12 @@ def _in_parts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward_parts
 
 
-def _source(block: Block, table: Tensor) -> Source:
-    """A block as the source of a package."""
+def _source(block: Block, table: Tensor) -> native.Source | Source:
+    """What a block is compiled from."""
+    dim, hidden = block.fc2.out_features, block.fc2.in_features
+    sizes = dim, hidden, dim // block.heads
+    if block.norm != "post" and native_block.computes(block.qkv.weight.dtype, sizes):
+        return native.Source()
     x, skip = torch.zeros(2, 3, 5, block.qkv.in_features, dtype=block.qkv.weight.dtype)  # [R, L, D] each
     index = torch.zeros(3, 5, dtype=torch.int32)  # [R, L]
     size, without = {0: "rows", 1: "tokens"}, block.skip is None

@@ -1,0 +1,43 @@
+"""The library of `engine.kernels.block`, compiled once for this machine: it serves blocks of all shapes and weights."""
+
+import hashlib
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine import compiled
+from engine.errors import InputError, cut
+from engine.kernels import block
+
+DIGEST = hashlib.sha256().digest_size
+REMEDY = "install a C++ compiler such as g++, or leave it out"
+
+
+class Source(compiled.Source[block.Library]):
+    """The library as an entry of `engine.compiled`; behind it, in the same file, is its digest."""
+
+    name, suffix = "blocks", ".so"
+
+    def facts(self) -> Mapping:
+        return {"options": block.OPTIONS}
+
+    def compile(self, path: Path) -> None:
+        """Raises InputError where there is no compiler, or it fails."""
+        try:
+            block.build(path)
+        except OSError as error:
+            raise InputError("compile", True, REMEDY, f"failed ({error.filename}: {error.strerror})") from None
+        except subprocess.CalledProcessError as error:
+            reason = cut(error.stderr.strip().partition("\n")[0], 200)
+            raise InputError("compile", True, REMEDY, f"failed ({reason})") from None
+        content = path.read_bytes()
+        path.write_bytes(content + self._digest(content))
+
+    def load(self, path: Path) -> block.Library:
+        content = path.read_bytes()
+        if content[-DIGEST:] != self._digest(content[:-DIGEST]):
+            raise compiled.Unfit("is damaged or was built from something else")
+        return block.Library(path)
+
+    def _digest(self, library: bytes) -> bytes:
+        return hashlib.sha256(self.description.encode() + library).digest()

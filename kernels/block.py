@@ -1,0 +1,110 @@
+"""A whole transformer block on a CPU in one call: block.cpp, compiled by this machine's C++ compiler.
+
+PyTorch's operations for a block cost 15 microseconds and more each, which is most of the time of a few rows of a small
+model, and every one of them reads and writes memory. The one call has neither cost. It needs AVX-512; for bfloat16
+also AVX512-BF16, and no AMX, with which oneDNN's products are faster than these.
+
+Shapes, and what is computed: `engine.model.blocks.Block` with norms "adaln" or "pre".
+Dtypes: float32 or bfloat16 in and out; sums, norms, softmax and GELU in float32.
+"""
+
+import ctypes
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.kernels.adaln import CHUNKS, EPS
+
+SOURCE = Path(__file__).with_name("block.cpp")
+PANEL, LANES = 64, 16  # outputs of a panel and of a vector, as in block.cpp
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+PRODUCTS = ("skip", "qkv", "proj", "fc1", "fc2")
+POINTERS = (*PRODUCTS, "skip_bias", "proj_bias", "fc1_bias", "fc2_bias", "vector")
+SIZES = ("dim", "heads", "hidden", "exact_gelu")
+NORM_EPS = 1e-5  # of nn.LayerNorm, in blocks with norm "pre"
+
+
+class Weights(ctypes.Structure):
+    """Weights of block.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in SIZES),
+        ("eps", ctypes.c_double),
+    ]
+
+
+def computes(dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
+    """Whether this CPU can, in this dtype; sizes are all of a block's widths and that of a head."""
+    if platform.system() != "Linux" or any(size % LANES for size in sizes):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 and torch.cpu._is_avx512_supported()
+
+
+def build(path: Path) -> None:
+    """Compiles the library into a file; CalledProcessError or OSError where the compiler fails or is missing."""
+    command = [os.environ.get("CXX", "g++"), *OPTIONS, "-o", str(path), str(SOURCE)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+class Library:
+    """The compiled library."""
+
+    def __init__(self, path: Path):
+        self._library = ctypes.CDLL(str(path))  # whose calls release Python's lock
+
+    def bind(self, weights: Mapping[str, Tensor], heads: int, gelu: str) -> Callable[..., Tensor]:
+        """The forward of a block with these weights, by the block's names, as they are now: they are copied.
+
+        heads  of the attention
+        gelu   "tanh", or "none" for the exact one
+        """
+        dtype, (hidden, dim) = weights["fc1.weight"].dtype, weights["fc1.weight"].shape
+        bfloat16 = dtype == torch.bfloat16
+        run = self._library.block_bfloat16 if bfloat16 else self._library.block_float32
+        run.argtypes = [*[ctypes.c_void_p] * 6, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+        run.restype = None
+        adaln = "modulation" in weights
+        held = {name: panels(weights[f"{name}.weight"]) for name in PRODUCTS if f"{name}.weight" in weights}
+        held |= {f"{name}_bias": _float(weights[f"{name}.bias"]) for name in PRODUCTS if f"{name}.bias" in weights}
+        held["vector"] = _float(weights["modulation"] if adaln else _affine(weights, dim))
+        pointers = {name: tensor.data_ptr() for name, tensor in held.items()}
+        sizes = dict(zip(SIZES, (dim, heads, hidden, gelu == "none"), strict=True))
+        struct = Weights(**pointers, **sizes, eps=EPS if adaln else NORM_EPS)
+
+        def forward(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor, held=held, struct=struct) -> Tensor:
+            """`held` and `struct` are what the library reads."""
+            x, table, index = x.contiguous(), table.contiguous(), index.contiguous()
+            skip = None if skip is None else skip.contiguous()
+            result, table = torch.empty_like(x), table if adaln else None
+            inputs = (None if given is None else given.data_ptr() for given in (x, skip, table, index, result))
+            run(ctypes.addressof(struct), *inputs, len(x), x.shape[1], torch.get_num_threads())
+            return result  # [R, L, D]
+
+        return forward
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A product's weight [N, K] in the layout that block.cpp describes, [N·K]."""
+    together = 4 // weight.element_size()  # inputs that follow each other
+    parts = (part.unflatten(1, (-1, together)).transpose(0, 1).flatten() for part in weight.detach().split(PANEL))
+    return torch.cat(list(parts))
+
+
+def _float(values: Tensor) -> Tensor:
+    return values.detach().to(torch.float32, copy=True)
+
+
+def _affine(weights: Mapping[str, Tensor], dim: int) -> Tensor:
+    """The modulation that norms with weight and bias are: shift, scale, and a gate of 1, twice; [6·D] float32."""
+    vector = torch.ones(2, CHUNKS // 2, dim)
+    for part, norm in zip(vector, ("norm1", "norm2"), strict=True):
+        part[0], part[1] = weights[f"{norm}.bias"].detach(), weights[f"{norm}.weight"].detach().float() - 1
+    return vector.flatten()
