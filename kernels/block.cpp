@@ -1,8 +1,10 @@
-// A transformer block on a CPU: what `engine.model.blocks.Block` computes with "adaln" or "pre" norms, in three passes.
+// A transformer block on a CPU: what `engine.model.blocks.Block` computes, in three passes over its tokens.
 //
 //     x  = Linear([x, skip])                                                             with a long skip only
 //     x' = x + m_gate1·Linear(attention(LN(x)·(1 + m_scale1) + m_shift1))
 //     x" = x' + m_gate2·Linear(GELU(Linear(LN(x')·(1 + m_scale2) + m_shift2)))           m = table[index] + vector
+//
+// The norms of a "pre" block are of this kind too, with a vector alone. In a "post" block they follow the sums.
 //
 // A pass takes some tokens from one product to the next within a core's own cache; a product's sums are in registers
 // until what follows it is done. Threads share out the tokens, and between the passes the heads of the attention. No
@@ -193,7 +195,8 @@ struct Weights {
     const void *skip, *qkv, *proj, *fc1, *fc2;  // skip: null without
     const float *skip_bias, *proj_bias, *fc1_bias, *fc2_bias;  // qkv has none
     const float* vector;  // [6·D]: shift, scale, gate of attention, then of the MLP
-    int64_t dim, heads, hidden, exact_gelu;
+    const float* skip_norm;  // [2·D]: shift, scale of a "post" block's norm after the skip; null without
+    int64_t dim, heads, hidden, exact_gelu, post;
     double eps;
 };
 
@@ -321,9 +324,13 @@ void block(const Weights& w, const T* x, const T* skip, const T* table, const in
                     store(joined + (first + t) * D + i, c + load(w.skip_bias + i));
                 });
             }
-            for (long t = 0; t < tokens; t++)
+            if (w.skip_norm)
+                for (T* y = joined + first * D; y < joined + (first + tokens) * D; y += D)
+                    norm_modulate(y, y, Modulation<T>{nullptr, w.skip_norm}, 0, D, w.eps);
+            for (long t = 0; t < tokens && !w.post; t++)
                 norm_modulate(stream + (first + t) * D, h + t * D, modulation(first + t), 0, D, w.eps);
-            product(h, D, tokens, static_cast<const T*>(w.qkv), 3 * D, D, [&](long t, long i, V c) {
+            const T* from = w.post ? stream + first * D : h;
+            product(from, D, tokens, static_cast<const T*>(w.qkv), 3 * D, D, [&](long t, long i, V c) {
                 store(qkv + (first + t) * 3 * D + i, c);
             });
         }
@@ -342,8 +349,12 @@ void block(const Weights& w, const T* x, const T* skip, const T* table, const in
                 V gate = modulation(first + t)(2, D, i);
                 store(y + t * D + i, load(stream + (first + t) * D + i) + gate * (c + load(w.proj_bias + i)));
             });
-            for (long t = 0; t < tokens; t++) norm_modulate(y + t * D, h + t * D, modulation(first + t), 3, D, w.eps);
-            product(h, D, tokens, static_cast<const T*>(w.fc1), F, D, [&](long t, long i, V c) {
+            auto norm = [&](T* to, long shift) {
+                for (long t = 0; t < tokens; t++)
+                    norm_modulate(y + t * D, to + t * D, modulation(first + t), shift, D, w.eps);
+            };
+            w.post ? norm(y, 0) : norm(h, 3);
+            product(w.post ? y : h, D, tokens, static_cast<const T*>(w.fc1), F, D, [&](long t, long i, V c) {
                 c += load(w.fc1_bias + i);
                 store(hidden + t * F + i, w.exact_gelu ? gelu_erf(c) : gelu_tanh(c));
             });
@@ -351,6 +362,7 @@ void block(const Weights& w, const T* x, const T* skip, const T* table, const in
                 V gate = modulation(first + t)(5, D, i);
                 store(y + t * D + i, load(y + t * D + i) + gate * (c + load(w.fc2_bias + i)));
             });
+            if (w.post) norm(y, 3);
         }
     }
 }

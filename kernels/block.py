@@ -4,7 +4,7 @@ PyTorch's operations for a block cost 15 microseconds and more each, which is mo
 model, and every one of them reads and writes memory. The one call has neither cost. It needs AVX-512; for bfloat16
 also AVX512-BF16, and no AMX, with which oneDNN's products are faster than these.
 
-Shapes, and what is computed: `engine.model.blocks.Block` with norms "adaln" or "pre".
+Shapes, and what is computed: `engine.model.blocks.Block`.
 Dtypes: float32 or bfloat16 in and out; sums, norms, softmax and GELU in float32.
 """
 
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.kernels.adaln import CHUNKS, EPS
+from engine.kernels.adaln import EPS
 
 SOURCE = Path(__file__).with_name("block.cpp")
 PANEL, LANES = 64, 16  # outputs of a panel and of a vector, as in block.cpp
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PRODUCTS = ("skip", "qkv", "proj", "fc1", "fc2")
-POINTERS = (*PRODUCTS, "skip_bias", "proj_bias", "fc1_bias", "fc2_bias", "vector")
-SIZES = ("dim", "heads", "hidden", "exact_gelu")
-NORM_EPS = 1e-5  # of nn.LayerNorm, in blocks with norm "pre"
+POINTERS = (*PRODUCTS, "skip_bias", "proj_bias", "fc1_bias", "fc2_bias", "vector", "skip_norm")
+SIZES = ("dim", "heads", "hidden", "exact_gelu", "post")
+NORM_EPS = 1e-5  # of nn.LayerNorm, in blocks without adaLN
 
 
 class Weights(ctypes.Structure):
@@ -60,23 +60,24 @@ class Library:
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))  # whose calls release Python's lock
 
-    def bind(self, weights: Mapping[str, Tensor], heads: int, gelu: str) -> Callable[..., Tensor]:
+    def bind(self, weights: Mapping[str, Tensor], heads: int, norm: str, gelu: str) -> Callable[..., Tensor]:
         """The forward of a block with these weights, by the block's names, as they are now: they are copied.
 
-        heads  of the attention
-        gelu   "tanh", or "none" for the exact one
+        heads, norm, gelu  of the block
         """
         dtype, (hidden, dim) = weights["fc1.weight"].dtype, weights["fc1.weight"].shape
         bfloat16 = dtype == torch.bfloat16
         run = self._library.block_bfloat16 if bfloat16 else self._library.block_float32
         run.argtypes = [*[ctypes.c_void_p] * 6, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
         run.restype = None
-        adaln = "modulation" in weights
+        adaln = norm == "adaln"
         held = {name: panels(weights[f"{name}.weight"]) for name in PRODUCTS if f"{name}.weight" in weights}
         held |= {f"{name}_bias": _float(weights[f"{name}.bias"]) for name in PRODUCTS if f"{name}.bias" in weights}
-        held["vector"] = _float(weights["modulation"] if adaln else _affine(weights, dim))
+        held["vector"] = _float(weights["modulation"] if adaln else _affine(weights, ("norm1", "norm2")))
+        if "skip_norm.weight" in weights:
+            held["skip_norm"] = _affine(weights, ("skip_norm",))
         pointers = {name: tensor.data_ptr() for name, tensor in held.items()}
-        sizes = dict(zip(SIZES, (dim, heads, hidden, gelu == "none"), strict=True))
+        sizes = dict(zip(SIZES, (dim, heads, hidden, gelu == "none", norm == "post"), strict=True))
         struct = Weights(**pointers, **sizes, eps=EPS if adaln else NORM_EPS)
 
         def forward(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor, held=held, struct=struct) -> Tensor:
@@ -102,9 +103,10 @@ def _float(values: Tensor) -> Tensor:
     return values.detach().to(torch.float32, copy=True)
 
 
-def _affine(weights: Mapping[str, Tensor], dim: int) -> Tensor:
-    """The modulation that norms with weight and bias are: shift, scale, and a gate of 1, twice; [6·D] float32."""
-    vector = torch.ones(2, CHUNKS // 2, dim)
-    for part, norm in zip(vector, ("norm1", "norm2"), strict=True):
-        part[0], part[1] = weights[f"{norm}.bias"].detach(), weights[f"{norm}.weight"].detach().float() - 1
-    return vector.flatten()
+def _affine(weights: Mapping[str, Tensor], norms: tuple[str, ...]) -> Tensor:
+    """Norms with weight and bias as modulations: of each its shift, scale, and a gate of 1; [3·D·norms] float32."""
+    chunks = []
+    for norm in norms:
+        weight, bias = (_float(weights[f"{norm}.{name}"]) for name in ("weight", "bias"))
+        chunks += [bias, weight - 1, torch.ones_like(weight)]
+    return torch.cat(chunks)

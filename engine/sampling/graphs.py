@@ -23,7 +23,7 @@ from engine.kernels.linear import onednn_computes, packed_product
 from engine.model.blocks import Block, quantize_blocks
 from engine.packages import Source
 
-PART = 1 << 19  # elements of a block's input that one call of its package takes: some 20 to 100 milliseconds
+PART = 1 << 19  # elements of a block's input that one call of compiled code takes: some 20 to 100 milliseconds
 EXAMPLE_TIMES = 7  # rows of the table that packages are compiled with; they take any number
 
 
@@ -84,10 +84,8 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
         if (code := found[source.file]) is None:
             continue
         weights = dict(block.named_parameters())
-        if isinstance(source, native.Source):
-            block.forward = code.bind(weights, block.heads, block.gelu)
-        else:
-            block.forward = _in_parts(code.bind(weights))
+        settings = (block.heads, block.norm, block.gelu) if isinstance(source, native.Source) else ()
+        block.forward = _in_parts(code.bind(weights, *settings))
     return all(found.values())
 
 
@@ -105,7 +103,10 @@ def pack_products(blocks: Iterable[Block]) -> None:
 
 
 def _in_parts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A block's forward, some rows at a time: compiled code holds Python's lock, and other threads must go on."""
+    """A block's forward, some rows at a time.
+
+    A package holds Python's lock, and other threads must go on; the library keeps what memory a call needed.
+    """
 
     def forward_parts(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
         rows = max(1, PART // x[0].numel())
@@ -122,7 +123,7 @@ def _source(block: Block, table: Tensor) -> native.Source | Source:
     """What a block is compiled from."""
     dim, hidden = block.fc2.out_features, block.fc2.in_features
     sizes = dim, hidden, dim // block.heads
-    if block.norm != "post" and native_block.computes(block.qkv.weight.dtype, sizes):
+    if native_block.computes(block.qkv.weight.dtype, sizes):
         return native.Source()
     x, skip = torch.zeros(2, 3, 5, block.qkv.in_features, dtype=block.qkv.weight.dtype)  # [R, L, D] each
     index = torch.zeros(3, 5, dtype=torch.int32)  # [R, L]
