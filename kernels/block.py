@@ -11,6 +11,7 @@ Dtypes: float32 or bfloat16 in and out; sums, norms, softmax and GELU in float32
 import ctypes
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def computes(dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
 
 def build(path: Path) -> None:
     """Compiles the library into a file; CalledProcessError or OSError where the compiler fails or is missing."""
-    command = [os.environ.get("CXX", "g++"), *OPTIONS, "-o", str(path), str(SOURCE)]
+    command = [*shlex.split(os.environ.get("CXX") or "g++"), *OPTIONS, "-o", str(path), str(SOURCE)]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 

@@ -175,7 +175,7 @@ def test_a_library_that_is_damaged_or_of_another_source_is_not_loaded(
 
 
 @pytest.mark.parametrize(
-    "compiler, problem", [("no-such-compiler", "no-such-compiler: No such file"), ("false", r"failed \(\)")]
+    "compiler, problem", [("no-such-compiler -m64", "no-such-compiler: No such file"), ("false", r"failed \(\)")]
 )
 def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tiny_checkpoint, tmp_path, monkeypatch, compiler, problem):
     needed()

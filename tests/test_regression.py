@@ -12,7 +12,7 @@ from benchmarks.regression import PLACES, RATIOS, RESULTS
 
 
 def test_every_ratio_has_stored_times_and_a_contender_that_can_be_timed(monkeypatch):
-    monkeypatch.setattr("engine.sampling.graphs.package", lambda source, build=False: None)  # compiling takes long
+    monkeypatch.setattr("engine.compiled.entry", lambda source, build=False: None)  # compiling takes long
     stored = regression.baseline(RESULTS)
     assert stored.seconds.keys() == set(PLACES) and all(seconds > 0 for seconds in stored.seconds.values())
     found = regression.contenders(torch.float32)
