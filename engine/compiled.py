@@ -27,6 +27,7 @@ from engine.device import processor
 from engine.files import cache_folder
 
 LIMIT = 256 << 20  # bytes of the folder; beyond it the least recently used entries are removed
+SUFFIXES = (".pt2", ".so")  # of entries
 ROOM = 32 << 20  # bytes that have to be free to build an entry
 ABANDONED = 24 * 3600  # seconds after which the folder of a build that was killed is removed
 DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -43,7 +44,7 @@ class Source(Generic[Loaded]):
     """What an entry is compiled from, and how.
 
     name    for people: the first part of the file's name
-    suffix  of the file
+    suffix  of the file, one of `SUFFIXES`
     """
 
     name: str
@@ -82,11 +83,11 @@ def entry(source: Source[Loaded], build: bool = False) -> Loaded | None:
     if found is None and build:
         try:
             if folder is None:
-                raise OSError("there is no home folder")
+                raise OSError("no home folder")
             _build(folder, source)
         except OSError as error:
-            where = folder or "the cache"
-            _announce(f"compile: {where} cannot be written ({error.strerror or error}); continuing without packages")
+            where, reason = folder or "the cache", error.strerror or error
+            _announce(f"compile: {where} cannot be written ({reason}); continuing without compiled code")
             return None
         found = _stored(folder / source.file, source)
     return found
@@ -143,7 +144,7 @@ def _shrink(folder: Path, keep: str) -> None:
             if path.name.startswith(".building-"):
                 if time.time() - status.st_mtime > ABANDONED:
                     shutil.rmtree(path, ignore_errors=True)
-            else:
+            elif path.suffix in SUFFIXES:
                 entries.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
@@ -157,8 +158,9 @@ def _shrink(folder: Path, keep: str) -> None:
 def _here() -> dict[str, str]:
     """Versions and processor that compiled code depends on."""
     engine = Path(__file__).parent
-    folders = [*engine.glob("packages.py"), *(engine / "model").glob("*.py"), *(engine / "kernels").glob("*.[cp]*")]
-    source = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in sorted(folders)))
+    patterns = "packages.py", "model/*.py", "kernels/*.py", "kernels/*.cpp"
+    files = sorted(file for pattern in patterns for file in engine.glob(pattern))
+    source = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files))
     flags = ""
     with suppress(OSError), open("/proc/cpuinfo") as file:
         flags = next((line for line in file if line.startswith(("flags", "Features"))), "")

@@ -1,4 +1,4 @@
-"""The library of `engine.kernels.block`, compiled once for this machine: it serves blocks of all shapes and weights."""
+"""The library of `engine.kernels.block` as an entry of `engine.compiled`: one for blocks of all shapes and weights."""
 
 import hashlib
 import subprocess
@@ -14,7 +14,7 @@ REMEDY = "install a C++ compiler such as g++, or leave it out"
 
 
 class Source(compiled.Source[block.Library]):
-    """The library as an entry of `engine.compiled`; behind it, in the same file, is its digest."""
+    """Its file is the library, followed by the digest of the library and of what it was compiled from."""
 
     name, suffix = "blocks", ".so"
 
@@ -22,7 +22,7 @@ class Source(compiled.Source[block.Library]):
         return {"options": block.OPTIONS}
 
     def compile(self, path: Path) -> None:
-        """Raises InputError where there is no compiler, or it fails."""
+        """Raises InputError if the compiler is missing or fails."""
         try:
             block.build(path)
         except OSError as error:

@@ -1,8 +1,8 @@
 """A whole transformer block on a CPU in one call: block.cpp, compiled by this machine's C++ compiler.
 
-PyTorch's operations for a block cost 15 microseconds and more each, which is most of the time of a few rows of a small
-model, and every one of them reads and writes memory. The one call has neither cost. It needs AVX-512; for bfloat16
-also AVX512-BF16, and no AMX, with which oneDNN's products are faster than these.
+Each product called through PyTorch costs some 14 microseconds besides its arithmetic (benchmarks/NOTES.md), and each
+operation reads its input from memory and writes its result there; one call for the block saves both. It needs AVX-512,
+for bfloat16 also AVX512-BF16. On CPUs with AMX bfloat16 is left to oneDNN: this code does not use AMX.
 
 Shapes, and what is computed: `engine.model.blocks.Block`.
 Dtypes: float32 or bfloat16 in and out; sums, norms, softmax and GELU in float32.
@@ -80,14 +80,15 @@ class Library:
         pointers = {name: tensor.data_ptr() for name, tensor in held.items()}
         sizes = dict(zip(SIZES, (dim, heads, hidden, gelu == "none", norm == "post"), strict=True))
         struct = Weights(**pointers, **sizes, eps=EPS if adaln else NORM_EPS)
+        struct.held = held  # what it points to
+        pointer = ctypes.byref(struct)
 
-        def forward(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor, held=held, struct=struct) -> Tensor:
-            """`held` and `struct` are what the library reads."""
+        def forward(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
             x, table, index = x.contiguous(), table.contiguous(), index.contiguous()
             skip = None if skip is None else skip.contiguous()
             result, table = torch.empty_like(x), table if adaln else None
             inputs = (None if given is None else given.data_ptr() for given in (x, skip, table, index, result))
-            run(ctypes.addressof(struct), *inputs, len(x), x.shape[1], torch.get_num_threads())
+            run(pointer, *inputs, len(x), x.shape[1], torch.get_num_threads())
             return result  # [R, L, D]
 
         return forward

@@ -125,8 +125,8 @@ def single(request, tmp_path_factory) -> tuple[str, Path]:
 def built(tiny_checkpoint, tmp_path_factory) -> tuple[Path, list[str]]:
     """A cache folder with all compiled code of the tiny model in float32, and the files that were compiled for it.
 
-    It has packages of the blocks too, where the CPU can do with the library alone. Compiled once for all workers of a
-    run. Tests may use it, but not change it: `cached` is a copy.
+    Where the CPU can run the library of `engine.kernels.block`, packages of the blocks are there too. Compiled once for
+    all workers of a run. Tests may use it, but not change it: `cached` is a copy.
     """
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")

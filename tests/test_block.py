@@ -102,10 +102,24 @@ def test_inputs_may_be_parts_of_longer_tensors(library):
 
 
 @torch.inference_mode()
-def test_values_without_a_number_stay_so(library):
-    block = block_of(64, 32, False, "adaln", False, torch.float32)
+@pytest.mark.parametrize("norm", ["adaln", "pre", "post"])
+def test_the_norms_of_small_values_are_the_modules(library, norm):
+    block = block_of(64, 32, False, norm, False, torch.float32)
     x, skip, table, index = inputs_of(block, 2, 20)
-    x[1, 3, 5] = torch.nan
+    x *= 2e-3  # a variance as small as what the norms add to it
+    torch.testing.assert_close(
+        bind(library, block)(x, skip, table, index), block(x, skip, table, index), atol=1e-6, rtol=1e-4
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_nan_stays_in_its_row(library, tokens, dtype):
+    needed(dtype)
+    block = block_of(64, 32, False, "adaln", False, dtype)
+    x, skip, table, index = inputs_of(block, 2, tokens)
+    x[1, 0, 5] = torch.nan
     found = bind(library, block)(x, skip, table, index)
     assert found[0].isfinite().all() and found[1].isnan().all(), "all tokens of a row see each other"
 

@@ -1,7 +1,7 @@
 """Packages: what they compute, which are used, and what happens to those that are damaged, of others, or too many.
 
 One real build for the whole file; elsewhere its files stand in for what a compiler makes. Blocks are compiled into
-packages in all of these, as on CPUs that the library of `engine.kernels.block` is not for: test_block.py has that.
+packages in all of these, as on CPUs that cannot run the library of `engine.kernels.block`, which test_block.py tests.
 """
 
 import logging

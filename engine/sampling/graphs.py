@@ -5,8 +5,8 @@ cold start costs a few compilations instead of one as long as the model. Inducto
 (`TORCHINDUCTOR_CACHE_DIR`), so that the next process starts quickly.
 
 For sampling on a CPU blocks are compiled ahead of time instead, once for this machine and for all numbers of rows and
-tokens: where the CPU has what it takes, one library for all blocks (`engine.native`), elsewhere a package for each kind
-of block, for all checkpoints of this width (`engine.packages`).
+tokens: on CPUs with AVX-512 as one library for all blocks (`engine.native`), on others as a package for each kind of
+block, for all checkpoints of this width (`engine.packages`).
 
 Capture is for CUDA: on a CPU there is nothing to capture, and `StepGraphs` cannot be made.
 """
