@@ -6,10 +6,8 @@ FROM python:3.12.12-slim-bookworm
 # cpu, or cuda: PyPI's torch includes CUDA; the host needs the driver and NVIDIA's container toolkit.
 ARG DEVICE=cpu
 
-# Triton compiles its launchers where it runs.
-RUN if [ "$DEVICE" = cuda ]; then \
-        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
-    fi
+# Triton's launchers, and on a CPU the blocks, are compiled where they run.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 psunet
 
 WORKDIR /src

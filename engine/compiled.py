@@ -82,15 +82,35 @@ def entry(source: Source[Loaded], build: bool = False) -> Loaded | None:
     found = _stored(folder / source.file, source) if folder else None
     if found is None and build:
         try:
-            if folder is None:
-                raise OSError("no home folder")
-            _build(folder, source)
+            add(source)
         except OSError as error:
             where, reason = folder or "the cache", error.strerror or error
             _announce(f"compile: {where} cannot be written ({reason}); continuing without compiled code")
             return None
+        assert folder is not None, "without one it cannot be added"
         found = _stored(folder / source.file, source)
     return found
+
+
+def lacks(source: Source) -> bool:
+    """Whether there is no entry of this, not even one that cannot be used."""
+    folder = _folder()
+    return folder is None or not os.path.exists(folder / source.file)
+
+
+def add(source: Source) -> None:
+    """Compiles an entry. Raises OSError where it cannot be kept, and what the compiler raises."""
+    folder = _folder()
+    if folder is None:
+        raise OSError("no home folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < ROOM:  # PyTorch's writer aborts the process on a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
+        made = Path(building) / source.file
+        source.compile(made)
+        os.replace(made, folder / source.file)
+    _shrink(folder, keep=source.file)
 
 
 @cache  # once
@@ -122,17 +142,6 @@ def _stored(path: Path, source: Source[Loaded]) -> Loaded | None:
         problem = f"is damaged or cannot be loaded ({' '.join(str(error).split())[:100]})"
     _announce(f"compile: {path} {problem}; it is not used, --compile builds it again")
     return None
-
-
-def _build(folder: Path, source: Source) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder).free < ROOM:  # PyTorch's writer aborts the process on a full disk
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
-        made = Path(building) / source.file
-        source.compile(made)
-        os.replace(made, folder / source.file)
-    _shrink(folder, keep=source.file)
 
 
 def _shrink(folder: Path, keep: str) -> None:

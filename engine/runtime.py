@@ -50,7 +50,7 @@ class Engine:
         self._adapters: dict[str, Adapter] = {}
         self.folder, self._fingerprint = loaded.folder, ""  # of the weights; made when an adapter is loaded
         network = loaded.network.to(device, dtype)
-        set_up(network, device, compile, attention, quantize)
+        set_up(network, device, compile, attention, quantize, meanwhile=lambda: self._build(self.codecs))
         cuda = device.type == "cuda"
         if compile and not cuda:
             for codec in self.codecs.values():
@@ -88,7 +88,7 @@ class Engine:
                    or "float16", or such a torch dtype; the sampler's state stays float32
         attention  "auto" (the fastest measured), "sdpa", "triton" or "xformers", the last two on CUDA only
         compile    on CUDA, torch.compile of the transformer blocks, at the first forward of each shape; on a CPU,
-                   builds packages of them, which later engines use with `compile` and without
+                   compiles what is missing of blocks and decoders ahead of time, for later engines too
         graphs     on CUDA, captures each kind of step in a CUDA graph when it first comes, and replays it from then on
         max_rows   samples computed together
         quantize   "fp8" keeps the weights of each block's four large products in 8 bits; needs an NVIDIA GPU that has

@@ -97,7 +97,7 @@ def _add_engine(add) -> None:
     add("--adapter", type=path, metavar="DIR", help=text)
     text = "how much of the adapter is added to the weights (default: 1)"
     add("--adapter-scale", type=float, default=1.0, metavar="S", help=text)
-    text = "compile the model: on a CPU once, for all later runs too, with --compile or without"
+    text = "compile all that can be: on a CPU once, for all later runs too, with --compile or without"
     add("--compile", action="store_true", help=text)
     add_quantize(add)
     add("--no-graphs", action="store_true", help="capture no CUDA graphs, which only CUDA has")

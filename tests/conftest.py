@@ -140,11 +140,11 @@ def built(tiny_checkpoint, tmp_path_factory) -> tuple[Path, list[str]]:
     folder = (root.parent if parallel else root) / "built"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            files, build, threads = [], compiled._build, torch.get_num_threads()
+            files, add, threads = [], compiled.add, torch.get_num_threads()
             writing = folder.with_name("building")
             shutil.rmtree(writing, ignore_errors=True)  # of a worker that failed
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(compiled, "_build", lambda f, source: (files.append(source.file), build(f, source)))
+                patch.setattr(compiled, "add", lambda source: (files.append(source.file), add(source)))
                 patch.setenv("XDG_CACHE_HOME", str(writing))
                 torch.set_num_threads(1)
                 try:

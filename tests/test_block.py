@@ -1,6 +1,7 @@
 """The library that computes whole blocks on a CPU: equal to the modules, for all shapes, and safe to load."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 from engine_cases import assert_same
 
-from engine import Engine, Request, native
+from engine import Engine, Request, compiled, native
 from engine.checkpoint import load
 from engine.errors import InputError
 from engine.kernels import block as native_block
@@ -143,13 +144,71 @@ def test_threads_may_call_at_once(library):
     assert not wrong
 
 
-def test_samples_are_the_eager_ones(library, built, engine, mixed, tiny_checkpoint, monkeypatch):
-    eager = engine.generate(mixed)
+@pytest.fixture
+def eager(tiny_checkpoint, tmp_path, monkeypatch):
+    """An engine whose blocks are not compiled."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native_block, "computes", lambda dtype, sizes: False)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing"))
+        engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    with engine:
+        yield engine
+
+
+def test_samples_are_the_eager_ones(library, built, eager, mixed, tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(built[0]))
-    with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32") as compiled:
-        for found, expected in zip(compiled.generate(mixed), eager, strict=True):
+    with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32") as engine:
+        for found, expected in zip(engine.generate(mixed), eager.generate(mixed), strict=True):
             assert_same(found, expected)
-        assert_same(compiled.generate(Request("red", num=3, steps=2)), engine.generate(Request("red", num=3, steps=2)))
+        assert_same(engine.generate(Request("red", num=3, steps=2)), eager.generate(Request("red", num=3, steps=2)))
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch) -> list[str]:
+    """What is compiled from now on, for an empty cache."""
+    needed()
+    files, add = [], compiled.add
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "add", lambda source: (files.append(source.name), add(source)))
+    return files
+
+
+def is_compiled(network) -> bool:
+    return all("forward" in vars(block) for block in network.blocks())
+
+
+def test_it_is_compiled_unasked_once(tiny_checkpoint, added):
+    for _ in range(2):
+        network = load(tiny_checkpoint).network
+        graphs.set_up(network, torch.device("cpu"))
+        assert is_compiled(network) and added == ["blocks"]
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "one that works", "cache"])
+def test_what_prevents_compiling_unasked_is_not_even_a_warning(
+    tiny_checkpoint, eager, added, tmp_path, monkeypatch, caplog, lacking
+):
+    if lacking == "cache":
+        (tmp_path / "cache").touch()
+    else:
+        monkeypatch.setenv("CXX", "false" if lacking == "one that works" else str(tmp_path / "no-such-compiler"))
+    caplog.set_level("INFO", "engine.compiled")
+    with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32") as engine:
+        assert_same(engine.generate(Request("red", steps=2)), eager.generate(Request("red", steps=2)))
+    (record,) = caplog.records
+    assert record.levelname == "INFO" and record.message.startswith("blocks are not compiled: ")
+
+
+def test_a_damaged_decoder_is_reported_when_it_is_needed_though_it_is_loaded_while_compiling(
+    tiny_checkpoint, added, tmp_path
+):
+    damaged = Path(shutil.copytree(tiny_checkpoint, tmp_path / "damaged"))
+    (weights,) = damaged.glob("*/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with Engine.from_pretrained(damaged, device="cpu", dtype="float32") as engine:
+        assert added == ["blocks"]
+        with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors"):
+            engine.generate(Request("red", steps=1))
 
 
 @pytest.mark.parametrize("other", ["heads of 8", "float16"])

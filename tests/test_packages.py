@@ -360,10 +360,11 @@ def test_without_a_place_to_keep_them_the_run_goes_on_with_one_sentence(
 
 
 def test_a_full_disk_is_noticed_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiled.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(OSError, match="No space left on device"):
-        compiled._build(tmp_path, SimpleNamespace(file="block.pt2"))
-    assert not [*tmp_path.iterdir()]
+        compiled.add(SimpleNamespace(file="block.pt2"))
+    assert not [*(tmp_path / "psunet-engine" / "packages").iterdir()]
 
 
 def test_without_a_compiler_it_is_refused_in_one_line(tiny_checkpoint, tmp_path, monkeypatch):

@@ -5,13 +5,17 @@ cold start costs a few compilations instead of one as long as the model. Inducto
 (`TORCHINDUCTOR_CACHE_DIR`), so that the next process starts quickly.
 
 For sampling on a CPU blocks are compiled ahead of time instead, once for this machine and for all numbers of rows and
-tokens: on CPUs with AVX-512 as one library for all blocks (`engine.native`), on others as a package for each kind of
-block, for all checkpoints of this width (`engine.packages`).
+tokens: on CPUs with AVX-512 as one library for all blocks (`engine.native`), unasked if there is a C++ compiler, since
+that takes seconds; on others as a package for each kind of block, for all checkpoints of this width
+(`engine.packages`).
 
 Capture is for CUDA: on a CPU there is nothing to capture, and `StepGraphs` cannot be made.
 """
 
+import logging
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +29,24 @@ from engine.packages import Source
 
 PART = 1 << 19  # elements of a block's input that one call of compiled code takes: some 20 to 100 milliseconds
 EXAMPLE_TIMES = 7  # rows of the table that packages are compiled with; they take any number
+log = logging.getLogger("engine.compiled")
 
 
 def set_up(
-    network: nn.Module, device: torch.device, compile: bool = False, attention: str = "auto", quantize: str = "none"
-) -> None:
-    """Sets how a network, on its device, in its dtype and in evaluation mode, computes; as `Engine.from_pretrained`."""
+    network: nn.Module, device: torch.device, compile: bool = False, attention: str = "auto", quantize: str = "none",
+    meanwhile: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Sets how a network, on its device, in its dtype and in evaluation mode, computes; as `Engine.from_pretrained`.
+
+    meanwhile  is called while a compiler runs, where `compile` does not ask for one
+    """
     for block in network.blocks():
         block.attention = attention
     if quantize != "none":
         quantize_blocks(list(network.blocks()))
     if device.type == "cpu":
+        if not compile:
+            _add_library(network, meanwhile)
         if not use_packages(network, build=compile):
             pack_products(block for block in network.blocks() if "forward" not in block.__dict__)
     elif compile:
@@ -89,6 +100,24 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
     return all(found.values())
 
 
+def _add_library(network: nn.Module, meanwhile: Callable[[], object]) -> None:
+    """Compiles the library for blocks where it is missing, this CPU can run it, and there is a compiler.
+
+    It takes seconds, once for this machine. What `meanwhile` raises for bad input is ignored: it is called again.
+    """
+    source = native.Source()
+    if not any(_in_library(block) for block in network.blocks()) or not compiled.lacks(source):
+        return
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(compiled.add, source)
+        with suppress(InputError):
+            meanwhile()
+        try:
+            adding.result()
+        except (InputError, OSError) as error:
+            log.info("blocks are not compiled: %s", error)
+
+
 def pack_products(blocks: Iterable[Block]) -> None:
     """Lets the products of blocks on a CPU use weights in oneDNN's own layout, where it computes in their dtype.
 
@@ -121,9 +150,7 @@ def _in_parts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _source(block: Block, table: Tensor) -> native.Source | Source:
     """What a block is compiled from."""
-    dim, hidden = block.fc2.out_features, block.fc2.in_features
-    sizes = dim, hidden, dim // block.heads
-    if native_block.computes(block.qkv.weight.dtype, sizes):
+    if _in_library(block):
         return native.Source()
     x, skip = torch.zeros(2, 3, 5, block.qkv.in_features, dtype=block.qkv.weight.dtype)  # [R, L, D] each
     index = torch.zeros(3, 5, dtype=torch.int32)  # [R, L]
@@ -136,6 +163,12 @@ def _source(block: Block, table: Tensor) -> native.Source | Source:
         dynamic=(size, {} if without else size, {0: "times"}, size),
         settings={"heads": block.heads, "norm": block.norm, "gelu": block.gelu},
     )
+
+
+def _in_library(block: Block) -> bool:
+    """Whether the library can compute this block here."""
+    dim, hidden = block.fc2.out_features, block.fc2.in_features
+    return native_block.computes(block.qkv.weight.dtype, (dim, hidden, dim // block.heads))
 
 
 def compile_failure(error: Exception) -> Exception:
