@@ -7,6 +7,7 @@ batched here. What takes time (opening images, encoding and decoding, steps) run
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -153,6 +154,8 @@ class AsyncEngine:
         self._handles: dict[str, Handle] = {}  # of requests that are not done
         self._queue: list[Handle] = []  # those that have not started, in the order in which they will
         self._tasks: set[asyncio.Task] = set()
+        self._told: deque[Callable[[], None]] = deque()  # by the engine's thread, for the loop to do
+        self._hearing = False  # whether the loop will
         self._closing = asyncio.Event()
         self._threads = ThreadPoolExecutor(READERS, "psunet-reader")
 
@@ -273,7 +276,10 @@ class AsyncEngine:
         timer = deadline and loop.call_later(deadline, lambda: handle._end(error=DeadlineExceeded(deadline)))
 
         def tell(method, *arguments) -> None:  # on the engine's thread
-            loop.call_soon_threadsafe(partial(method, handle, *arguments))
+            self._told.append(partial(method, handle, *arguments))
+            if not self._hearing:  # one wake-up of the loop for all samples of a step
+                self._hearing = True
+                loop.call_soon_threadsafe(self._hear)
 
         def submit() -> Future[Result]:
             progress, preview = partial(tell, self._on_progress), partial(tell, self._on_preview) if every else None
@@ -301,6 +307,11 @@ class AsyncEngine:
         finally:
             if timer:
                 timer.cancel()
+
+    def _hear(self) -> None:
+        self._hearing = False  # first: what is told from now on wakes the loop again
+        while self._told:
+            self._told.popleft()()
 
     def _on_progress(self, handle: Handle, done: int, total: int) -> None:
         if handle.started is None:
