@@ -60,12 +60,35 @@ def steps(scheduler, most=10_000):
 # --- Admission, slots and buckets ----------------------------------------------------------------------------------
 
 
-def test_longer_samples_of_a_call_go_first_and_calls_in_their_order():
+def finished_in(scheduler):
+    return [job for _, _, done in steps(scheduler) for _, job in done]
+
+
+def test_longer_samples_of_a_call_go_first_and_calls_take_turns():
     scheduler, first = scheduler_of(*map(spec, (2, 5, 3)), buckets=(1,))
     later = [scheduler.job(spec(9)), scheduler.job(spec(4))]
     scheduler.add(later)
-    finished = [job for _, _, done in steps(scheduler) for _, job in done]
-    assert finished == [first[1], first[2], first[0], *later]
+    assert finished_in(scheduler) == [first[1], first[2], later[0], first[0], later[1]]
+
+
+def test_calls_of_one_sample_go_in_their_order():
+    scheduler, jobs = scheduler_of(spec(1), buckets=(1,))
+    for length in (3, 1, 2):
+        jobs.append(scheduler.job(spec(length)))
+        scheduler.add(jobs[-1:])
+    assert finished_in(scheduler) == jobs
+
+
+def test_a_call_of_many_samples_keeps_none_out_and_is_not_kept_out():
+    scheduler, many = scheduler_of(*[spec(1)] * 8, buckets=(2,))
+    step(scheduler)
+    order = []
+    for _ in range(12):  # each step two slots get free, and two calls of one sample come
+        for _ in range(2):
+            scheduler.add([scheduler.job(spec(1))])
+        order += [job in many for _, job in step(scheduler)[2]]
+    assert order[:4] == [False, True, False, True], "the next call waits only for the samples in slots"
+    assert order.count(True) == 6, "the others are served meanwhile, though there is never a slot to spare"
 
 
 def test_the_smallest_bucket_that_holds_the_samples_is_used():

@@ -115,6 +115,15 @@ async def test_a_bad_value_is_a_400_that_names_its_field(engine, path, body, par
     assert engine.stats().samples == before, "nothing was computed"
 
 
+@pytest.mark.parametrize("path", ENDPOINTS)
+@asynchronous
+async def test_a_query_parameter_is_refused(engine, path):
+    async with service(engine) as http:
+        answer = await http.post(f"{path}?steps=2&seed=1", json=MINIMAL[path])
+        message = assert_error(answer, 400, "unsupported_field", "steps")
+    assert message.endswith("send it in the body")
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "status", "code"),
     [

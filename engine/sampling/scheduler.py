@@ -51,6 +51,7 @@ class Job:
     needs: "_Steps"
     arrivals: dict[int, list[str]]  # by steps done: modalities that have arrived then, while others are to come
     priority: int = 0
+    turn: int = 0  # in the queue, among those of the same priority
     step: int = 0  # done so far
     features: dict[str, int] = field(default_factory=dict)  # the step from which on the slot's features are valid
     alone: bool = False  # shares no step with other samples, because a step that it was part of has failed
@@ -69,7 +70,7 @@ class Job:
         return self.step == self.steps
 
     def restart(self, alone: bool) -> None:
-        self.step, self.features, self.alone = 0, {}, self.alone or alone
+        self.turn, self.step, self.features, self.alone = 0, 0, {}, self.alone or alone
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Scheduler:
     def __init__(self, model: ModelConfig, buckets: Sequence[int], keep: bool = False):
         self.model, self.buckets, self.keep = model, list(buckets), keep
         self.waiting: deque[Job] = deque()
+        self._calls = 0  # of `add`
         self.slots: list[Job | None] = []
         self.lines, self.passes = LINES, 2
         self.capacity = self.buckets[-1]  # slots in use at most; fewer than the largest bucket once memory ran out
@@ -115,12 +117,16 @@ class Scheduler:
         return Job(spec, needs, arrivals, priority)
 
     def add(self, jobs: Iterable[Job]) -> None:
-        """Behind all that wait with the same priority or a higher one.
+        """Has them wait: the first behind all calls of the same priority, the second behind the next call, and so on.
 
-        Of jobs added together the longest first: short ones fill the slots that are free at the end.
+        So a call of many samples does not keep the others out until it is done, nor they it. Of jobs added together the
+        longest comes first: short ones fill the slots that are free at the end.
         """
+        self._calls += 1
         added = sorted(jobs, key=lambda job: -job.steps)
-        self.waiting = deque(sorted([*self.waiting, *added], key=lambda job: -job.priority))
+        for turn, job in enumerate(added, self._calls):
+            job.turn = turn
+        self.waiting = deque(sorted([*self.waiting, *added], key=lambda job: (-job.priority, job.turn)))
 
     @property
     def idle(self) -> bool:

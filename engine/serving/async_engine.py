@@ -43,7 +43,7 @@ class DeadlineExceeded(TimeoutError):
 
 @dataclass(frozen=True)
 class Queued:
-    """`position` samples of other requests enter before those of this one."""
+    """At most `position` samples of requests that wait enter before the first of this one."""
 
     position: int
 
@@ -75,7 +75,7 @@ class Handle:
         self.started: float | None = None  # when its first step was done
         self.ended: float | None = None
         self.steps = 0  # done, those of all samples counted
-        self.position = -1  # samples of other requests that enter before; −1: not yet reported
+        self.position = -1  # of `Queued`; −1: not yet reported
         self._result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         # Retrieves the error: asyncio warns about errors that are never retrieved.
         self._result.add_done_callback(lambda done: done.cancelled() or done.exception())

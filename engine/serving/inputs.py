@@ -54,6 +54,9 @@ class Limits:
 
 async def read(http: HttpRequest, model: type[BaseModel], limits: Limits) -> BaseModel:
     """The body of a request, checked against its model. Raises ServiceError."""
+    if http.query_params:
+        problem = "is a query parameter, of which this endpoint has none; send it in the body"
+        raise refused(next(iter(http.query_params)), problem, "unsupported_field")
     coding = http.headers.get("content-encoding", "").strip().lower()
     if coding not in ("", "identity"):
         problem = f"Content-Encoding {cut(coding, 100)} is not supported; send the body without it, uncompressed"

@@ -147,7 +147,7 @@ class ErrorAnswer(BaseModel):
 
 class QueuedEvent(BaseModel):
     id: str = Field(description="with which the request can be cancelled")
-    position: int = Field(description="samples of other requests that enter before those of this one")
+    position: int = Field(description="at most so many samples that wait enter before the first of this request")
 
 
 class ProgressEvent(BaseModel):
