@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 import torch
 
 from engine.device import processor
+from engine.errors import InputError, cut
 from engine.files import cache_folder
 
 LIMIT = 256 << 20  # bytes of the folder; beyond it the least recently used entries are removed
@@ -161,6 +162,15 @@ def _shrink(folder: Path, keep: str) -> None:
             with suppress(OSError):
                 path.unlink()
             total -= size
+
+
+def compile_failure(error: Exception) -> Exception:
+    """A failure of torch.compile, such as for want of a C++ compiler, as InputError; any other error as it is."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return error
+    remedy = "install a C++ compiler such as g++ and Python's headers, or leave it out"
+    reason = cut(str(error).partition("\n")[0], 200)
+    return InputError("compile", True, remedy, f"failed ({reason})")
 
 
 @cache

@@ -19,19 +19,27 @@ class Source(compiled.Source[block.Library]):
     name, suffix = "blocks", ".so"
 
     def facts(self) -> Mapping:
-        return {"options": block.OPTIONS}
+        return {"compiler": block.compiler(), "options": block.OPTIONS}
 
     def compile(self, path: Path) -> None:
-        """Raises InputError if the compiler is missing or fails."""
+        """Raises InputError if the compiler is missing or fails, or what it makes cannot be used."""
         try:
             block.build(path)
-        except OSError as error:
-            raise InputError("compile", True, REMEDY, f"failed ({error.filename}: {error.strerror})") from None
+        except subprocess.TimeoutExpired as error:
+            raise _failed(f"the compiler takes more than {error.timeout:g} s") from None
         except subprocess.CalledProcessError as error:
-            reason = cut(error.stderr.strip().partition("\n")[0], 200)
-            raise InputError("compile", True, REMEDY, f"failed ({reason})") from None
-        content = path.read_bytes()
+            said = error.stderr.strip().partition("\n")[0]
+            raise _failed(said or f"{block.compiler()}: exit status {error.returncode}") from None
+        except OSError as error:
+            raise _failed(f"{error.filename}: {error.strerror}") from None
+        except ValueError as error:
+            raise _failed(f"CXX: {error}") from None
+        content = path.read_bytes() if path.exists() else b""
         path.write_bytes(content + self._digest(content))
+        try:
+            self.load(path)
+        except OSError as error:
+            raise _failed(f"{block.compiler()}: {error}") from None
 
     def load(self, path: Path) -> block.Library:
         content = path.read_bytes()
@@ -41,3 +49,7 @@ class Source(compiled.Source[block.Library]):
 
     def _digest(self, library: bytes) -> bytes:
         return hashlib.sha256(self.description.encode() + library).digest()
+
+
+def _failed(reason: str) -> InputError:
+    return InputError("compile", True, REMEDY, f"failed ({cut(reason, 200)})")

@@ -55,7 +55,13 @@ class Source(compiled.Source["Package"]):
         return {"settings": self.settings, "inputs": inputs, "weights": weights}
 
     def compile(self, path: Path) -> None:
-        compile_package(self, path)
+        """Raises InputError if there is no compiler that works."""
+        try:
+            compile_package(self, path)
+        except Exception as error:
+            if (failure := compiled.compile_failure(error)) is error:
+                raise
+            raise failure from None
 
     def load(self, path: Path) -> "Package":
         with zipfile.ZipFile(path) as file:

@@ -50,7 +50,7 @@ class Engine:
         self._adapters: dict[str, Adapter] = {}
         self.folder, self._fingerprint = loaded.folder, ""  # of the weights; made when an adapter is loaded
         network = loaded.network.to(device, dtype)
-        set_up(network, device, compile, attention, quantize, meanwhile=lambda: self._build(self.codecs))
+        set_up(network, device, compile, attention, quantize, [codec.build for codec in self.codecs.values()])
         cuda = device.type == "cuda"
         if compile and not cuda:
             for codec in self.codecs.values():

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, FloatingPointError, ModuleNotFoundError) as error:
         return refuse(COMMAND, error, values)
     except RuntimeError as error:
-        from engine.sampling.graphs import compile_failure
+        from engine.compiled import compile_failure
 
         failure = compile_failure(error)
         if failure is error:

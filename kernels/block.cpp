@@ -81,7 +81,7 @@ inline float largest(V x) {
 }
 
 // 2^x: 2^n by its exponent for the nearest integer n, and a polynomial for the rest, at most 1/2 (error 1e-7, fitted by
-// least squares with weights that even out the error).
+// least squares with weights that even out the error). Of −∞ the rest is NaN, which scalef makes 0.
 inline V exp2(V x) {
     V n = _mm512_roundscale_ps(x, 0);
     V r = x - n, p = all(0.00132647274f);
@@ -173,13 +173,16 @@ class Scratch {
     size_t size_ = 0, used_ = 0;
 
   public:
-    void reserve(size_t bytes) {
+    // Gives up what was taken before; false where memory does not suffice.
+    bool reserve(size_t bytes) {
         if (bytes > size_) {
-            size_ = (bytes + 4095) / 4096 * 4096;
+            size_t size = (bytes + 4095) / 4096 * 4096;
             memory_.reset();
-            memory_.reset(std::aligned_alloc(4096, size_));
+            memory_.reset(std::aligned_alloc(4096, size));
+            size_ = memory_ ? size : 0;
         }
         used_ = 0;
+        return bytes <= size_;
     }
     template <class T> T* take(long count) {
         T* p = reinterpret_cast<T*>(static_cast<char*>(memory_.get()) + used_);
@@ -254,12 +257,18 @@ void panels(const bfloat16* v, long stride, long tokens, long d, bfloat16* to) {
             }
 }
 
+// Bytes of scratch that the attention of a head takes.
+template <class T> size_t attention_bytes(long tokens, long d) {
+    long wide = (tokens + LANES - 1) / LANES * LANES;
+    return wide * d * sizeof(T) * 2 + HEIGHT * wide * (sizeof(T) + 4) + 1024;
+}
+
 // softmax(Q·Kᵀ/√d)·V of one head of one row; q, k, v [tokens, d] with `stride` between tokens.
 template <class T>
 void attention(const T* q, const T* k, const T* v, long stride, long tokens, long d, T* out, long out_stride,
                Scratch& scratch) {
     long wide = (tokens + LANES - 1) / LANES * LANES, keys = (tokens + S<T> - 1) / S<T> * S<T>;
-    scratch.reserve(wide * d * sizeof(T) * 2 + HEIGHT * wide * (sizeof(T) + 4) + 1024);
+    scratch.reserve(attention_bytes<T>(tokens, d));
     T *keyed = scratch.take<T>(wide * d), *valued = scratch.take<T>(wide * d);
     T* weights = scratch.take<T>(HEIGHT * wide);
     float* scores = scratch.take<float>(HEIGHT * wide);
@@ -291,15 +300,16 @@ void attention(const T* q, const T* k, const T* v, long stride, long tokens, lon
     }
 }
 
+// False where memory does not suffice.
 template <class T>
-void block(const Weights& w, const T* x, const T* skip, const T* table, const int32_t* index, T* out, long rows,
+bool block(const Weights& w, const T* x, const T* skip, const T* table, const int32_t* index, T* out, long rows,
            long length, int threads) {
     const long D = w.dim, d = D / w.heads, F = w.hidden, all_tokens = rows * length;
-    if (all_tokens == 0) return;
+    if (all_tokens == 0) return true;
     const long share = std::min(TOKENS, (all_tokens + threads - 1) / threads);
     const long tiles = (all_tokens + share - 1) / share;
     static thread_local Scratch shared;
-    shared.reserve(all_tokens * D * 5 * sizeof(T) + 4096);
+    if (!shared.reserve(all_tokens * D * 5 * sizeof(T) + 4096)) return false;
     T *qkv = shared.take<T>(all_tokens * 3 * D), *attended = shared.take<T>(all_tokens * D);
     T* joined = skip ? shared.take<T>(all_tokens * D) : nullptr;
     const T* stream = skip ? joined : x;
@@ -307,11 +317,20 @@ void block(const Weights& w, const T* x, const T* skip, const T* table, const in
         return Modulation<T>{table ? table + index[token] * 6 * D : nullptr, w.vector};
     };
 
+    const size_t most = std::max(share * (2 * D + F) * sizeof(T) + 1024, attention_bytes<T>(length, d));
+    bool enough = true;  // memory for every thread, known after the first pass
+
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch own;
+        const bool reserved = own.reserve(most);
+        if (!reserved) {
+#pragma omp atomic write
+            enough = false;
+        }
 #pragma omp for
         for (long tile = 0; tile < tiles; tile++) {
+            if (!reserved) continue;
             long first = all_tokens * tile / tiles, tokens = all_tokens * (tile + 1) / tiles - first;
             own.reserve(tokens * D * 2 * sizeof(T) + 1024);
             T* h = own.take<T>(tokens * D * 2);
@@ -335,13 +354,13 @@ void block(const Weights& w, const T* x, const T* skip, const T* table, const in
             });
         }
 #pragma omp for
-        for (long head = 0; head < rows * w.heads; head++) {
+        for (long head = 0; head < (enough ? rows * w.heads : 0); head++) {
             long first = head / w.heads * length, channel = head % w.heads * d;
             const T* q = qkv + first * 3 * D + channel;
             attention(q, q + D, q + 2 * D, 3 * D, length, d, attended + first * D + channel, D, own);
         }
 #pragma omp for
-        for (long tile = 0; tile < tiles; tile++) {
+        for (long tile = 0; tile < (enough ? tiles : 0); tile++) {
             long first = all_tokens * tile / tiles, tokens = all_tokens * (tile + 1) / tiles - first;
             own.reserve(tokens * (D + F) * sizeof(T) + 1024);
             T *h = own.take<T>(tokens * D), *hidden = own.take<T>(tokens * F), *y = out + first * D;
@@ -365,22 +384,24 @@ void block(const Weights& w, const T* x, const T* skip, const T* table, const in
             if (w.post) norm(y, 3);
         }
     }
+    return enough;
 }
 
 }  // namespace
 
 extern "C" {
 
-// x, skip (null without), out [rows, length, D]; table [times, 6·D] or null; index [rows, length].
-void block_float32(const Weights* w, const float* x, const float* skip, const float* table, const int32_t* index,
+// x, skip (null without), out [rows, length, D]; table [times, 6·D] or null; index [rows, length], within the table.
+// False where memory does not suffice.
+bool block_float32(const Weights* w, const float* x, const float* skip, const float* table, const int32_t* index,
                    float* out, int64_t rows, int64_t length, int threads) {
-    block(*w, x, skip, table, index, out, rows, length, threads);
+    return block(*w, x, skip, table, index, out, rows, length, threads);
 }
 
 #if defined(__AVX512BF16__)
-void block_bfloat16(const Weights* w, const bfloat16* x, const bfloat16* skip, const bfloat16* table,
+bool block_bfloat16(const Weights* w, const bfloat16* x, const bfloat16* skip, const bfloat16* table,
                     const int32_t* index, bfloat16* out, int64_t rows, int64_t length, int threads) {
-    block(*w, x, skip, table, index, out, rows, length, threads);
+    return block(*w, x, skip, table, index, out, rows, length, threads);
 }
 #endif
 }

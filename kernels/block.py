@@ -23,7 +23,8 @@ from engine.kernels.adaln import EPS
 
 SOURCE = Path(__file__).with_name("block.cpp")
 PANEL, LANES = 64, 16  # outputs of a panel and of a vector, as in block.cpp
-OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fno-fast-math", "-fopenmp", "-shared", "-fPIC")
+PATIENCE = 120  # seconds that the compiler may take
 PRODUCTS = ("skip", "qkv", "proj", "fc1", "fc2")
 POINTERS = (*PRODUCTS, "skip_bias", "proj_bias", "fc1_bias", "fc2_bias", "vector", "skip_norm")
 SIZES = ("dim", "heads", "hidden", "exact_gelu", "post")
@@ -49,17 +50,38 @@ def computes(dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:
     return dtype == torch.float32 and torch.cpu._is_avx512_supported()
 
 
+def compiler() -> str:
+    """The command of the C++ compiler, with options."""
+    return os.environ.get("CXX", "").strip() or "g++"
+
+
 def build(path: Path) -> None:
-    """Compiles the library into a file; CalledProcessError or OSError where the compiler fails or is missing."""
-    command = [*shlex.split(os.environ.get("CXX") or "g++"), *OPTIONS, "-o", str(path), str(SOURCE)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    """Compiles the library into a file.
+
+    Raises OSError where the compiler is missing, ValueError where its command cannot be read, and SubprocessError where
+    it fails or takes more than PATIENCE seconds.
+    """
+    command = [*shlex.split(compiler()), *OPTIONS, "-o", str(path), str(SOURCE)]
+    subprocess.run(
+        command,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=PATIENCE,
+    )
 
 
 class Library:
-    """The compiled library."""
+    """The compiled library. Raises OSError where the file is none, or lacks what this CPU computes."""
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))  # whose calls release Python's lock
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"block_{str(dtype).removeprefix('torch.')}"
+            if computes(dtype, ()) and not hasattr(self._library, name):
+                raise OSError(f"the compiler does not know this processor: {name} is missing")
 
     def bind(self, weights: Mapping[str, Tensor], heads: int, norm: str, gelu: str) -> Callable[..., Tensor]:
         """The forward of a block with these weights, by the block's names, as they are now: they are copied.
@@ -70,7 +92,7 @@ class Library:
         bfloat16 = dtype == torch.bfloat16
         run = self._library.block_bfloat16 if bfloat16 else self._library.block_float32
         run.argtypes = [*[ctypes.c_void_p] * 6, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-        run.restype = None
+        run.restype = ctypes.c_bool
         adaln = norm == "adaln"
         held = {name: panels(weights[f"{name}.weight"]) for name in PRODUCTS if f"{name}.weight" in weights}
         held |= {f"{name}_bias": _float(weights[f"{name}.bias"]) for name in PRODUCTS if f"{name}.bias" in weights}
@@ -84,11 +106,14 @@ class Library:
         pointer = ctypes.byref(struct)
 
         def forward(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
+            assert x.dtype == table.dtype == dtype and index.dtype == torch.int32
+            assert (skip is None) == (struct.skip is None)
             x, table, index = x.contiguous(), table.contiguous(), index.contiguous()
             skip = None if skip is None else skip.contiguous()
             result, table = torch.empty_like(x), table if adaln else None
             inputs = (None if given is None else given.data_ptr() for given in (x, skip, table, index, result))
-            run(pointer, *inputs, len(x), x.shape[1], torch.get_num_threads())
+            if not run(pointer, *inputs, len(x), x.shape[1], torch.get_num_threads()):
+                raise torch.OutOfMemoryError(f"memory does not suffice for a block of {x.numel()} elements")
             return result  # [R, L, D]
 
         return forward

@@ -18,6 +18,7 @@ from engine.kernels import block as native_block
 from engine.model.blocks import Block
 from engine.sampling import graphs
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.bfloat16]
 TIMES = 7
 
@@ -196,7 +197,7 @@ def test_what_prevents_compiling_unasked_is_not_even_a_warning(
     with Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32") as engine:
         assert_same(engine.generate(Request("red", steps=2)), eager.generate(Request("red", steps=2)))
     (record,) = caplog.records
-    assert record.levelname == "INFO" and record.message.startswith("blocks are not compiled: ")
+    assert record.levelname == "INFO" and record.message.startswith("compiling the blocks failed (")
 
 
 def test_a_damaged_decoder_is_reported_when_it_is_needed_though_it_is_loaded_while_compiling(
@@ -247,16 +248,80 @@ def test_a_library_that_is_damaged_or_of_another_source_is_not_loaded(
     assert use(tiny_checkpoint, build=True), "it is built again"
 
 
-@pytest.mark.parametrize(
-    "compiler, problem", [("no-such-compiler -m64", "no-such-compiler: No such file"), ("false", r"failed \(\)")]
-)
-def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tiny_checkpoint, tmp_path, monkeypatch, compiler, problem):
+COMPILERS = {  # CXX, and what is said of it; {} is a script
+    "no-such-compiler -m64": "no-such-compiler: No such file",
+    "false": "false: exit status 1",
+    "'g++": "CXX: No closing quotation",
+    "true": "true: .*file too short",  # it succeeds, and writes nothing
+    r"{}printf '\377 bad\nmore' >&2; exit 3": "\ufffd bad",
+    "{}read line; exit 3": "exit status 3",  # it waits for input
+    "{}sleep 9": "takes more than 0.1 s",
+}
+
+
+@pytest.mark.parametrize("compiler", COMPILERS, ids=COMPILERS.values())
+def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tiny_checkpoint, tmp_path, monkeypatch, compiler):
     needed()
+    problem, script = COMPILERS[compiler], tmp_path / "compiler"
+    if compiler.startswith("{}"):
+        script.write_text(f"#!/bin/sh\n{compiler[2:]}\n")
+        script.chmod(0o755)
+        compiler = str(script)
+    if "takes" in problem:
+        monkeypatch.setattr(native_block, "PATIENCE", 0.1)
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=rf"^compile: True .*{problem}.*; install a C\+\+ compiler such as g\+\+"):
+    with pytest.raises(
+        InputError, match=rf"^compile: True failed \(.*{problem}.*; install a C\+\+ compiler such as g\+\+"
+    ):
         use(tiny_checkpoint, build=True)
     assert not [*(tmp_path / "psunet-engine" / "packages").iterdir()]
+
+
+def test_a_compiler_that_does_not_know_the_processor_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    needed(torch.bfloat16)
+    monkeypatch.setenv("CXX", "g++ -mno-avx512bf16")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="the compiler does not know this processor: block_bfloat16 is missing"):
+        use(tiny_checkpoint, build=True)
+
+
+@torch.inference_mode()
+def test_options_of_the_compiler_serve_runs_with_these_options_and_change_no_arithmetic(
+    tiny_checkpoint, added, monkeypatch
+):
+    block = block_of(64, 32, False, "adaln", False, torch.float32)
+    x, _, table, index = inputs_of(block, 2, 5)
+    expected = block(x, None, table, index)
+    for options in ("-ffast-math", ""):
+        monkeypatch.setenv("CXX", f"g++ {options}")
+        compiled.add(native.Source())
+        library = compiled.entry(native.Source())
+        torch.testing.assert_close(bind(library, block)(x, None, table, index), expected, atol=1e-5, rtol=1e-5)
+    assert added == ["blocks"] * 2
+
+
+def test_memory_that_does_not_suffice_is_an_error(library, built):
+    script = (
+        "import resource, sys, torch\nfrom pathlib import Path\nfrom engine.kernels.block import Library\n"
+        "from engine.model.blocks import Block\n"
+        "block = Block(256, 64, 4, False, 'pre', False).requires_grad_(False)\n"
+        "forward = Library(Path(sys.argv[1])).bind(dict(block.named_parameters()), 4, 'pre', 'tanh')\n"
+        "x, index = torch.zeros(8, 25_000, 256), torch.zeros(8, 25_000, dtype=torch.int32)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "limit, small = used + 400 * 2**20, (x[:1, :9].contiguous(), None, torch.zeros(1, 256), index[:1, :9])\n"
+        "forward(*small)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "try:\n    forward(x, None, torch.zeros(1, 256), index)\n"
+        "except torch.OutOfMemoryError as error:\n    print(error)\n"
+        "print(forward(*small).isfinite().all().item())"
+    )
+    (path,) = built[0].glob("psunet-engine/packages/blocks-*")
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["memory does not suffice for a block of 51200000 elements", "True"], done.stderr
 
 
 def test_it_shares_the_threads_of_pytorch(built, tiny_checkpoint):
@@ -271,7 +336,7 @@ def test_it_shares_the_threads_of_pytorch(built, tiny_checkpoint):
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tiny_checkpoint)],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=ROOT,
         env=os.environ | {"XDG_CACHE_HOME": str(built[0])},
         capture_output=True,
         text=True,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import compiled, native
-from engine.errors import InputError, cut
+from engine.errors import InputError
 from engine.kernels import block as native_block
 from engine.kernels.linear import onednn_computes, packed_product
 from engine.model.blocks import Block, quantize_blocks
@@ -34,11 +34,11 @@ log = logging.getLogger("engine.compiled")
 
 def set_up(
     network: nn.Module, device: torch.device, compile: bool = False, attention: str = "auto", quantize: str = "none",
-    meanwhile: Callable[[], object] = lambda: None,
+    meanwhile: Iterable[Callable[[], object]] = (),
 ) -> None:  # fmt: skip
     """Sets how a network, on its device, in its dtype and in evaluation mode, computes; as `Engine.from_pretrained`.
 
-    meanwhile  is called while a compiler runs, where `compile` does not ask for one
+    meanwhile  are called while a compiler runs, where `compile` does not ask for one
     """
     for block in network.blocks():
         block.attention = attention
@@ -85,12 +85,7 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
     if build and not all(found.values()):
         missing = [file for file, known in found.items() if known is None]
         for file in tqdm(missing, desc="compiling, once for this machine", unit="kind of block", disable=None):
-            try:
-                found[file] = compiled.entry(kinds[file], build=True)
-            except Exception as error:
-                if (failure := compile_failure(error)) is error:
-                    raise
-                raise failure from None
+            found[file] = compiled.entry(kinds[file], build=True)
     for block, source in sources:
         if (code := found[source.file]) is None:
             continue
@@ -100,22 +95,25 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
     return all(found.values())
 
 
-def _add_library(network: nn.Module, meanwhile: Callable[[], object]) -> None:
+def _add_library(network: nn.Module, meanwhile: Iterable[Callable[[], object]]) -> None:
     """Compiles the library for blocks where it is missing, this CPU can run it, and there is a compiler.
 
-    It takes seconds, once for this machine. What `meanwhile` raises for bad input is ignored: it is called again.
+    It takes seconds, once for this machine. What `meanwhile` raise for bad input is ignored: they are called again.
     """
     source = native.Source()
     if not any(_in_library(block) for block in network.blocks()) or not compiled.lacks(source):
         return
     with ThreadPoolExecutor(1) as pool:
         adding = pool.submit(compiled.add, source)
-        with suppress(InputError):
-            meanwhile()
+        for call in meanwhile:
+            with suppress(InputError):
+                call()
         try:
             adding.result()
-        except (InputError, OSError) as error:
-            log.info("blocks are not compiled: %s", error)
+        except InputError as error:
+            log.info("compiling the blocks %s", error.problem)
+        except OSError as error:
+            log.info("compiling the blocks failed (%s)", error)
 
 
 def pack_products(blocks: Iterable[Block]) -> None:
@@ -138,7 +136,7 @@ def _in_parts(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     def forward_parts(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
-        rows = max(1, PART // x[0].numel())
+        rows = max(1, PART // max(1, x[:1].numel()))
         if len(x) <= rows:
             return forward(x, skip, table, index)
         skips = [None] * len(x) if skip is None else skip.split(rows)
@@ -169,15 +167,6 @@ def _in_library(block: Block) -> bool:
     """Whether the library can compute this block here."""
     dim, hidden = block.fc2.out_features, block.fc2.in_features
     return native_block.computes(block.qkv.weight.dtype, (dim, hidden, dim // block.heads))
-
-
-def compile_failure(error: Exception) -> Exception:
-    """A failure of torch.compile, such as for want of a C++ compiler, as InputError; any other error as it is."""
-    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return error
-    remedy = "install a C++ compiler such as g++ and Python's headers, or leave it out"
-    reason = cut(str(error).partition("\n")[0], 200)
-    return InputError("compile", True, remedy, f"failed ({reason})")
 
 
 class StepGraphs:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.compiled import compile_failure
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.model.denoiser import Denoiser
 from engine.sampling.batch import Batch, SampleSpec
 from engine.sampling.calls import Call, Calls
-from engine.sampling.graphs import StepGraphs, compile_failure
+from engine.sampling.graphs import StepGraphs
 from engine.sampling.preview import Preview, preview
 from engine.sampling.scheduler import Job
 from engine.sampling.stepper import Stepper
