@@ -106,7 +106,7 @@ class Library:
         pointer = ctypes.byref(struct)
 
         def forward(x: Tensor, skip: Tensor | None, table: Tensor, index: Tensor) -> Tensor:
-            assert x.dtype == table.dtype == dtype and index.dtype == torch.int32
+            assert x.dtype == dtype and (not adaln or (table.dtype == dtype and index.dtype == torch.int32))
             assert (skip is None) == (struct.skip is None)
             x, table, index = x.contiguous(), table.contiguous(), index.contiguous()
             skip = None if skip is None else skip.contiguous()

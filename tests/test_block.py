@@ -46,7 +46,10 @@ def block_of(dim: int, head_dim: int, skip: bool, norm: str, exact_gelu: bool, d
 def inputs_of(block: Block, rows: int, tokens: int) -> tuple[torch.Tensor | None, ...]:
     generator, dim = torch.Generator().manual_seed(rows * tokens), block.qkv.in_features
     x, skip = torch.randn(2, rows, tokens, dim, generator=generator).to(block.qkv.weight.dtype)
-    table = torch.randn(TIMES, 6 * dim if block.norm == "adaln" else dim, generator=generator).to(x.dtype)
+    if block.norm == "adaln":
+        table = torch.randn(TIMES, 6 * dim, generator=generator).to(x.dtype)
+    else:
+        table = torch.empty(TIMES, 0)  # is not read
     index = torch.randint(TIMES, (rows, tokens), generator=generator, dtype=torch.int32)
     return x, None if block.skip is None else skip, table, index
 
