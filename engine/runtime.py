@@ -19,7 +19,6 @@ from engine.decoding import Decoder, on_arrival, results_of, sample_of
 from engine.device import check_quantization, resolve_device, resolve_dtype
 from engine.errors import InputError
 from engine.kernels import backend
-from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
 from engine.model.lora import Adapter
 from engine.preparation import PreparedRequest, encoded, encoded_null, known_patterns, prepare, settle
@@ -27,7 +26,6 @@ from engine.request import ATTENTIONS, MAX_NAME, MAX_NUM, OnPreview, OnStep, Req
 from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.preview import Preview
 from engine.sampling.sampler import NotFiniteError, Sampler
-from engine.sampling.scheduler import CacheMode
 from engine.sampling.worker import check_process, drive, in_own_thread
 
 NOT_FINITE = "NaN or infinity; use less guidance, or an autoencoder of other weights"
@@ -329,14 +327,8 @@ class Engine:
 
     def stats(self) -> Stats:
         """What all calls so far have done together."""
-        sampler, model = self._sampler, self.config.model
-        flops = moved = 0
-        for plan, steps in list(sampler.plans.items()):
-            what = plan.outputs, plan.cached, plan.cache_mode is CacheMode.REUSE
-            flops += steps * forward_flops(model, plan.passes * plan.slots, *what)
-            moved += steps * forward_bytes(model, plan.passes * plan.slots, self.dtype.itemsize, *what)
-        for name, rows in list(sampler.feature_rows.items()):
-            flops += forward_flops(model, rows, ()) - forward_flops(model, rows, (), (name,))
+        sampler = self._sampler
+        flops, moved = sampler.work(self.dtype.itemsize)
         replays = sampler.graphs.replays if sampler.graphs else 0
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)

@@ -71,11 +71,9 @@ class CountingDenoiser(Denoiser):
         super().__init__(network, N)
         self.rows, self.features = [], []  # R of every forward; modality and R of every call of `branch_features`
 
-    def __call__(
-        self, inputs, times, outputs=None, features=None, cache=None, refresh=None, adapted=None, temperature=None
-    ):
+    def __call__(self, inputs, *arguments, **more):
         self.rows.append(len(inputs))
-        return super().__call__(inputs, times, outputs, features, cache, refresh, adapted, temperature)
+        return super().__call__(inputs, *arguments, **more)
 
     def branch_features(self, name, inputs, times, adapted=None):
         self.features.append((name, len(inputs)))
@@ -85,13 +83,16 @@ class CountingDenoiser(Denoiser):
         return super().new_cache(rows).fill_(torch.nan)
 
 
-def count_blocks(denoiser: CountingDenoiser) -> dict[str, int]:
-    """How often the blocks of each stack have run from now on; the result is filled in as they do."""
+def count_blocks(denoiser: CountingDenoiser, of=lambda x: 1) -> dict[str, int]:
+    """How often the blocks of each stack have run from now on; the result is filled in as they do.
+
+    of  counts more than 1 for a call with the tokens x [R, L, D]
+    """
     count: dict[str, int] = {}
     for name, module in denoiser.network.named_modules():
         if hasattr(module, "qkv"):
             stack = name.rpartition(".")[0]
-            module.register_forward_hook(lambda *_, s=stack: count.update({s: count.get(s, 0) + 1}))
+            module.register_forward_hook(lambda _, x, __, s=stack: count.update({s: count.get(s, 0) + of(x[0])}))
     return count
 
 

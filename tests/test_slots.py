@@ -198,17 +198,30 @@ def test_a_known_modality_runs_its_in_blocks_once_whichever_modality_is_guided()
     assert denoiser.features == [("image", 2)]
 
 
-def test_a_batch_computes_nothing_once_for_all_that_changes_for_some_sample():
+def test_captured_steps_compute_nothing_once_for_all_that_changes_for_some_sample():
     denoiser = CountingDenoiser(MODEL)
     count = count_blocks(denoiser)
     known, renoised, joint = spec(2, "text", 3), spec(2, "text", 3, conditioning="renoise"), spec(3, "image text", 3)
     for others in ([renoised], [joint], [known, renoised]):
         count.clear()
-        sample(denoiser, [known, *others], MODEL)
+        sample(denoiser, [known, *others], MODEL, graphs=Recorded())
         assert count["branches.image.in_blocks"] == 2 * 3, "at every step"
     count.clear()
-    sample(denoiser, [spec(1, "text", 5), joint], MODEL)
+    sample(denoiser, [spec(1, "text", 5), joint], MODEL, graphs=Recorded())
     assert count["branches.image.in_blocks"] == 2 * (3 + 1), "once when the other has left"
+
+
+def test_on_a_cpu_a_branch_runs_for_those_rows_that_need_it():
+    denoiser = CountingDenoiser(MODEL)
+    rows = count_blocks(denoiser, of=len)
+    specs = [spec(1, "image", 3), spec(2, "text", 3), spec(3, "image text", 3)]
+    sample(denoiser, specs, MODEL)
+    # What is known enters once, with memory for two passes; what moves enters at every step, in the one that is on.
+    assert rows.pop("branches.image.in_blocks") == 2 * (3 * 2 + 2 + 2)
+    assert rows.pop("branches.text.in_blocks") == 3 * 2 + 2 + 2
+    assert rows.pop("branches.image.out_blocks") == 2 * (2 + 2 + 2)
+    assert rows.pop("branches.text.out_blocks") == 2 + 2 + 2
+    assert set(rows.values()) == {3 * 3}, "the shared stack runs for all"
 
 
 @pytest.mark.parametrize("interval", [(0, 999), (200, 700), (0, 300)], ids=str)

@@ -72,6 +72,7 @@ class Denoiser:
         refresh: Tensor | None = None,
         adapted: AdapterRows | None = None,
         temperature: Tensor | None = None,
+        output_rows: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Predicts the noise (or v) of every element, of categorical modalities x̂0.
 
@@ -84,13 +85,15 @@ class Denoiser:
                   use what it holds; None: all rows use it, and the inner blocks do not run
         adapted   the adapters of the rows, by their places in `adapters`; None: no row has one
         temperature  [R, M], of the probabilities of categorical modalities; default 1
+        output_rows  by modality of a PS-U-Net, of those wanted, the rows [k] int64 for which it is; default all
         returns   [R, N] in inputs' dtype
         """
         assert cache is None or self.can_cache, "no inner blocks: ask can_cache first"
         inner = None if cache is None else InnerCache(cache, refresh)
         network = self._network_of(adapted)
-        tempered = {} if temperature is None else {"temperature": temperature}  # U-ViTs have no categories
-        return network(inputs, *self._rows_of(times), outputs, features, inner, self.run_branches, **tempered)
+        given = {"temperature": temperature, "output_rows": output_rows or None}
+        options = {name: value for name, value in given.items() if value is not None}  # U-ViTs have neither
+        return network(inputs, *self._rows_of(times), outputs, features, inner, self.run_branches, **options)
 
     def branch_features(self, name: str, inputs: Tensor, times: Tensor, adapted: AdapterRows | None = None) -> Tensor:
         """The outputs of the in-blocks of one modality with depth ≥ 1, [depth, R, L, D] in the network's dtype.

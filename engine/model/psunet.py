@@ -116,6 +116,22 @@ class Branch(nn.Module):
         return x.flatten(1)
 
 
+def _leave_rows(
+    leave: Callable[..., Tensor],
+    rows: Tensor,
+    x: Tensor,
+    skips: list[Tensor],
+    table: Tensor,
+    index: Tensor,
+    temperature: Tensor | None,
+    logits: bool,
+) -> Tensor:
+    """`Branch.leave` of some rows [k]; the others are zero."""
+    scale = None if temperature is None else temperature[rows]
+    found = leave(x[rows], [skip[rows] for skip in skips], table, index[rows], scale, logits)  # [k, L·C]
+    return found.new_zeros(len(x), found.shape[1]).index_copy_(0, rows, found)  # [R, L·C]
+
+
 class PSUNet(nn.Module):
     """The network. `forward` takes packed inputs; `time_table` gives the rows that its time indices point into."""
 
@@ -178,6 +194,7 @@ class PSUNet(nn.Module):
         run_branches: Callable[[list[Callable]], list] = one_by_one,
         temperature: Tensor | None = None,
         logits: bool = False,
+        output_rows: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Predicts the noise (or v) of every element, of categorical modalities x̂0.
 
@@ -191,9 +208,11 @@ class PSUNet(nn.Module):
         run_branches  runs calls that need nothing of each other, one per modality, and returns their results in order
         temperature   [R, M] of the categories' probabilities, by modality; default 1
         logits        give those of categorical modalities in place of x̂0, for training
+        output_rows   by modality, of those wanted, the rows [k] int64 for which it is, default all; other rows are zero
         returns       [R, N] in inputs' dtype; with `logits` packed as `ModelConfig.head_slices` says
         """
         wanted, features = set(self.branches if outputs is None else outputs), features or {}
+        output_rows = output_rows or {}
         calls = []
         for name, branch in self.branches.items():
             calls.append(partial(branch.enter, inputs, table, index, features.get(name)))
@@ -208,6 +227,8 @@ class PSUNet(nn.Module):
             if m.name in wanted:
                 scale = None if temperature is None else temperature[:, i]  # [R]
                 leave = self.branches[m.name].leave
+                if (rows := output_rows.get(m.name)) is not None:
+                    leave = partial(_leave_rows, leave, rows)
                 calls.append(partial(leave, parts[i], skips[i], table, index, scale, logits))
             else:
                 calls.append(partial(inputs.new_zeros, len(inputs), m.tokens * m.head if logits else m.size))

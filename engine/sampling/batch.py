@@ -97,9 +97,9 @@ class Batch:
             depth, _, *shape = like.shape
             self.features[name] = like.new_zeros(depth, self.passes * self.slots, *shape)
 
-    def rows(self, slots: Tensor) -> Tensor:
-        """Rows of the pass-major inputs that belong to these slots [k], [P·k] int64."""
-        return (torch.arange(self.passes, device=slots.device)[:, None] * self.slots + slots).flatten()
+    def rows(self, slots: Tensor, passes: int) -> Tensor:
+        """Rows of the first passes of the pass-major inputs that belong to these slots [k], [passes·k] int64."""
+        return (torch.arange(passes, device=slots.device)[:, None] * self.slots + slots).flatten()
 
     def adapted_rows(self, passes: int) -> AdapterRows:
         """The adapters of the rows of so many passes."""

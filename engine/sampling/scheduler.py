@@ -65,6 +65,10 @@ class Job:
         """The step from which on a modality enters the model as it does now; −1: only at this step, or no in-blocks."""
         return self.needs.constant[name][self.step] if name in self.needs.constant else -1
 
+    def moves(self, name: str) -> bool:
+        """Whether a modality with in-blocks enters the model at this step otherwise than before or after."""
+        return self.constant_since(name) < 0
+
     @property
     def done(self) -> bool:
         return self.step == self.steps
@@ -90,10 +94,12 @@ class Scheduler:
     model    the modalities of the state
     buckets  numbers of slots that a batch may have, ascending; the smallest that holds the samples is used
     keep     batches stay in memory (CUDA graphs use it), so tables' memory only ever grows
+    by_rows  of a branch only those rows are computed that need it, also where samples of a step differ in that: for
+             devices where that costs less than all rows, and steps are not captured
     """
 
-    def __init__(self, model: ModelConfig, buckets: Sequence[int], keep: bool = False):
-        self.model, self.buckets, self.keep = model, list(buckets), keep
+    def __init__(self, model: ModelConfig, buckets: Sequence[int], keep: bool = False, by_rows: bool = False):
+        self.model, self.buckets, self.keep, self.by_rows = model, list(buckets), keep, by_rows
         self.waiting: deque[Job] = deque()
         self._calls = 0  # of `add`
         self.slots: list[Job | None] = []
@@ -164,7 +170,8 @@ class Scheduler:
         live = self.live
         used = frozenset().union(*(job.needs.outputs[job.step] for job in live))
         names = [m.name for m in self.model.modalities]
-        cached = tuple(name for name in names if all(job.constant_since(name) >= 0 for job in live))
+        enough = any if self.by_rows else all
+        cached = tuple(name for name in names if enough(not job.moves(name) for job in live))
         mode = CacheMode.OFF
         if any(job.needs.uses_cache for job in live):
             mode = CacheMode.REFRESH if any(job.needs.refresh[job.step] for job in live) else CacheMode.REUSE
@@ -178,10 +185,22 @@ class Scheduler:
         missing: dict[str, list[int]] = {}
         for name in plan.cached:
             for i, job in enumerate(self.slots):
-                if job is not None and job.features.get(name) != job.constant_since(name):
+                if job is not None and (job.moves(name) or job.features.get(name) != job.constant_since(name)):
                     job.features[name] = job.constant_since(name)
                     missing.setdefault(name, []).append(i)
         return missing
+
+    def wanting(self, plan: StepPlan) -> dict[str, list[int]]:
+        """Slots whose prediction of a modality is used, where the out-blocks need not run for all of them.
+
+        Adapters are bound to all rows of a step.
+        """
+        if not self.by_rows or plan.adapted:
+            return {}
+        outputs = [(i, job.needs.outputs[job.step]) for i, job in enumerate(self.slots) if job is not None]
+        deep = [m.name for m in self.model.modalities if m.depth > 0 and m.name in plan.outputs]
+        slots = {name: [i for i, used in outputs if name in used] for name in deep}
+        return {name: wanting for name, wanting in slots.items() if len(wanting) < len(self.slots)}
 
     def finishing(self) -> list[tuple[int, Job]]:
         """The (slot, sample) that the present step finishes."""

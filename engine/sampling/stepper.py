@@ -11,6 +11,7 @@ from engine.config import ModelConfig
 from engine.kernels.cfg_step import write_inputs
 from engine.kernels.sampler_state import BatchConstants
 from engine.kernels.step_table import StepColumn
+from engine.model.cost import forward_bytes, forward_flops
 from engine.model.denoiser import Denoiser
 from engine.model.lora import AdapterRows
 from engine.sampling.batch import Batch, SampleSpec, batch_constants, upload
@@ -40,9 +41,11 @@ class Stepper:
     ):
         self.denoiser: Denoiser | None = denoiser  # None: closed
         self.device, self.graphs = torch.device(device), graphs
-        self.scheduler = Scheduler(model, buckets, keep=graphs is not None)
+        by_rows = graphs is None and self.device.type == "cpu"  # on a GPU small launches cost what large ones do
+        self.scheduler = Scheduler(model, buckets, keep=graphs is not None, by_rows=by_rows)
         self.plans: Counter[StepPlan] = Counter()  # steps done so far
         self.feature_rows: Counter[str] = Counter()  # rows of `Denoiser.branch_features` so far, by modality
+        self.unwanted_rows: Counter[str] = Counter()  # of the steps' rows, those without a modality's prediction
         self.finished = 0  # samples
         self._batches: dict[int, Batch] = {}  # by slots; only the one in use, unless graphs use their memory
         self.batch: Batch | None = None  # the one in use: its slots are the scheduler's
@@ -53,6 +56,22 @@ class Stepper:
     def forwards(self) -> int:
         """Calls of the denoiser so far."""
         return self.plans.total()
+
+    def work(self, itemsize: int) -> tuple[int, int]:
+        """(FLOPs, bytes) of all steps so far, see `engine.model.cost`; itemsize: bytes of a value of the network.
+
+        Bytes are those of whole batches, and without those of branch features.
+        """
+        model, flops, moved = self.scheduler.model, 0, 0
+        for plan, steps in list(self.plans.items()):
+            what = plan.outputs, plan.cached, plan.cache_mode is CacheMode.REUSE
+            flops += steps * forward_flops(model, plan.passes * plan.slots, *what)
+            moved += steps * forward_bytes(model, plan.passes * plan.slots, itemsize, *what)
+        for name, rows in list(self.feature_rows.items()):
+            flops += forward_flops(model, rows, ()) - forward_flops(model, rows, (), (name,))
+        for name, rows in list(self.unwanted_rows.items()):
+            flops -= forward_flops(model, rows, (name,)) - forward_flops(model, rows, ())
+        return flops, moved
 
     def compute(self) -> bool:
         """Lets samples leave and enter, then does one step of all that are in slots; False if there are none.
@@ -71,7 +90,7 @@ class Stepper:
             if plan.cache_mode is not CacheMode.OFF and batch.cache is None:
                 batch.cache = self.denoiser.new_cache(batch.passes * batch.slots)
             if self.graphs is None:
-                denoise_step(self.denoiser, batch, plan)
+                denoise_step(self.denoiser, batch, plan, self._output_rows(batch, plan))
             else:
                 self.graphs(plan, lambda: denoise_step(self.denoiser, batch, plan))
             self.plans[plan] += 1
@@ -125,13 +144,22 @@ class Stepper:
         """Runs the in-blocks of modalities whose inputs stay the same for some steps, in the slots that need it."""
         for name, slots in self.scheduler.missing_features(plan).items():
             size = next(size for size in self.scheduler.buckets if size >= len(slots))  # shapes that were compiled
-            rows = batch.rows(upload(torch.tensor(slots + slots[:1] * (size - len(slots))), self.device))
+            moving = all(self.scheduler.slots[i].moves(name) for i in slots)  # this step's passes are enough for them
+            padded = upload(torch.tensor(slots + slots[:1] * (size - len(slots))), self.device)
+            rows = batch.rows(padded, plan.passes if moving else batch.passes)
             adapted = AdapterRows(*(x[rows % batch.slots] for x in batch.adapted)) if plan.adapted else None
             inputs = batch.state.inputs[rows], batch.state.times[rows]
             features = self.denoiser.branch_features(name, *inputs, adapted)
             self.feature_rows[name] += len(rows)
             batch.new_features(name, features)
             batch.features[name].index_copy_(1, rows, features)  # [depth, P·B, L, D]
+
+    def _output_rows(self, batch: Batch, plan: StepPlan) -> dict[str, Tensor]:
+        """The rows of modalities whose prediction not all of them need."""
+        wanting = self.scheduler.wanting(plan)
+        for name, slots in wanting.items():
+            self.unwanted_rows[name] += plan.passes * (batch.slots - len(slots))
+        return {name: batch.rows(torch.tensor(slots), plan.passes) for name, slots in wanting.items()}
 
     def _place_adapters(self, batch: Batch) -> None:
         """Makes the adapters of the samples in slots, and what the batch knows of them, ready for the step."""
