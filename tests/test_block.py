@@ -181,11 +181,13 @@ def is_compiled(network) -> bool:
     return all("forward" in vars(block) for block in network.blocks())
 
 
-def test_it_is_compiled_unasked_once(tiny_checkpoint, added):
+def test_it_is_compiled_unasked_once(tiny_checkpoint, added, caplog):
+    caplog.set_level("INFO", "engine.compiled")
     for _ in range(2):
         network = load(tiny_checkpoint).network
         graphs.set_up(network, torch.device("cpu"))
         assert is_compiled(network) and added == ["blocks"]
+    assert caplog.messages == ["compiled: blocks"] * 2
 
 
 @pytest.mark.parametrize("lacking", ["compiler", "one that works", "cache"])

@@ -92,6 +92,8 @@ def use_packages(network: nn.Module, build: bool = False) -> bool:
         weights = dict(block.named_parameters())
         settings = (block.heads, block.norm, block.gelu) if isinstance(source, native.Source) else ()
         block.forward = _in_parts(code.bind(weights, *settings))
+    if used := sorted({source.name for _, source in sources if found[source.file] is not None}):
+        log.info("compiled: %s", ", ".join(used))
     return all(found.values())
 
 
