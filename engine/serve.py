@@ -21,6 +21,7 @@ from engine.errors import InputError
 COMMAND = "python -m engine.serve"
 INSTALL = "pip install 'psunet-engine[{}]'"
 NEEDED = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+MAX_ROWS = {"cuda": 64, "cpu": 8}  # on a CPU a step takes about as long as its samples one by one
 CONNECTIONS = 4096  # beyond those of requests that the engines take: uvicorn counts idle ones, and closes none
 
 
@@ -35,7 +36,8 @@ def _parser() -> Parser:
     add_quantize(add)
     text = "a LoRA adapter of the checkpoint, which requests ask for by this name; may be repeated"
     add("--adapter", action="append", default=[], type=_adapter, metavar="NAME=DIR", help=text)
-    add("--max-rows", type=int, default=64, metavar="N", help="samples computed together at most (default: 64)")
+    text = "samples computed together at most (default: 64; on a CPU 8, where more answer no sooner)"
+    add("--max-rows", type=int, metavar="N", help=text)
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0: none (default: 1; with --compile on a GPU: --max-rows)"
     add("--warmup", type=int, metavar="N", help=text)
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 @contextmanager
 def _application(options: argparse.Namespace, model: str, limits, tokens: list[str]):
     common = {"model": model, "limits": limits, "tokens": tokens, "origins": options.cors, "drain": options.drain}
-    warmup = _warmup(options) if options.warmup is None else options.warmup
+    warmup = _set_rows(options)
     engine = {
         key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows", "quantize")
     }
@@ -127,14 +129,23 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
             yield app
 
 
-def _warmup(options: argparse.Namespace) -> int:
-    """Samples to warm up for: on a GPU each batch size is compiled separately, on a CPU one package serves them all."""
+def _set_rows(options: argparse.Namespace) -> int:
+    """Sets the default of `max_rows`; returns the samples to warm up for.
+
+    On a GPU each batch size is compiled separately, on a CPU compiled code serves them all.
+    """
     from engine.device import resolve_device
 
-    on_gpu = options.replica_gpus > 0  # Ray hides the GPUs from replicas that ask for none
+    device = "cuda" if options.replica_gpus > 0 else "cpu"  # Ray hides the GPUs from replicas that ask for none
     if options.replicas is None:
-        on_gpu = resolve_device(options.device).type == "cuda"
-    return options.max_rows if options.compile and on_gpu else 1
+        device = resolve_device(options.device).type
+    if options.max_rows is None:
+        options.max_rows = MAX_ROWS[device]
+    if options.warmup is None:
+        return options.max_rows if options.compile and device == "cuda" else 1
+    if not 0 <= options.warmup <= options.max_rows:
+        raise InputError("warmup", options.warmup, f"use 0 to max_rows, {options.max_rows}")
+    return options.warmup
 
 
 def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -> None:
@@ -168,8 +179,6 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("port", options.port, "use a number from 0 to 65535")
     if not 0 <= options.drain <= 3600:  # also NaN
         raise InputError("drain", options.drain, "use seconds from 0 to 3600")
-    if options.warmup is not None and not 0 <= options.warmup <= options.max_rows:
-        raise InputError("warmup", options.warmup, f"use 0 to max_rows, {options.max_rows}")
     if options.max_queue < 0:
         raise InputError("max_queue", options.max_queue, "use a whole number from 0")
     if options.replicas is None and options.max_replicas is not None:

@@ -196,6 +196,24 @@ async def test_leaving_a_connection_ends_its_request(live):
             await until(lambda: served.samples == 0)
 
 
+@pytest.mark.parametrize(
+    "arguments, rows, warmup",
+    [
+        (["--device", "cpu"], 8, 1),
+        (["--device", "cpu", "--max-rows", "20", "--warmup", "20"], 20, 20),
+        (["--replicas", "2"], 8, 1),
+        (["--replicas", "2", "--replica-gpus", "0.5"], 64, 1),
+        (["--replicas", "2", "--replica-gpus", "1", "--compile"], 64, 64),
+        (["--replicas", "2", "--replica-gpus", "1", "--compile", "--max-rows", "4"], 4, 4),
+    ],
+    ids=str,
+)
+def test_rows_and_warm_up_depend_on_where_the_engine_computes(arguments, rows, warmup):
+    options = command._parser().parse_args(arguments)
+    assert command._set_rows(options) == warmup
+    assert options.max_rows == rows
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -210,7 +228,7 @@ async def test_leaving_a_connection_ends_its_request(live):
         ["--max-rows", "0"],
         ["--max-queue", "-1"],
         ["--warmup", "-1"],
-        ["--warmup", "65"],
+        ["--warmup", "9", "--device", "cpu"],
         ["--drain", "nan"],
         ["--replicas", "0"],
         ["--max-replicas", "2"],
