@@ -159,6 +159,25 @@ def test_what_is_done_while_the_model_loads_waits_for_it(open_page):
     assert len(sent) == 1
 
 
+def test_a_list_of_suggestions_that_comes_late_keeps_the_selected_word(open_page):
+    page = open_page()
+    held = []
+    page.route("**/v1/vocabulary?prefix=re&*", lambda route: held.append(route))
+    page.locator("#word").focus()
+    page.keyboard.type("r")
+    expect(page.locator("#suggestions li").first).to_have_text("red")
+    page.keyboard.type("e")
+    page.keyboard.press("ArrowDown")
+    count = page.locator("#suggestions li").count()
+    held.pop().continue_()
+    expect(page.locator("#suggestions li")).not_to_have_count(count)
+    selected = page.locator("#suggestions [aria-selected=true]")
+    expect(selected).to_have_text("red")
+    expect(page.locator("#word")).to_have_attribute("aria-activedescendant", selected.get_attribute("id"))
+    page.keyboard.press("Enter")
+    expect(page.locator(".chip-word")).to_have_text(["red"])
+
+
 def test_old_results_make_room_for_new_ones(open_page):
     page = open_page()
     page.evaluate("() => { window.revoked = []; URL.revokeObjectURL = (url) => revoked.push(url); }")

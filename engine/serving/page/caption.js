@@ -109,6 +109,7 @@ export function showChips() {
 
 function closeSuggestions() {
   $("suggestions").hidden = true;
+  $("suggestions").replaceChildren();
   $("word").setAttribute("aria-expanded", "false");
   $("word").removeAttribute("aria-activedescendant");
 }
@@ -119,9 +120,11 @@ async function suggest() {
   const words = prefix && prefix !== "_" ? await wordsFrom(prefix).catch(() => []) : [];
   if ($("word").value !== typed) return; // more was typed meanwhile
   if (!words.length || document.activeElement !== $("word")) return closeSuggestions();
+  const chosen = $("suggestions").querySelector("[aria-selected=true]")?.textContent; // while this list was on its way
   const options = words.map((word, i) => {
     const option = document.createElement("li");
-    Object.assign(option, { id: `suggestion-${i}`, role: "option", ariaSelected: "false", textContent: word });
+    const ariaSelected = String(word === chosen);
+    Object.assign(option, { id: `suggestion-${i}`, role: "option", ariaSelected, textContent: word });
     option.addEventListener("mousedown", (event) => event.preventDefault()); // the word field keeps the focus
     option.addEventListener("click", () => takeSuggestion(option));
     return option;
@@ -129,6 +132,8 @@ async function suggest() {
   $("suggestions").replaceChildren(...options);
   $("suggestions").hidden = false;
   $("word").setAttribute("aria-expanded", "true");
+  const selected = options.find((option) => option.ariaSelected === "true");
+  selected ? $("word").setAttribute("aria-activedescendant", selected.id) : $("word").removeAttribute("aria-activedescendant");
 }
 
 function takeSuggestion(option) {
