@@ -70,6 +70,29 @@ def test_each_autoencoder_decodes_what_it_encoded(folders, kind):
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolutions_of_a_saved_autoencoder_use_packed_weights_and_leave_it_as_it_is(folders, kind, monkeypatch):
+    codec = load(folders[kind])
+    before = {name: weight.clone() for name, weight in codec.autoencoder.state_dict().items()}
+    tokens = codec.encode_pixels(some_pixels())
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", None)
+    assert torch.equal(codec.encode_pixels(some_pixels()), tokens)
+    pixels = codec.decode_pixels(tokens)
+    monkeypatch.undo()
+    after = codec.autoencoder.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(weight, before[name]) for name, weight in after.items())
+    with torch.no_grad():
+        expected = autoencoder_of(kind).eval().decode(latents_of(codec.autoencoder, some_pixels())).sample.clamp(-1, 1)
+    torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_autoencoder_that_was_brought_to_another_dtype_is_not_computed_with_its_packed_weights(folders):
+    codec = load(folders["AutoencoderDC"])
+    tokens = codec.encode_pixels(some_pixels())
+    codec.autoencoder.double()
+    torch.testing.assert_close(codec.encode_pixels(some_pixels()), tokens)
+
+
 def test_decoded_pixels_stay_in_range(folders):
     codec = load(folders["AutoencoderDC"])
     decoded = codec.decode_pixels(1e4 * torch.randn(1, codec.tokens, codec.channels))

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from engine.codecs.autoencoder import LatentSpace, SavedAutoencoder, save_autoencoder
 from engine.codecs.codec import Decoded, Given
+from engine.codecs.packing import packed
 from engine.config import MAX_PIXELS, Modality
 from engine.errors import InputError
 from engine.images import composite, fill_masked, fit_image, open_image, open_mask, to_image
+from engine.kernels.linear import onednn_computes
 
 PART = 1 << 15  # pixels that one call of a compiled decoder makes, or one image
 
@@ -49,6 +51,7 @@ class ImageCodec:
         self._lock = Lock()  # guards the building
         self._saved: SavedAutoencoder | None = None
         self._built: Any = None  # a diffusers module; these have no types
+        self._packed: Any = None  # the same, for inference on a CPU
         self._decode: Callable[[Tensor], Tensor] | None = None
         if isinstance(autoencoder, SavedAutoencoder):
             self._saved, latents = autoencoder, autoencoder.latents
@@ -119,6 +122,19 @@ class ImageCodec:
                     self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
         return self._built
 
+    def _computes(self) -> Any:
+        """The autoencoder as it encodes and decodes: on a CPU one that was saved, and so is not trained, is packed."""
+        autoencoder = self.autoencoder
+        weight = next(autoencoder.parameters())
+        in_float32 = weight.is_cpu and weight.dtype == torch.float32
+        if self._saved is None or not (in_float32 and onednn_computes(torch.float32)):
+            return autoencoder
+        with self._lock:
+            if self._packed is None:
+                example = torch.zeros(1, 3, self.size, self.size, device="meta")
+                self._packed = packed(autoencoder, lambda copy: copy.decode(_encoded(copy, example)))
+        return self._packed
+
     def read(
         self,
         value,
@@ -187,13 +203,9 @@ class ImageCodec:
     @torch.inference_mode()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] in −1..1 → tokens [B, L, C] float32, about unit variance, on the autoencoder's device."""
-        parameter = next(self.autoencoder.parameters())
-        out = self.autoencoder.encode(pixels.to(parameter))
-        if hasattr(out, "latent_dist"):  # AutoencoderKL
-            latents = out.latent_dist.mode()
-        else:  # AutoencoderDC, AutoencoderTiny
-            latents = out.latent if hasattr(out, "latent") else out.latents
-        latents = (latents.float() - self.latents.shift) * self.latents.scale  # [B, c, h, w]
+        autoencoder = self._computes()
+        latents = _encoded(autoencoder, pixels.to(next(autoencoder.parameters()))).float()  # [B, c, h, w]
+        latents = (latents - self.latents.shift) * self.latents.scale
         return patchify(latents, self.patch)  # [B, L, C]
 
     @torch.inference_mode()
@@ -204,7 +216,16 @@ class ImageCodec:
             # Compiled code holds Python's lock, and other threads must go on.
             parts = latents.split(max(1, PART // self.size**2))
             return torch.cat([self._decode(part) for part in parts]).clamp(-1, 1)
-        return self.autoencoder.decode(latents.to(next(self.autoencoder.parameters()))).sample.float().clamp(-1, 1)
+        autoencoder = self._computes()
+        return autoencoder.decode(latents.to(next(autoencoder.parameters()))).sample.float().clamp(-1, 1)
+
+
+def _encoded(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """The latents of images, as an autoencoder's class gives them."""
+    out = autoencoder.encode(pixels)
+    if hasattr(out, "latent_dist"):  # AutoencoderKL
+        return out.latent_dist.mode()
+    return out.latent if hasattr(out, "latent") else out.latents  # AutoencoderDC, AutoencoderTiny
 
 
 def _checked(settings: Mapping, where: str) -> tuple[int, int, float]:
