@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine.adapters import CONFIG, fingerprint, read_adapter
 from engine.checkpoint import PIPELINE_PREFIX
-from engine.codecs.autoencoder import AUTOENCODERS, import_diffusers
+from engine.codecs.autoencoder import AUTOENCODERS
+from engine.codecs.diffusers_import import import_diffusers
 from engine.codecs.text import TextCodec, read_vocabulary
 from engine.config import DiffusionConfig, ModelConfig
 from engine.errors import InputError

@@ -12,7 +12,8 @@ import torch
 from autoencoder_cases import load, save_autoencoders
 from safetensors.torch import load_file, save_file
 
-from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, _not_found, autoencoder_class
+from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, autoencoder_class
+from engine.codecs.diffusers_import import _not_found, _refused
 from engine.errors import InputError
 
 
@@ -216,7 +217,8 @@ def test_broken_packages_that_an_autoencoder_does_not_need_do_not_matter(tmp_pat
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from engine.codecs.autoencoder import UNUSED, autoencoder_class
+from engine.codecs.autoencoder import autoencoder_class
+from engine.codecs.diffusers_import import UNUSED
 import torch
 with torch.device("meta"):
     autoencoder_class("AutoencoderDC")()
@@ -235,17 +237,31 @@ from engine.codecs.autoencoder import autoencoder_class
 autoencoder_class("AutoencoderTiny")
 from diffusers.utils import is_scipy_available
 assert is_scipy_available() == {found}
-import sys
-assert {found} or not {{"peft", "scipy"}} & {{*sys.modules}}
+import sys, torch
+for name in ("peft", "scipy", "torch._dynamo", "transformers"):
+    assert {found} or name not in sys.modules, name
+torch.compiler.disable(print)
+assert "torch._dynamo" in sys.modules
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_other_threads_find_everything_while_a_command_imports_diffusers():
+def test_other_threads_find_everything_while_a_command_imports_diffusers(tmp_path, monkeypatch):
     with _not_found(["scipy"]):
         assert importlib.util.find_spec("scipy") is None and importlib.util.find_spec("numpy") is not None
         importlib.import_module("scipy.ndimage")
+    (tmp_path / "large_module.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    disable = torch.compiler.disable
+    with ThreadPoolExecutor(1) as other, _refused(["large_module", "torch._dynamo"]):
+        with pytest.raises(ImportError, match="large_module is left out"):
+            importlib.import_module("large_module")
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+        assert torch.compiler.disable(print) is print and torch.compiler.disable(recursive=False)(print) is print
+        other.submit(importlib.import_module, "large_module").result()
+    assert torch.compiler.disable is disable
+    importlib.import_module("large_module")
 
 
 def test_a_program_may_have_imported_diffusers_before():

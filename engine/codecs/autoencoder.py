@@ -4,21 +4,18 @@ diffusers is imported when an autoencoder is built, never before: its import tak
 decoder that was compiled (`engine.packages`) does not need it.
 """
 
-import importlib.util
 import inspect
-import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from engine.codecs.diffusers_import import import_diffusers
 from engine.compiled import entry
 from engine.config import MAX_BLOCKS, MAX_CHANNELS
 from engine.errors import InputError, shown
@@ -48,14 +45,6 @@ LAYERS = (
     "layers_per_block", "num_encoder_blocks", "num_decoder_blocks", "encoder_layers_per_block",
     "decoder_layers_per_block",
 )  # fmt: skip
-# Packages that diffusers imports for its other classes.
-UNUSED = (
-    "accelerate", "auto_round", "av", "bitsandbytes", "cv2", "flash_attn", "flash_attn_3", "flashinfer", "flax", "gguf",
-    "jax", "kernels", "kornia", "librosa", "modelopt", "onnxruntime", "optimum", "peft", "sageattention", "scipy",
-    "sdnq", "sentencepiece", "timm", "torchao", "torchsde", "torchvision", "transformers", "xformers",
-)  # fmt: skip
-XFORMERS_LOG = logging.getLogger("xformers")
-log = logging.getLogger("engine.codecs")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REMEDY = "copy the autoencoder folder again"
 
@@ -187,75 +176,6 @@ class _Decoder(nn.Module):
 def autoencoder_class(name: str):
     """A class of diffusers; see `import_diffusers`."""
     return getattr(import_diffusers(name), name)
-
-
-def import_diffusers(*names: str) -> ModuleType:
-    """diffusers, with the modules of these classes, which it imports when they are first used.
-
-    It imports many optional packages, which takes time (benchmarks/NOTES.md). Our classes need none of UNUSED, so the
-    engine's commands (`python -m engine.…`) import it without them. A program may need them for its own use of
-    diffusers; there they are left out only if the import fails, as with a broken package, and the program had not
-    imported it before.
-    Without a CUDA device xformers is always left out; with one, or where diffusers has found it before, its warnings
-    are suppressed.
-    """
-    first = "diffusers" not in sys.modules
-    level = XFORMERS_LOG.level
-    XFORMERS_LOG.setLevel(logging.ERROR)
-    try:
-        hide = first and not torch.cuda.is_available() and "xformers" not in sys.modules
-        with _hidden(("xformers",) if hide else ()), _not_found(UNUSED if first and _is_command() else ()):
-            return _import_diffusers(names)
-    except Exception as error:  # a broken package raises anything
-        if not first:
-            raise
-        log.info("diffusers: imported again without optional packages (%s)", error)
-    finally:
-        XFORMERS_LOG.setLevel(level)
-    for module in [module for module in sys.modules if module.partition(".")[0] == "diffusers"]:
-        del sys.modules[module]
-    with _hidden(UNUSED):
-        return _import_diffusers(names)
-
-
-def _is_command() -> bool:
-    """Whether this process is `python -m` of one of our modules."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec is not None and spec.name.startswith("engine.")
-
-
-def _import_diffusers(names: Iterable[str]) -> ModuleType:
-    module = importlib.import_module("diffusers")
-    for name in names:
-        getattr(module, name)
-    return module
-
-
-@contextmanager
-def _not_found(packages: Iterable[str]) -> Iterator[None]:
-    """Lets `importlib.util.find_spec`, by which diffusers looks for packages, find none of these.
-
-    Importing them works all the same: other threads may do that meanwhile.
-    """
-    find_spec = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, package=None: None if name in packages else find_spec(name, package)
-    try:
-        yield
-    finally:
-        importlib.util.find_spec = find_spec
-
-
-@contextmanager
-def _hidden(packages: Iterable[str]) -> Iterator[None]:
-    """Lets imports find none of these packages."""
-    before = {package: sys.modules[package] for package in packages if package in sys.modules}
-    sys.modules.update(dict.fromkeys(packages))
-    try:
-        yield
-    finally:
-        for package in packages:
-            del sys.modules[package]
-        sys.modules.update(before)
 
 
 def save_autoencoder(autoencoder: nn.Module, folder: str | Path, dtype) -> None:

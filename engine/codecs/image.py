@@ -131,8 +131,7 @@ class ImageCodec:
             return autoencoder
         with self._lock:
             if self._packed is None:
-                example = torch.zeros(1, 3, self.size, self.size, device="meta")
-                self._packed = packed(autoencoder, lambda copy: copy.decode(_encoded(copy, example)))
+                self._packed = packed(autoencoder)
         return self._packed
 
     def read(
@@ -204,8 +203,12 @@ class ImageCodec:
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] in −1..1 → tokens [B, L, C] float32, about unit variance, on the autoencoder's device."""
         autoencoder = self._computes()
-        latents = _encoded(autoencoder, pixels.to(next(autoencoder.parameters()))).float()  # [B, c, h, w]
-        latents = (latents - self.latents.shift) * self.latents.scale
+        out = autoencoder.encode(pixels.to(next(autoencoder.parameters())))
+        if hasattr(out, "latent_dist"):  # AutoencoderKL
+            latents = out.latent_dist.mode()
+        else:  # AutoencoderDC, AutoencoderTiny
+            latents = out.latent if hasattr(out, "latent") else out.latents
+        latents = (latents.float() - self.latents.shift) * self.latents.scale  # [B, c, h, w]
         return patchify(latents, self.patch)  # [B, L, C]
 
     @torch.inference_mode()
@@ -218,14 +221,6 @@ class ImageCodec:
             return torch.cat([self._decode(part) for part in parts]).clamp(-1, 1)
         autoencoder = self._computes()
         return autoencoder.decode(latents.to(next(autoencoder.parameters()))).sample.float().clamp(-1, 1)
-
-
-def _encoded(autoencoder: Any, pixels: Tensor) -> Tensor:
-    """The latents of images, as an autoencoder's class gives them."""
-    out = autoencoder.encode(pixels)
-    if hasattr(out, "latent_dist"):  # AutoencoderKL
-        return out.latent_dist.mode()
-    return out.latent if hasattr(out, "latent") else out.latents  # AutoencoderDC, AutoencoderTiny
 
 
 def _checked(settings: Mapping, where: str) -> tuple[int, int, float]:
