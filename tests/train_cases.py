@@ -12,9 +12,10 @@ from PIL import Image
 
 from engine import train
 
+# The last imports the classes of autoencoders.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_cases", "accelerate", "diffusers", "matplotlib.figure", "gensim.models",
-                               "engine.training.stages", "torch.nn.parallel"])  # fmt: skip
+SERVER.set_forkserver_preload(["accelerate", "matplotlib.figure", "gensim.models", "engine.training.stages",
+                               "torch.nn.parallel", "engine.pipeline_components"])  # fmt: skip
 
 
 def captioned_images(folder):
