@@ -221,15 +221,22 @@ def test_load(benchmark, plays, dtype, share, contender):
 
 # --------------------------------------------------------------------------------------------------- HTTP
 
-CLIENT = """
+CLIENT = r"""
 import asyncio, json, sys
-import httpx
-address, bodies = json.loads(sys.stdin.readline())
+port, bodies = json.loads(sys.stdin.readline())
+async def post(body, connection):
+    reader, writer = connection
+    head = "POST /v1/infill HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    content = json.dumps(body)
+    writer.write((head % len(content) + content).encode())
+    status, *headers = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+    length = next(int(line.split()[1]) for line in headers if line.startswith(b"content-length:"))
+    await reader.readexactly(length)
+    return b" 200 " in status
 async def post_rounds():
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=httpx.Limits(max_connections=None)) as http:
-        for _ in sys.stdin:
-            answers = await asyncio.gather(*(http.post("/v1/infill", json=body) for body in bodies))
-            print(sum(answer.status_code == 200 for answer in answers), flush=True)
+    connections = [await asyncio.open_connection("127.0.0.1", port) for _ in bodies]
+    for _ in sys.stdin:
+        print(sum(await asyncio.gather(*map(post, bodies, connections))), flush=True)
 asyncio.run(post_rounds())
 """
 IN_PROCESS, OVER_HTTP = "Engine.submit", "HTTP"
@@ -237,18 +244,21 @@ IN_PROCESS, OVER_HTTP = "Engine.submit", "HTTP"
 
 @pytest.fixture
 def http_client(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
-    """`http_client(bodies)` returns a function that has another process post all bodies, and counts the answers."""
+    """`http_client(bodies)` returns a function that has another process post all bodies, and counts the answers.
+
+    That process does little else, as load generators do: it has the same cores.
+    """
     uvicorn = pytest.importorskip("uvicorn", reason="the service is not installed: pip install '.[serve]'")
     from engine.serving.app import create_app
     from engine.serving.async_engine import AsyncEngine
 
     app = create_app(AsyncEngine(engine), model="benchmark")
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="warning", timeout_keep_alive=600))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    port = server.servers[0].sockets[0].getsockname()[1]
     with subprocess.Popen([sys.executable, "-c", CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
 
         def send(*lines) -> None:
@@ -256,7 +266,7 @@ def http_client(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
             client.stdin.flush()
 
         def prepared(bodies: list[dict]) -> Callable[[], int]:
-            send([address, bodies])
+            send([port, bodies])
 
             def post_all() -> int:
                 send("go")
@@ -273,7 +283,7 @@ def http_client(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
 @pytest.mark.parametrize("contender", [IN_PROCESS, OVER_HTTP])
 def test_http(compete, engine, http_client, contender):
     """More requests at once than the engine computes together: from this process, and over HTTP from another one."""
-    count = 2 * engine.max_rows
+    count = 4 * engine.max_rows
     bodies = [{"prompt": "word1 word2", "steps": 10, "seed": seed} for seed in range(count)]
 
     def build():

@@ -10,6 +10,7 @@ from service_cases import asynchronous, until
 
 from engine import Engine, Request
 from engine.errors import EngineClosed, InputError
+from engine.serving import async_engine
 from engine.serving.async_engine import (
     READERS,
     AsyncEngine,
@@ -45,6 +46,24 @@ async def test_concurrent_requests_get_what_generate_gives(engine, mixed, alone)
     for found, expected in zip(await asyncio.gather(*map(served.generate, mixed)), alone, strict=True):
         assert_same(found, expected)
     assert served.samples == 0 and not served.ready, "it is not warm"
+
+
+@asynchronous
+async def test_the_loop_is_woken_once_for_what_samples_of_a_step_tell(engine, monkeypatch):
+    served, heard = AsyncEngine(engine), []
+    hear = AsyncEngine._hear
+    monkeypatch.setattr(AsyncEngine, "_hear", lambda self: (heard.append(len(self._told)), hear(self)))
+    await asyncio.gather(*(served.generate(Request("red", steps=60, seed=seed)) for seed in range(4)))
+    assert sum(heard) >= 4 * 60 and len(heard) <= 1.5 * 60 + 4
+
+
+@asynchronous
+async def test_the_last_step_is_counted_before_the_result_is_there(engine, monkeypatch):
+    monkeypatch.setattr(async_engine, "GATHER", 60.0)
+    served = AsyncEngine(engine)
+    handle = await served.submit(Request("red", steps=3))
+    await handle.result()
+    assert handle.steps == 3 and handle.started is not None and served.requests == (0, 0)
 
 
 @asynchronous

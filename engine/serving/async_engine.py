@@ -19,6 +19,7 @@ from engine.request import Request, Result, Sample, Watch
 from engine.runtime import Engine
 
 READERS = 4  # threads that open and check images
+GATHER = 0.002  # seconds in which the samples of a step tell that it is done
 
 
 class QueueFull(RuntimeError):
@@ -277,9 +278,9 @@ class AsyncEngine:
 
         def tell(method, *arguments) -> None:  # on the engine's thread
             self._told.append(partial(method, handle, *arguments))
-            if not self._hearing:  # one wake-up of the loop for all samples of a step
+            if not self._hearing:  # once for all samples of a step: every wake-up of the loop interrupts this thread
                 self._hearing = True
-                loop.call_soon_threadsafe(self._hear)
+                loop.call_soon_threadsafe(loop.call_later, GATHER, self._hear)
 
         def submit() -> Future[Result]:
             progress, preview = partial(tell, self._on_progress), partial(tell, self._on_preview) if every else None
@@ -299,6 +300,7 @@ class AsyncEngine:
                 with suppress(BaseException):
                     await waited
             else:
+                self._hear()  # its last step
                 handle._end(await waited)
         except asyncio.CancelledError:  # the engine was closed, or the loop ends
             handle._end(error=EngineClosed("the engine was closed before the request was done"))
@@ -309,7 +311,7 @@ class AsyncEngine:
                 timer.cancel()
 
     def _hear(self) -> None:
-        self._hearing = False  # first: what is told from now on wakes the loop again
+        self._hearing = False  # first: what is told from now on is heard later
         while self._told:
             self._told.popleft()()
 
