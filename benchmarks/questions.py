@@ -32,8 +32,10 @@ class Answer:
 
 
 QUESTIONS = (
-    Question("PS-U-Net: a forward takes less time than one of a U-ViT-multi with as many parameters.",
+    Question("PS-U-Net: an eager forward takes less time than one of a U-ViT-multi with as many parameters.",
              "forward,", "PS-U-Net, eager", "U-ViT-multi, equal parameters, eager"),
+    Question("The same, compiled (default with AVX-512 and g++).",
+             "forward,", "PS-U-Net, compiled", "U-ViT-multi, equal parameters, compiled"),
     Question("PS-U-Net samples faster than a U-ViT-multi with as many parameters.",
              "sampling,", "PS-U-Net", "U-ViT-multi, equal parameters"),
     Question("PS-U-Net trains faster than a U-ViT-multi with as many parameters.",

@@ -18,7 +18,7 @@ from engine.model.blocks import one_by_one
 from engine.model.denoiser import Denoiser
 from engine.preparation import prepare
 from engine.sampling.batch import Batch, SampleSpec, batch_constants
-from engine.sampling.graphs import StepGraphs, compile_blocks
+from engine.sampling.graphs import StepGraphs, set_up
 from engine.sampling.sampler import Sampler
 from engine.sampling.scheduler import CacheMode, StepPlan
 from engine.sampling.step import denoise_step
@@ -37,8 +37,7 @@ def test_one_request(compete, tmp_path, device, dtype, full, contender):
         engine = Engine.from_pretrained(folder, device=str(device), dtype=name, compile=cuda, max_rows=1)
         loaded = checkpoint.load(folder)
         network, graphs = loaded.network.to(device, dtype), StepGraphs(device) if cuda else None
-        if cuda:
-            compile_blocks(network.blocks())
+        set_up(network, device, compile=cuda)
         denoiser = Denoiser(network, config.diffusion.timesteps, graphs.run_branches if cuda else one_by_one)
         sampler = Sampler(denoiser, config.model, device, buckets=[1], graphs=graphs)
         codecs = {m.name: loaded.codec(m.name, device) for m in config.model.modalities}
