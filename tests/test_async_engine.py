@@ -60,10 +60,12 @@ async def test_the_loop_is_woken_once_for_what_samples_of_a_step_tell(engine, mo
 @asynchronous
 async def test_the_last_step_is_counted_before_the_result_is_there(engine, monkeypatch):
     monkeypatch.setattr(async_engine, "GATHER", 60.0)
-    served = AsyncEngine(engine)
+    served, heard, hear = AsyncEngine(engine), [], AsyncEngine._hear
+    monkeypatch.setattr(AsyncEngine, "_hear", lambda self: (heard.append(time.perf_counter()), hear(self)))
     handle = await served.submit(Request("red", steps=3))
     await handle.result()
-    assert handle.steps == 3 and handle.started is not None and served.requests == (0, 0)
+    assert handle.steps == 3 and served.requests == (0, 0)
+    assert handle.submitted < handle.started < heard[0], "it is the time of the first step, not of hearing of it"
 
 
 @asynchronous

@@ -5,13 +5,16 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
 from autoencoder_cases import load, save_autoencoders
 from safetensors.torch import load_file, save_file
 
+from engine.codecs import diffusers_import
 from engine.codecs.autoencoder import AUTOENCODERS, LatentSpace, SavedAutoencoder, autoencoder_class
 from engine.codecs.diffusers_import import _not_found, _refused
 from engine.errors import InputError
@@ -262,6 +265,23 @@ def test_other_threads_find_everything_while_a_command_imports_diffusers(tmp_pat
         other.submit(importlib.import_module, "large_module").result()
     assert torch.compiler.disable is disable
     importlib.import_module("large_module")
+
+
+def test_commands_that_import_diffusers_in_several_threads_leave_nothing_behind(monkeypatch):
+    entered = threading.Barrier(2)
+
+    def imported(names):
+        with suppress(threading.BrokenBarrierError):
+            number = entered.wait(0.3)
+            time.sleep(0.1 * number)
+
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+    monkeypatch.setattr(diffusers_import, "_import_diffusers", imported)
+    monkeypatch.setattr(diffusers_import, "_is_command", lambda: True)
+    before = importlib.util.find_spec, torch.compiler.disable, [*sys.meta_path]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(diffusers_import.import_diffusers, ("A", "B")))
+    assert (importlib.util.find_spec, torch.compiler.disable, [*sys.meta_path]) == before
 
 
 def test_a_program_may_have_imported_diffusers_before():

@@ -1,5 +1,8 @@
 """Images to tokens and back with each of the autoencoders, and what is known of a masked image."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -86,11 +89,21 @@ def test_convolutions_of_a_saved_autoencoder_use_packed_weights_and_leave_it_as_
     torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_autoencoder_that_was_brought_to_another_dtype_is_not_computed_with_its_packed_weights(folders):
+def test_packed_weights_follow_the_autoencoder_and_are_not_copied_with_it(folders):
     codec = load(folders["AutoencoderDC"])
     tokens = codec.encode_pixels(some_pixels())
+    again = ImageCodec(pickle.loads(pickle.dumps(copy.deepcopy(codec.autoencoder))), SIZE, 1)
+    torch.testing.assert_close(again.encode_pixels(some_pixels()), tokens)
     codec.autoencoder.double()
     torch.testing.assert_close(codec.encode_pixels(some_pixels()), tokens)
+    codec.autoencoder.float().load_state_dict(
+        {k: torch.zeros_like(w) for k, w in again.autoencoder.state_dict().items()}
+    )
+    assert not codec.encode_pixels(some_pixels()).any()
+    with torch.enable_grad():
+        pixels = some_pixels().requires_grad_()
+        again.autoencoder.encode(pixels).latent.sum().backward()
+    assert pixels.grad.any()
 
 
 def test_decoded_pixels_stay_in_range(folders):

@@ -178,6 +178,20 @@ def test_a_list_of_suggestions_that_comes_late_keeps_the_selected_word(open_page
     expect(page.locator(".chip-word")).to_have_text(["red"])
 
 
+def test_a_selected_word_is_not_that_of_what_is_typed_next(open_page):
+    page = open_page()
+    page.locator("#word").focus()
+    page.keyboard.type("r")
+    expect(page.locator("#suggestions li").first).to_have_text("red")
+    page.keyboard.press("ArrowDown")
+    count = page.locator("#suggestions li").count()
+    page.keyboard.type("e")
+    expect(page.locator("#suggestions li")).not_to_have_count(count)
+    expect(page.locator("#suggestions [aria-selected=true]")).to_have_count(0)
+    page.keyboard.press("Enter")
+    expect(page.locator(".chip-word")).to_have_text(["re"])
+
+
 def test_old_results_make_room_for_new_ones(open_page):
     page = open_page()
     page.evaluate("() => { window.revoked = []; URL.revokeObjectURL = (url) => revoked.push(url); }")

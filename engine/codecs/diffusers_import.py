@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
-from threading import get_ident
+from threading import Lock, get_ident
 from types import ModuleType
 
 import torch
@@ -20,6 +20,7 @@ UNUSED = (
 )  # fmt: skip
 UNGUARDED = ("torch._dynamo", "transformers")  # which it imports without looking for them first, and can do without
 XFORMERS_LOG = logging.getLogger("xformers")
+LOCK = Lock()  # of what the import changes for its time
 log = logging.getLogger("engine.codecs")
 
 
@@ -32,6 +33,11 @@ def import_diffusers(*names: str) -> ModuleType:
     before. Without a CUDA device xformers is always left out; with one, or where diffusers has found it before, its
     warnings are suppressed.
     """
+    with LOCK:
+        return _with_fallback(names)
+
+
+def _with_fallback(names: Iterable[str]) -> ModuleType:
     first = "diffusers" not in sys.modules
     level = XFORMERS_LOG.level
     XFORMERS_LOG.setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.codecs.autoencoder import LatentSpace, SavedAutoencoder, save_autoencoder
 from engine.codecs.codec import Decoded, Given
-from engine.codecs.packing import packed
+from engine.codecs.packing import pack_convolutions
 from engine.config import MAX_PIXELS, Modality
 from engine.errors import InputError
 from engine.images import composite, fill_masked, fit_image, open_image, open_mask, to_image
@@ -51,7 +51,6 @@ class ImageCodec:
         self._lock = Lock()  # guards the building
         self._saved: SavedAutoencoder | None = None
         self._built: Any = None  # a diffusers module; these have no types
-        self._packed: Any = None  # the same, for inference on a CPU
         self._decode: Callable[[Tensor], Tensor] | None = None
         if isinstance(autoencoder, SavedAutoencoder):
             self._saved, latents = autoencoder, autoencoder.latents
@@ -120,19 +119,9 @@ class ImageCodec:
                 # A caller's inference mode must not reach the weights: they could not be saved or changed then.
                 with torch.inference_mode(False):
                     self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
+                if onednn_computes(torch.float32):
+                    pack_convolutions(self._built)
         return self._built
-
-    def _computes(self) -> Any:
-        """The autoencoder as it encodes and decodes: on a CPU one that was saved, and so is not trained, is packed."""
-        autoencoder = self.autoencoder
-        weight = next(autoencoder.parameters())
-        in_float32 = weight.is_cpu and weight.dtype == torch.float32
-        if self._saved is None or not (in_float32 and onednn_computes(torch.float32)):
-            return autoencoder
-        with self._lock:
-            if self._packed is None:
-                self._packed = packed(autoencoder)
-        return self._packed
 
     def read(
         self,
@@ -202,8 +191,8 @@ class ImageCodec:
     @torch.inference_mode()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] in −1..1 → tokens [B, L, C] float32, about unit variance, on the autoencoder's device."""
-        autoencoder = self._computes()
-        out = autoencoder.encode(pixels.to(next(autoencoder.parameters())))
+        parameter = next(self.autoencoder.parameters())
+        out = self.autoencoder.encode(pixels.to(parameter))
         if hasattr(out, "latent_dist"):  # AutoencoderKL
             latents = out.latent_dist.mode()
         else:  # AutoencoderDC, AutoencoderTiny
@@ -219,8 +208,7 @@ class ImageCodec:
             # Compiled code holds Python's lock, and other threads must go on.
             parts = latents.split(max(1, PART // self.size**2))
             return torch.cat([self._decode(part) for part in parts]).clamp(-1, 1)
-        autoencoder = self._computes()
-        return autoencoder.decode(latents.to(next(autoencoder.parameters()))).sample.float().clamp(-1, 1)
+        return self.autoencoder.decode(latents.to(next(self.autoencoder.parameters()))).sample.float().clamp(-1, 1)
 
 
 def _checked(settings: Mapping, where: str) -> tuple[int, int, float]:

@@ -3,34 +3,33 @@
 For a small autoencoder and single images that is a large part of the time (benchmarks/NOTES.md).
 """
 
-from collections.abc import Callable
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
 
 
-def packed(module: nn.Module) -> nn.Module:
-    """A module that computes the same, up to rounding, with copies of a module's convolution weights in that layout.
-
-    module  float32, on a CPU, for inference; its other weights are shared, not copied
-    """
-    shared = {id(weight): weight for weight in (*module.parameters(), *module.buffers())}
-    copy = deepcopy(module, shared)
-    for layer in copy.modules():
-        if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
-            layer.forward = _packed_convolution(layer)
-    return copy
+def pack_convolutions(module: nn.Module) -> None:
+    """Makes the convolutions in a module `PackedConv2d`; it computes the same up to rounding."""
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+            layer.__class__ = PackedConv2d
 
 
-def _packed_convolution(layer: nn.Conv2d) -> Callable[[Tensor], Tensor]:
-    how = layer.padding, layer.stride, layer.dilation, layer.groups
-    weights: list[Tensor] = []  # packed at the first call: the layout depends on the size of images
+class PackedConv2d(nn.Conv2d):
+    """A convolution that, in float32 on a CPU and without gradients, uses a copy of its weight in oneDNN's layout."""
 
-    def convolution(x: Tensor) -> Tensor:  # [B, C, H, W] → [B, C′, H′, W′]
-        if not weights:
-            one = [1, *x.shape[1:]]
-            weights.append(torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *how, one))
-        return torch.ops.mkldnn._convolution_pointwise(x, weights[0], layer.bias, *how, "none", [], "")
+    _packed: tuple[tuple[int, int], Tensor] | None = None  # what of the weight was copied, and the copy
 
-    return convolution
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] → [B, C′, H′, W′]
+        weight, packed = self.weight, self._packed
+        in_float32 = x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32
+        if torch.is_grad_enabled() or not in_float32 or weight.is_inference() or torch.compiler.is_compiling():
+            return super().forward(x)
+        how, state = (self.padding, self.stride, self.dilation, self.groups), (weight.data_ptr(), weight._version)
+        if packed is None or packed[0] != state:
+            one = [1, *x.shape[1:]]  # the layout depends on the size of images
+            packed = state, torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *how, one)
+            self._packed = packed
+        return torch.ops.mkldnn._convolution_pointwise(x, packed[1], self.bias, *how, "none", [], "")
+
+    def __getstate__(self):  # the copy can be neither copied nor pickled
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}

@@ -283,7 +283,10 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(loop.call_later, GATHER, self._hear)
 
         def submit() -> Future[Result]:
-            progress, preview = partial(tell, self._on_progress), partial(tell, self._on_preview) if every else None
+            def progress(done: int, total: int) -> None:
+                tell(self._on_progress, time.perf_counter(), done, total)
+
+            preview = partial(tell, self._on_preview) if every else None
             how = {"priority": handle.priority, "preview_every": every or 1}
             return self.engine.submit(handle.request, progress, preview=preview, **how)
 
@@ -315,9 +318,9 @@ class AsyncEngine:
         while self._told:
             self._told.popleft()()
 
-    def _on_progress(self, handle: Handle, done: int, total: int) -> None:
+    def _on_progress(self, handle: Handle, at: float, done: int, total: int) -> None:
         if handle.started is None:
-            handle.started = time.perf_counter()
+            handle.started = at
             self._leave_queue(handle)
         handle.steps = done
         handle._tell(Progress(done, total))

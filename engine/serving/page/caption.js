@@ -61,6 +61,7 @@ function onTyping() {
     addWords(ended);
   }
   changed();
+  deselect(); // it was of what was typed before
   suggest();
 }
 
@@ -114,13 +115,18 @@ function closeSuggestions() {
   $("word").removeAttribute("aria-activedescendant");
 }
 
+function deselect() {
+  for (const option of $("suggestions").children) option.ariaSelected = "false";
+  $("word").removeAttribute("aria-activedescendant");
+}
+
 async function suggest() {
   const typed = $("word").value;
   const prefix = wordsOf(typed).at(-1);
   const words = prefix && prefix !== "_" ? await wordsFrom(prefix).catch(() => []) : [];
   if ($("word").value !== typed) return; // more was typed meanwhile
   if (!words.length || document.activeElement !== $("word")) return closeSuggestions();
-  const chosen = $("suggestions").querySelector("[aria-selected=true]")?.textContent; // while this list was on its way
+  const chosen = $("suggestions").querySelector("[aria-selected=true]")?.textContent; // meanwhile
   const options = words.map((word, i) => {
     const option = document.createElement("li");
     const ariaSelected = String(word === chosen);
