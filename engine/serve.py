@@ -36,7 +36,7 @@ def _parser() -> Parser:
     add_quantize(add)
     text = "a LoRA adapter of the checkpoint, which requests ask for by this name; may be repeated"
     add("--adapter", action="append", default=[], type=_adapter, metavar="NAME=DIR", help=text)
-    text = "samples computed together at most (default: 64; on a CPU 8, where more answer no sooner)"
+    text = "samples computed together at most (default: 64; on a CPU 8, where more are not faster)"
     add("--max-rows", type=int, metavar="N", help=text)
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0: none (default: 1; with --compile on a GPU: --max-rows)"

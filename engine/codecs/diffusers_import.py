@@ -20,7 +20,7 @@ UNUSED = (
 )  # fmt: skip
 UNGUARDED = ("torch._dynamo", "transformers")  # which it imports without looking for them first, and can do without
 XFORMERS_LOG = logging.getLogger("xformers")
-LOCK = Lock()  # of what the import changes for its time
+LOCK = Lock()  # held while the import changes what all threads share
 log = logging.getLogger("engine.codecs")
 
 

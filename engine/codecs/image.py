@@ -119,7 +119,7 @@ class ImageCodec:
                 # A caller's inference mode must not reach the weights: they could not be saved or changed then.
                 with torch.inference_mode(False):
                     self._built = self._saved.build().to(self.device).eval().requires_grad_(False)
-                if onednn_computes(torch.float32):
+                if torch.device(self.device).type == "cpu" and onednn_computes(torch.float32):
                     pack_convolutions(self._built)
         return self._built
 

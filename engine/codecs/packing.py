@@ -1,4 +1,4 @@
-"""Convolutions on a CPU with weights in oneDNN's own layout, into which it else brings them at every call.
+"""Convolutions on a CPU with weights in oneDNN's own layout, into which it otherwise brings them at every call.
 
 For a small autoencoder and single images that is a large part of the time (benchmarks/NOTES.md).
 """

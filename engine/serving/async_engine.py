@@ -19,7 +19,7 @@ from engine.request import Request, Result, Sample, Watch
 from engine.runtime import Engine
 
 READERS = 4  # threads that open and check images
-GATHER = 0.002  # seconds in which the samples of a step tell that it is done
+GATHER = 0.002  # seconds that the loop waits for the other samples of a step
 
 
 class QueueFull(RuntimeError):

@@ -61,7 +61,7 @@ function onTyping() {
     addWords(ended);
   }
   changed();
-  deselect(); // it was of what was typed before
+  select(); // none: the selected word was for what was typed before
   suggest();
 }
 
@@ -112,12 +112,13 @@ function closeSuggestions() {
   $("suggestions").hidden = true;
   $("suggestions").replaceChildren();
   $("word").setAttribute("aria-expanded", "false");
-  $("word").removeAttribute("aria-activedescendant");
+  select();
 }
 
-function deselect() {
-  for (const option of $("suggestions").children) option.ariaSelected = "false";
-  $("word").removeAttribute("aria-activedescendant");
+/** Selects a suggestion; without one, none. */
+function select(option) {
+  for (const other of $("suggestions").children) other.ariaSelected = String(other === option);
+  option ? $("word").setAttribute("aria-activedescendant", option.id) : $("word").removeAttribute("aria-activedescendant");
 }
 
 async function suggest() {
@@ -126,11 +127,10 @@ async function suggest() {
   const words = prefix && prefix !== "_" ? await wordsFrom(prefix).catch(() => []) : [];
   if ($("word").value !== typed) return; // more was typed meanwhile
   if (!words.length || document.activeElement !== $("word")) return closeSuggestions();
-  const chosen = $("suggestions").querySelector("[aria-selected=true]")?.textContent; // meanwhile
+  const chosen = $("suggestions").querySelector("[aria-selected=true]")?.textContent; // while this list was on its way
   const options = words.map((word, i) => {
     const option = document.createElement("li");
-    const ariaSelected = String(word === chosen);
-    Object.assign(option, { id: `suggestion-${i}`, role: "option", ariaSelected, textContent: word });
+    Object.assign(option, { id: `suggestion-${i}`, role: "option", textContent: word });
     option.addEventListener("mousedown", (event) => event.preventDefault()); // the word field keeps the focus
     option.addEventListener("click", () => takeSuggestion(option));
     return option;
@@ -138,8 +138,7 @@ async function suggest() {
   $("suggestions").replaceChildren(...options);
   $("suggestions").hidden = false;
   $("word").setAttribute("aria-expanded", "true");
-  const selected = options.find((option) => option.ariaSelected === "true");
-  selected ? $("word").setAttribute("aria-activedescendant", selected.id) : $("word").removeAttribute("aria-activedescendant");
+  select(options.find((option) => option.textContent === chosen));
 }
 
 function takeSuggestion(option) {
@@ -153,8 +152,7 @@ function selectSuggestion(step) {
   const options = [...$("suggestions").children];
   const last = options.findIndex((option) => option.ariaSelected === "true");
   const next = options[(last + step + options.length + (last < 0 && step < 0 ? 1 : 0)) % options.length];
-  for (const option of options) option.ariaSelected = String(option === next);
-  $("word").setAttribute("aria-activedescendant", next.id);
+  select(next);
   next.scrollIntoView({ block: "nearest" });
 }
 
