@@ -24,6 +24,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=list(PRESETS), default="emoji", help="what to train (default: %(default)s)")
     add("--data", type=path, required=True, metavar="DIR", help="images and captions.json, MS-COCO captions layout "
         "(captions.json alone for a model of text), or WebDataset's tar files, or a pattern")  # fmt: skip
+    add("--known-images", type=path, action="append", default=[], metavar="DIR",
+        help="a further data set, whose images are only known: described, never drawn; may be repeated")  # fmt: skip
     add("--split", type=name, default="train", help="of the data, as Karpathy's train+restval (default: %(default)s)")
     add("--out", type=path, required=True, metavar="RUN", help="folder of the run; an interrupted run is resumed")
     add("--autoencoder", type=name, metavar="DIR", help="a trained diffusers autoencoder: a folder or a hub id")

@@ -5,6 +5,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +179,16 @@ def test_a_data_set_without_an_intact_image_is_refused(dataset, tmp_path):
 
 
 CHANGES = Augmentation(background=0.0, jpeg=0.0, colour=0.3, variants=3)
+
+
+def test_the_images_of_another_data_set_are_the_last_and_only_known(dataset, tmp_path):
+    items = (replace(dataset.items[0], captions=("other",)), dataset.items[3])  # the second is damaged
+    both = dataset.with_known(CaptionedImages(items, {Path("gone.png"): "missing"}), "others")
+    latents = cache(both, tmp_path / "cache", Encoder())
+    assert (len(latents), latents.drawn, latents.only_known) == (7, 6, 1)
+    assert latents.captions[-2:] == [["grey 6"], ["other"]]
+    assert [item.image_id for item in both.items[6:]] == ["106", "others/100", "others/103"]
+    assert {path.name for path in both.skipped} == {"3.png", "gone.png"}
 
 
 def test_changed_versions_follow_an_images_own(dataset, tmp_path):

@@ -90,6 +90,21 @@ def test_the_recipe_decides_how_captions_are_weighted_and_images_repeated(images
     assert first["repeated"]["text"] != first["plain"]["text"]
 
 
+def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(images, run, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    other = captioned_images(tmp_path / "other")
+    text = (other / "captions.json").read_text()
+    (other / "captions.json").write_text(text.replace("red", "green"))
+    assert train_main(images, tmp_path / "run", "--known-images", str(other)) == 0
+    assert "24 usable images" in capsys.readouterr().out
+    vocabulary = checkpoint.load(tmp_path / "run" / "checkpoint").codec("text").vocabulary
+    assert {"red", "green"} <= set(vocabulary)
+    assert train_main(images, tmp_path / "run") == 2  # resumed without it
+    assert "is not what this run began with: removed images: 12" in capsys.readouterr().err
+    assert train_main(images, tmp_path / "run2", "--known-images", str(tmp_path / "nowhere")) == 2
+    assert f"--known-images: {tmp_path / 'nowhere'} " in capsys.readouterr().err
+
+
 def test_repeating_a_finished_run_changes_nothing(images, run):
     before, states = weights_of(run), StageFiles(run / "denoiser").states
     written = states[-1].stat().st_mtime_ns

@@ -88,6 +88,7 @@ def test_a_model_of_text_alone_needs_no_autoencoder_and_takes_none():
         ("learning_rate", math.inf, "above 0"),
         ("learning_rate", "fast", "above 0"),
         ("autoencoder_learning_rate", 0.0, "above 0"),
+        ("known_images", "folder", "give a list of them"),
         ("seed", -1, "from 0 to 4294967295"),
         ("seed", 1 << 32, "from 0 to 4294967295"),
         ("dtype", "int8", "use one of auto"),
@@ -100,9 +101,10 @@ def test_values_out_of_range_are_refused_with_a_remedy(argument, value, remedy):
     assert error.value.argument == argument and repr(error.value.value) == repr(value)
 
 
-def test_a_model_of_text_alone_has_no_scores_to_follow():
-    with pytest.raises(InputError, match="^evaluate_every: 250 needs a model of images and texts; leave it out"):
-        options(preset="text", evaluate_every=250)
+@pytest.mark.parametrize(("argument", "value"), [("evaluate_every", 250), ("known_images", ["folder"])])
+def test_a_model_of_text_alone_takes_nothing_about_images(argument, value):
+    with pytest.raises(InputError, match=rf"^{argument}: .* needs a model of images and texts; leave it out"):
+        options(preset="text", **{argument: value})
 
 
 def test_adapters_are_not_shared_among_processes(tmp_path):
@@ -242,9 +244,9 @@ def codec() -> TextCodec:
     return TextCodec((END, *WORDS), torch.arange(5.0)[:, None].repeat(1, 8))  # a word's vector is its index
 
 
-def examples(**recipe) -> Examples:
+def examples(only_known: int = 0, **recipe) -> Examples:
     latents = torch.arange(10, 14).half()[:, None, None].expand(4, 16, 4).contiguous()  # of image i: 10 + i
-    cache = LatentCache([latents[:, None]], CAPTIONS)
+    cache = LatentCache([latents[:, None]], CAPTIONS, only_known)
     return Examples(cache, codec(), TINY_CONFIG, replace(TINY, **recipe))
 
 
@@ -294,6 +296,19 @@ def test_most_known_images_are_taken_in_a_changed_version():
     choice = made.choose(indices, torch.Generator().manual_seed(0), known)
     assert torch.equal(torch.cat([made.read(choice, part) for part in (slice(0, 7), slice(7, 400))]), x0)
     assert (batch_of(made, indices)[0][:, 0] < 20).all()
+
+
+def test_half_of_the_known_images_are_replaced_by_such_as_are_only_known():
+    made = examples(only_known=2, repeats=3)
+    assert set(made.epoch) == {0, 1} and set(made.only_known) == {2, 3} and len(made) == len(made.epoch)
+    indices, known = list(range(len(made))) * 100, torch.arange(100 * len(made)) % 2 == 0
+    choice = made.choose(indices, torch.Generator().manual_seed(0), known)
+    chosen = torch.tensor(choice.images)
+    assert (chosen[~known] < 2).all()  # what is generated is never one of them
+    assert 0.4 < (chosen[known] >= 2).float().mean() < 0.6 and {2, 3} <= set(choice.images)
+    for image, caption in zip(choice.images, choice.captions, strict=True):
+        assert made.first_of[image] <= caption < made.first_of[image + 1]  # one of its own
+    assert max(made.choose(indices, torch.Generator().manual_seed(0)).images) < 2
 
 
 def test_captions_have_equal_weights_if_the_recipe_says_so():

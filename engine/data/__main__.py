@@ -14,10 +14,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status (2: bad input, reported in one line)."""
     parser = Parser(COMMAND, description="Make a data set.")
     datasets = parser.add_subparsers(dest="dataset", required=True)
-    emoji = datasets.add_parser("emoji", help="render Noto Color Emoji with its CLDR names and keywords")
+    emoji = datasets.add_parser("emoji", help="render Noto Color Emoji, or others, with CLDR names and keywords")
     emoji.add_argument("--out", type=path, required=True, help="folder to write")
     emoji.add_argument("--size", type=int, default=136, help="pixels per side (default: %(default)s)")
     emoji.add_argument("--font", type=path, default=FONT, help="colour font (default: %(default)s)")
+    emoji.add_argument("--icons", type=path, metavar="FILE", help="draw the emoji of an icon set instead: the "
+        "icons.json of an npm package @iconify-json/… (needs the extra [train])")  # fmt: skip
     emoji.add_argument("--names", type=path, default=NAMES, help="CLDR's `common` folder (default: %(default)s)")
     text = datasets.add_parser("text", help="texts to train a model of text on, from a file with one a line")
     text.add_argument("--from", type=path, required=True, metavar="FILE",
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _make(options: argparse.Namespace) -> str:
     """Writes the data set; returns a line about it."""
     if options.dataset == "emoji":
-        counts = render_emoji(options.out, options.size, options.font, options.names)
+        counts = render_emoji(options.out, options.size, options.font, options.names, options.icons)
         return f"{options.out}: {counts['training']} training images, {counts['test']} held out"
     source = getattr(options, "from")
     counts = write_texts(source, options.out, options.words, options.captions, options.held_out)

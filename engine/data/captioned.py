@@ -6,7 +6,7 @@ is left out, counted and named; only a data set without any usable image is an e
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class CaptionedImage:
     path: Path  # of the file, or TAR/NAME
     captions: tuple[str, ...]  # at least one
     member: Member | None = None  # of a tar file
+    only_known: bool = False  # training never draws it
 
     def source(self) -> Path | BytesIO:
         """What `open_image` takes. Raises InputError about `image` for a tar file that cannot be read."""
@@ -81,6 +82,12 @@ class CaptionedImages:
         """The same with images of uint8 [3, size, size], see `engine.images.fit_image`."""
         for item, image in self.images(start, stop):
             yield item, fit_image(image, size)
+
+    def with_known(self, others: "CaptionedImages", name: str) -> "CaptionedImages":
+        """This data set, followed by the images of another one as `only_known`; `name` is put before their ids."""
+        known = [replace(item, image_id=f"{name}/{item.image_id}", only_known=True) for item in others.items]
+        skipped, ignored = self.skipped | others.skipped, self.ignored | others.ignored
+        return CaptionedImages((*self.items, *known), skipped, ignored)
 
     def summary(self) -> str:
         """One line for a log: how many images are usable, and how much is left out for which reason."""

@@ -1,7 +1,8 @@
-"""Noto Color Emoji with their CLDR names, rendered into a data set in MS-COCO captions layout.
+"""Emoji with their CLDR names, rendered into a data set in MS-COCO captions layout.
 
-Images: the font of Debian's `fonts-noto-color-emoji` (OFL 1.1). Names and keywords: the CLDR annotations of Debian's
-`unicode-cldr-core` (Unicode licence), https://unicode.org/reports/tr35/tr35-general.html#Annotations.
+Images: Noto Color Emoji, the font of Debian's `fonts-noto-color-emoji` (OFL 1.1), or an icon set, see
+`engine.data.icons`. Names and keywords: the CLDR annotations of Debian's `unicode-cldr-core` (Unicode licence),
+https://unicode.org/reports/tr35/tr35-general.html#Annotations.
 Names are compositional ("woman running: dark skin tone"). A fixed 5 % of the names with several parts are held out: a
 model gets these right only by combining words that it learnt from other names.
 """
@@ -14,12 +15,14 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
 from engine.codecs.words import tokenize
+from engine.data.icons import IconSet
 from engine.errors import InputError
 from engine.files import is_file, unreadable
 
@@ -70,7 +73,9 @@ def held_out_names(names: Iterable[str]) -> set[str]:
     return {name for name in selected if known.issuperset(tokenize(name))}
 
 
-def render_emoji(out: Path, size: int = 136, font: Path = FONT, names: Path = NAMES) -> dict[str, int]:
+def render_emoji(
+    out: Path, size: int = 136, font: Path = FONT, names: Path = NAMES, icons: Path | None = None
+) -> dict[str, int]:
     """Renders every emoji that both the font and CLDR have into the folder `out`; returns the images of each split.
 
     out    then holds `images/00000.png` … (RGBA, transparent around the glyph), `captions.json` (training) and
@@ -78,7 +83,9 @@ def render_emoji(out: Path, size: int = 136, font: Path = FONT, names: Path = NA
     size   pixels per side; the font's bitmaps have 136
     font   a bitmap colour font
     names  CLDR's `common` folder
-    Raises InputError if the font, the names or the RAQM text layout are missing, or if `out` holds anything else.
+    icons  the file of an icon set, to draw the font's emoji in another way; the same names are held out
+    Raises InputError if the font, the icons, the names or the RAQM text layout are missing, or if `out` holds anything
+    else.
     """
     if not 8 <= size <= MAX_PIXELS:
         raise InputError("size", size, f"use 8 to {MAX_PIXELS} pixels", "is out of range")
@@ -87,14 +94,23 @@ def render_emoji(out: Path, size: int = 136, font: Path = FONT, names: Path = NA
     emoji = [e for e in read_emoji(names) if renderer.can_draw(e.text)]
     if not emoji:
         raise InputError("font", font, f"use {FONT.name}", "has none of the emoji that CLDR names")
+    test = held_out_names(e.name for e in emoji)
+    if icons is None:
+        drawings, source = [(e, partial(renderer.draw, e.text)) for e in emoji], "Noto Color Emoji (OFL 1.1)"
+    else:
+        drawn = IconSet(icons)
+        drawings = [(e, partial(drawn.draw, e.name)) for e in emoji if e.name in drawn]
+        source = f"Emoji of the icon set {drawn.prefix}"
+    if not drawings:
+        raise InputError("icons", icons, "use a set of emoji", "has none of the font's emoji")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
         (new / "images").mkdir(parents=True)
-        for i, e in enumerate(tqdm(emoji, desc="emoji", unit="image", disable=None)):
-            renderer.draw(e.text, size).save(new / "images" / _file_name(i))
-        counts = _write_captions(new, emoji, size)
+        for i, (_, draw) in enumerate(tqdm(drawings, desc="emoji", unit="image", disable=None)):
+            draw(size).save(new / "images" / _file_name(i))
+        counts = _write_captions(new, [e for e, _ in drawings], test, source, size)
         if out.exists():
             out.rename(old)
         new.rename(out)
@@ -157,8 +173,7 @@ class Renderer:
         return Image.frombytes("RGBa", image.size, image.tobytes()).convert("RGBA")
 
 
-def _write_captions(folder: Path, emoji: list[Emoji], size: int) -> dict[str, int]:
-    test = held_out_names(e.name for e in emoji)
+def _write_captions(folder: Path, emoji: list[Emoji], test: set[str], source: str, size: int) -> dict[str, int]:
     splits = {
         "captions.json": [i for i, e in enumerate(emoji) if e.name not in test],
         "captions_test.json": [i for i, e in enumerate(emoji) if e.name in test],
@@ -167,7 +182,7 @@ def _write_captions(folder: Path, emoji: list[Emoji], size: int) -> dict[str, in
         captions = [(i, caption) for i in indices for caption in emoji[i].captions]
         content = {
             "info": {
-                "description": "Noto Color Emoji (OFL 1.1) with CLDR names and keywords (Unicode licence)",
+                "description": f"{source} with CLDR names and keywords (Unicode licence)",
                 "made_by": MADE_BY,
             },
             "images": [{"id": i, "file_name": _file_name(i), "width": size, "height": size} for i in indices],

@@ -41,11 +41,17 @@ class LatentCache:
 
     shards: list[Tensor]  # [n, 1 + V, L, C] each, of images in order
     captions: list[list[str]]  # of each image, at least one
+    only_known: int = 0  # images at the end that training never draws
     sketches: int = 0  # S
     sketch_scale: float = 1.0  # of sketches' latents
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def drawn(self) -> int:
+        """Images, from the first on, that training also draws."""
+        return len(self) - self.only_known
 
     @property
     def versions(self) -> int:
@@ -150,8 +156,8 @@ def map_latents(paths: list[Path], dataset: CaptionedImages, sketches: int = 0) 
     if not shards:
         problem = f"has no readable image ({dataset.summary()})"
         raise InputError("dataset", dataset.items[0].path.parent, "give a data set with intact images", problem)
-    captions = [list(dataset.items[i].captions) for _, items in read for i in items.tolist()]
-    return LatentCache(shards, captions, sketches)
+    images = [dataset.items[i] for _, items in read for i in items.tolist()]
+    return LatentCache(shards, [list(i.captions) for i in images], sum(i.only_known for i in images), sketches)
 
 
 def default_shard_size(images: int) -> int:

@@ -131,13 +131,13 @@ def _draw_read_and_losses(
 
 def _prompts(cache: LatentCache, words: int) -> list[str]:
     """First captions of some images, at most `words` words long."""
-    spread = range(0, len(cache), max(1, len(cache) // PROMPTS))[:PROMPTS]
+    spread = range(0, cache.drawn, max(1, cache.drawn // PROMPTS))[:PROMPTS]
     return [prompt for i in spread if (prompt := shortened(cache.captions[i][0], words))]
 
 
 def _drawings(cache: LatentCache, engine: Engine, sketch: str) -> list[Image.Image]:
     """Sketches of some images."""
-    codec, chosen = engine.codecs[sketch], list(range(0, len(cache), max(1, len(cache) // SKETCHES))[:SKETCHES])
+    codec, chosen = engine.codecs[sketch], list(range(0, cache.drawn, max(1, cache.drawn // SKETCHES))[:SKETCHES])
     codec.build()
     first = [0] * len(chosen)
     given = [codec.read(None, sketch)] * len(chosen)

@@ -59,7 +59,8 @@ class Evaluations:
         self._pairs, self._sources = _read(held_out, COUNT, size), _read(held_out, count, size) if count else []
         if not self._pairs or (count and not self._sources):
             raise InputError("data", data, "leave out evaluate_every, or copy it again", "has no readable test image")
-        self._others = _read(train, GALLERY, size)
+        drawn = tuple(item for item in train.items if not item.only_known)
+        self._others = _read(replace(train, items=drawn), GALLERY, size)
         self._rows: list[dict] = []
 
     def begin(self, step: int) -> None:

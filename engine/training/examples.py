@@ -18,6 +18,8 @@ from engine.training.recipes import Recipe
 
 # Fraction of the known images that are taken in a changed version, if the cache has such versions.
 CHANGED = 0.75
+# Fraction of the known images that are `only_known` ones, if there are such.
+ONLY_KNOWN = 0.5
 
 
 class Choice(NamedTuple):
@@ -48,7 +50,9 @@ class Examples:
             self.captions = text.indices((shortened(c, words) for captions in cache.captions for c in captions), words)
         self.counts = [len(captions) for captions in cache.captions]  # by image
         self.first_of = [0, *accumulate(self.counts)]  # index of each image's first caption in `captions` [n, L]
-        self.epoch = with_repeats([captions[0] for captions in cache.captions], recipe.repeats)
+        first = [captions[0] for captions in cache.captions]
+        self.epoch = with_repeats(first[: cache.drawn], recipe.repeats)
+        self.only_known = [cache.drawn + i for i in with_repeats(first[cache.drawn :], recipe.repeats)]
 
     def __len__(self) -> int:
         """Images of an epoch, repeated ones counted as often as they are shown."""
@@ -57,10 +61,14 @@ class Examples:
     def choose(self, indices: list[int], generator: torch.Generator, known: Tensor | None = None) -> Choice:
         """Draws captions and versions for images of the epoch.
 
-        known  [B] bool, images that are known as a whole: most of these are taken in a version that
-               `engine.data.augment` changed. None: none are known
+        known  [B] bool, images that are known as a whole: some of these are replaced by such as are only known, and
+               most are taken in a version that `engine.data.augment` changed. None: none are known
         """
         images = [self.epoch[i] for i in indices]
+        if known is not None and self.only_known:
+            replaced = known & (torch.rand(len(images), generator=generator) < ONLY_KNOWN)
+            others = torch.randint(len(self.only_known), (len(images),), generator=generator).tolist()
+            images = [self.only_known[o] if r else i for i, o, r in zip(images, others, replaced.tolist(), strict=True)]
         draws = torch.rand(len(images), 2, generator=generator).tolist()
         captions = [
             self.first_of[i] + (0 if a < self.recipe.first_caption else int(b * self.counts[i]))

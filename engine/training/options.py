@@ -53,6 +53,7 @@ class TrainOptions:
     log: str | None = None  # report the denoiser's training to one of TRACKERS
     grad_checkpointing: bool = False  # compute the denoiser's blocks again in the backward pass: less memory
     split: str = "train"  # of the data
+    known_images: tuple[Path, ...] = ()  # further data sets, whose images are described and never drawn
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the arithmetic, one of DTYPES; the weights stay float32
@@ -63,6 +64,9 @@ class TrainOptions:
         for key in ("data", "out", "init"):
             value = getattr(self, key)
             object.__setattr__(self, key, None if value is None else Path(value))
+        if isinstance(self.known_images, str | Path):
+            raise InputError("known_images", self.known_images, "give a list of them", "is a single folder")
+        object.__setattr__(self, "known_images", tuple(map(Path, self.known_images)))
         if self.preset not in PRESETS:
             raise InputError("preset", self.preset, f"use one of {', '.join(PRESETS)}", "is not known")
         if self.dtype not in DTYPES:
@@ -95,9 +99,10 @@ class TrainOptions:
         self._check_lora()
         object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
-        if image_and_text(self.config)[0] is None and self.evaluate_every is not None:
-            problem = "needs a model of images and texts"
-            raise InputError("evaluate_every", self.evaluate_every, "leave it out", problem)
+        if image_and_text(self.config)[0] is None:
+            for key in ("evaluate_every", "known_images"):
+                if value := getattr(self, key):
+                    raise InputError(key, value, "leave it out", "needs a model of images and texts")
 
     @property
     def init_has_codecs(self) -> bool:

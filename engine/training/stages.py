@@ -73,9 +73,7 @@ def train(options: TrainOptions) -> None:
     device = processes.device or resolve_device(options.device)
     dtype = processes.from_main(processes.on_main(lambda: resolve_dtype(options.dtype, device, config.model)))
     _require_enough_samples(options.recipe, processes)
-    image_name, _ = image_and_text(config)
-    with errors_named("data"):
-        data = Texts.open(options.data) if image_name is None else open_captioned(options.data, options.split)
+    data = _open_data(options)
     init = initial_network(options.init, config) if options.init else None
     if options.lora and with_categories(init.config, 1) != with_categories(config.model, 1):
         problem = "holds a model of another kind than the preset, which cannot be adapted"
@@ -87,7 +85,7 @@ def train(options: TrainOptions) -> None:
             several = f" in {processes.count} processes" if processes.count > 1 else ""
             print(f"{options.data}: {data.summary()}; on {device} in {dtype}{several}")
             image = None
-            if options.autoencoder and not _codec_folder(run, config, image_name).exists():
+            if options.autoencoder and not _codec_folder(run, config, image_and_text(config)[0]).exists():
                 with errors_named("autoencoder"):
                     image = _given_autoencoder(options.autoencoder, config)
             evaluations = Evaluations(options, data) if options.evaluate_every else None
@@ -118,6 +116,17 @@ def train(options: TrainOptions) -> None:
     if processes.is_main:
         print(f"checkpoint: {run / 'checkpoint'}")
     processes.end()
+
+
+def _open_data(options: TrainOptions) -> CaptionedImages | Texts:
+    with errors_named("data"):
+        if image_and_text(options.config)[0] is None:
+            return Texts.open(options.data)
+        data = open_captioned(options.data, options.split)
+    for number, source in enumerate(options.known_images):
+        with errors_named("known_images"):
+            data = data.with_known(open_captioned(source, options.split), f"known_images/{number}")
+    return data
 
 
 def _run_stages(
