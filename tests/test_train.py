@@ -90,7 +90,7 @@ def test_the_recipe_decides_how_captions_are_weighted_and_images_repeated(images
     assert first["repeated"]["text"] != first["plain"]["text"]
 
 
-def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(images, run, tmp_path, capsys):
+def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(images, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     other = captioned_images(tmp_path / "other")
     text = (other / "captions.json").read_text()
