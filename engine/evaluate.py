@@ -5,12 +5,13 @@ For names that were trained on and for held-out names (a name is an image's firs
     retrieval_base    text-to-image: how often the nearest image of all (L2 over pixels at the model's size) has the
                       prompt's base name, the part before ":"
     retrieval_exact   how often it has the prompt's whole name
+    reordered_exact   the same of prompts whose words are in a random order
     word_f1           image-to-text: word F1 of the generated text against the name
     caption_exact     how often the generated text is the name
     infill_rmse       infilling: root mean square error in levels of 0…255 inside the mask, which is the left half of
                       the image; the name is given
     autoencoder_psnr  encoding and decoding alone, in dB
-    classes           the first four for each class of name, with its count: flags, other names with ":" (compositions),
+    classes           the first five for each class of name, with its count: flags, other names with ":" (compositions),
                       faces and objects, see `engine.data.emoji.name_class`. The tables leave out a single class
     disturbed         word_f1 and caption_exact of images changed a little, see `engine.data.disturb`
 

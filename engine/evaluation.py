@@ -1,8 +1,9 @@
 """Scores of a checkpoint on captioned images; `engine.evaluate`, the command line, defines them."""
 
+import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class NameScores:
     count: int
     retrieval_base: float | None
     retrieval_exact: float | None
+    reordered_exact: float | None
     word_f1: float | None
     caption_exact: float | None
 
@@ -150,6 +152,9 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
         nearest = gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
         values["retrieval_base"] = [base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)]
         values["retrieval_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
+        drawn = drawn_images(engine, [_reordered(prompt) for prompt in prompts], how)
+        nearest = gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
+        values["reordered_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
     if "image-to-text" not in skipped:
         values |= _described(engine, "image-to-text", images, names, how)
     infill_rmse = None
@@ -305,10 +310,17 @@ def spread(items: list, count: int) -> list:
     return [items[int(i * step)] for i in range(min(count, len(items)))]
 
 
+def _reordered(text: str) -> str:
+    """Its words in an order that the text alone decides."""
+    words = text.split()
+    random.Random(text).shuffle(words)
+    return " ".join(words)
+
+
 def _means(values: dict[str, list[float]], indices: Iterable[int]) -> NameScores:
     """Means over the names of these indices."""
     indices = list(indices)
-    keys = ("retrieval_base", "retrieval_exact", "word_f1", "caption_exact")
+    keys = [field.name for field in fields(NameScores) if field.name != "count"]
     means = {key: _mean(values[key][i] for i in indices) if key in values else None for key in keys}
     return NameScores(len(indices), **means)
 

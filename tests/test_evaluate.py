@@ -90,13 +90,17 @@ class OracleEngine:
         order = ("text", "image")
         return [SimpleNamespace(samples=[*map(self.answer, [r] * r.num, range(r.num))], order=order) for r in requests]
 
+    def in_any_order(self, text: str) -> str:
+        return next(words for words in self.images if sorted(words.split()) == sorted(text.split()))
+
     def answer(self, request: Request, i: int) -> SimpleNamespace:
         text, image = request.given.get("text"), request.given.get("image")
         if not request.given:
             words = list(self.images)[(request.seed + i) % len(self.images)]
             outputs = {"image": self.draw(self.images[words], words), "text": self.describe(words)}
         elif text is not None:
-            outputs = {"image": self.draw(self.images[text], text), "text": text}
+            words = text if text in self.images else self.in_any_order(text)
+            outputs = {"image": self.draw(self.images[words], words), "text": text}
         else:
             words = next((words for words, known in self.images.items() if known == image), None)
             outputs = {"image": image, "text": self.describe(words) if words else ""}
@@ -110,7 +114,18 @@ def test_perfect_answers_have_perfect_scores(pairs):
     assert (scores.word_f1, scores.caption_exact, scores.infill_rmse) == (1.0, 1.0, 0.0)
     assert scores.autoencoder_psnr == pytest.approx(40, abs=1e-3), "an error of 0.02 in −1..1 is 0.01 of the range"
     assert {request.steps for request in engine.requests} == {3}
-    assert [request.seed for request in engine.requests] == [5, 6, 7, 8, 9, 10] * 3
+    assert [request.seed for request in engine.requests] == [5, 6, 7, 8, 9, 10] * 4
+
+
+def test_prompts_whose_words_are_in_another_order_have_a_score_of_their_own(pairs):
+    engine = OracleEngine(pairs)
+    engine.in_any_order = lambda text: "flag"
+    scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
+    same = [name.replace(":", "") for name in NAMES if len(name.split()) == 1]
+    assert scores.retrieval_exact == 1.0 and len(same) / len(NAMES) <= scores.reordered_exact < 1.0
+    again = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=9))
+    assert again.reordered_exact == scores.reordered_exact
+    assert evaluate(OracleEngine(pairs), pairs, Gallery.of(pairs), Request(steps=1)).reordered_exact == 1.0
 
 
 def test_a_variant_of_the_wanted_image_counts_for_its_base_name_only(pairs):
@@ -134,8 +149,8 @@ def test_scores_are_also_means_over_each_class_of_names(pairs):
     engine = OracleEngine(pairs, describe=lambda words: "cat red" if "cat" in words else "")
     classes = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0)).classes
     assert classes == {
-        "compositions": NameScores(2, 1.0, 1.0, word_f1=0.75, caption_exact=0.5),
-        "objects": NameScores(4, 1.0, 1.0, word_f1=0.0, caption_exact=0.0),
+        "compositions": NameScores(2, 1.0, 1.0, 1.0, word_f1=0.75, caption_exact=0.5),
+        "objects": NameScores(4, 1.0, 1.0, 1.0, word_f1=0.0, caption_exact=0.0),
     }
 
 
@@ -262,7 +277,8 @@ def test_skipped_tasks_are_not_requested_and_have_no_scores(pairs):
     assert evaluate_joint(engine, Gallery.of(pairs), Request(steps=1, seed=0)) is None
     engine.config = predicting("text")
     scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
-    assert (scores.retrieval_base, scores.retrieval_exact, scores.infill_rmse) == (None, None, None)
+    assert (scores.retrieval_base, scores.retrieval_exact, scores.reordered_exact) == (None, None, None)
+    assert scores.infill_rmse is None
     assert scores.word_f1 == 1.0
 
 
@@ -372,7 +388,7 @@ def test_what_is_skipped_is_said(capsys, monkeypatch, pairs, data):
     monkeypatch.setattr("engine.evaluate.Engine.from_pretrained", lambda *_, **__: nullcontext(engine))
     code, out, _ = run(capsys, "--data", data, "--steps", 1)
     lines = out.splitlines()
-    assert code == 0 and lines[4].split() == ["word_f1", "-", "-"]
+    assert code == 0 and lines[5].split() == ["word_f1", "-", "-"]
     assert lines[-2:] == [
         "image-to-text skipped: the model does not predict text",
         "joint skipped: the model does not predict text",
