@@ -311,6 +311,20 @@ def test_half_of_the_known_images_are_replaced_by_such_as_are_only_known():
     assert max(made.choose(indices, torch.Generator().manual_seed(0)).images) < 2
 
 
+def test_the_words_of_known_captions_come_in_another_order_as_often_as_the_recipe_says():
+    made = examples(reordered=0.5)
+    known = torch.arange(800) % 8 < 4
+    choice = made.choose([0, 1, 2, 3] * 200, torch.Generator().manual_seed(0), known_texts=known)
+    text = made.read(choice)[:, TINY_CONFIG.model.state_slices["text"]]
+    read = [" ".join((END, *WORDS)[int(v)] for v in row[::8] if v) for row in text]
+    found = {flag: Counter(t for t, k in zip(read, known.tolist(), strict=True) if k == flag) for flag in (False, True)}
+    assert set(found[False]) == {"red car", "car", "blue dog", "dog", "red dog", "blue"}  # generated: as they are
+    assert set(found[True]) == set(found[False]) | {"car red", "dog blue", "dog red"}
+    assert 10 < found[True]["dog blue"] < 40  # of about 100, half are drawn anew, half of these in the same order
+    choice = examples().choose([0, 1, 2, 3] * 200, torch.Generator().manual_seed(0), known_texts=known)
+    assert (choice.orders == torch.arange(choice.orders.shape[1])).all()
+
+
 def test_captions_have_equal_weights_if_the_recipe_says_so():
     _, captions, weights = drawn(examples(captions_alike=True))
     image, text = weights[:, :16], weights[:, 16:]

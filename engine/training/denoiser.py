@@ -104,7 +104,7 @@ def _draw_read_and_losses(
     network: PSUNet | UViT, loss: DenoisingLoss, examples: Examples, device: torch.device
 ) -> tuple[Draw, Read, Losses]:
     """What `Stage` calls at every step."""
-    config, image_name = loss.config, image_and_text(loss.config)[0]
+    config, (image_name, text_name) = loss.config, image_and_text(loss.config)
     logits = {"logits": True} if config.model.categorical else {}  # U-ViTs have none
 
     def denoise(inputs: Tensor, times: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _draw_read_and_losses(
     def draw(generator: torch.Generator, indices: list[int]) -> tuple:
         draws = loss.draw(len(indices), generator)
         known = None if image_name is None else loss.known(draws, image_name)
-        choice = examples.choose(indices, generator, known)
+        choice = examples.choose(indices, generator, known, loss.known(draws, text_name))
         seed = torch.randint(2**62, (1,), generator=generator).item()
         return choice, seed, draws, examples.token_weights(choice), examples.categories(choice)
 

@@ -29,6 +29,7 @@ class Choice(NamedTuple):
     captions: list[int]  # [B] of `Examples.captions`
     versions: list[int]  # [B] of the images, 0: as they are
     sketches: list[int]  # [B] of the drawings of images as they are
+    orders: Tensor  # [B, L] int64, permutations of the captions' words
 
 
 class Examples:
@@ -58,11 +59,18 @@ class Examples:
         """Images of an epoch, repeated ones counted as often as they are shown."""
         return len(self.epoch)
 
-    def choose(self, indices: list[int], generator: torch.Generator, known: Tensor | None = None) -> Choice:
+    def choose(
+        self,
+        indices: list[int],
+        generator: torch.Generator,
+        known: Tensor | None = None,
+        known_texts: Tensor | None = None,
+    ) -> Choice:
         """Draws captions and versions for images of the epoch.
 
         known  [B] bool, images that are known as a whole: some of these are replaced by such as are only known, and
                most are taken in a version that `engine.data.augment` changed. None: none are known
+        known_texts  [B] bool, captions that are: the words of some are put into another order. None: none are known
         """
         images = [self.epoch[i] for i in indices]
         if known is not None and self.only_known:
@@ -82,12 +90,14 @@ class Examples:
         sketches = [0] * len(images)
         if self.sketch_name is not None:
             sketches = torch.randint(self.cache.sketches, (len(images),), generator=generator).tolist()
-        return Choice(images, captions, versions.tolist(), sketches)
+        orders = self._orders(captions, known_texts, generator)
+        return Choice(images, captions, versions.tolist(), sketches, orders)
 
     def read(self, choice: Choice, part: slice = slice(None)) -> Tensor:
         """x0 [b, N] float32 of the samples of `part`, on the CPU."""
         images, versions = choice.images[part], choice.versions[part]
-        parts = {self.text_name: self.vectors[self.captions[choice.captions[part]]]}  # [b, L, C]
+        words = self.captions[choice.captions[part]].gather(1, choice.orders[part])  # [b, L]
+        parts = {self.text_name: self.vectors[words]}  # [b, L, C]
         if self.image_name is not None:
             parts[self.image_name] = self.cache.latents(images, versions)  # [b, L, C]
         if self.sketch_name is not None:
@@ -106,6 +116,16 @@ class Examples:
         if not self.model.modality(self.text_name).categories:
             return {}
         return {self.text_name: self.captions[choice.captions].long()}
+
+    def _orders(self, captions: list[int], known: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Permutations [B, L] of words; what follows the last word stays there."""
+        places = torch.arange(self.captions.shape[1]).repeat(len(captions), 1)  # [B, L]
+        if known is None or not self.recipe.reordered:
+            return places
+        changed = known & (torch.rand(len(captions), generator=generator) < self.recipe.reordered)  # [B]
+        drawn = torch.rand(places.shape, generator=generator)  # [B, L]
+        mixed = torch.where(self.captions[captions] == 0, places + 1.0, drawn).argsort(1)  # 0: the end of the text
+        return torch.where(changed[:, None], mixed, places)
 
     def _joined(self, parts: dict[str, Tensor]) -> Tensor:
         """[B, ·] of each modality side by side, in the model's order."""

@@ -51,7 +51,7 @@ from engine.training.tracking import Tracker, record_start
 
 # What must be equal when a run is resumed, besides the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
-RUN_RECIPE = ("gamma", "skew", "first_caption", "captions_alike", "repeats", "augmentation")
+RUN_RECIPE = ("gamma", "skew", "first_caption", "reordered", "captions_alike", "repeats", "augmentation")
 
 
 def train(options: TrainOptions) -> None:
