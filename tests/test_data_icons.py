@@ -21,9 +21,17 @@ ICONS = {
         "red-square": {"body": RED},
         "tall": {"body": '<path fill="#00f" d="M0 0h16v32H0z"/>', "height": 32},
         "moved": {"body": '<path fill="#0f0" d="M-4 -4h16v16H-4z"/>', "left": -4, "top": -4},
-        "broken": {"body": "<path"},
+        "keycap-asterisk": {"body": RED},
     },
-    "aliases": {"scarlet-square": {"parent": "red-square"}, "mirrored": {"parent": "red-square", "hFlip": True}},
+    "aliases": {
+        "scarlet-square": {"parent": "red-square"},
+        "crimson-square": {"parent": "scarlet-square"},
+        "mirrored": {"parent": "red-square", "hFlip": True},
+        "round": {"parent": "robin"},
+        "robin": {"parent": "round"},
+        "orphan": {"parent": "nobody"},
+        "listed": {"parent": []},
+    },
 }
 
 
@@ -60,6 +68,8 @@ def names(tmp_path):
         ("woman running: dark skin tone", "woman-running-dark-skin-tone"),
         ("flag: Côte d’Ivoire", "flag-cote-divoire"),
         ("keycap: 10", "keycap-10"),
+        ("keycap: *", "keycap-asterisk"),
+        ("keycap: #", "keycap-hash"),
         ("Mrs. Claus", "mrs-claus"),
         ("Japanese “open for business” button", "japanese-open-for-business-button"),
         ("—", ""),
@@ -86,8 +96,8 @@ def test_an_icon_that_is_not_square_is_centred_and_its_origin_kept(icons):
 
 def test_icons_that_mirror_others_and_names_without_one_are_not_there(icons):
     drawn = IconSet(icons())
-    assert "red square" in drawn and "scarlet square" in drawn
-    assert "mirrored" not in drawn and "blue square" not in drawn and "—" not in drawn
+    assert all(name in drawn for name in ("red square", "scarlet square", "crimson square", "keycap: *"))
+    assert not any(name in drawn for name in ("mirrored", "round", "robin", "orphan", "listed", "blue square", "—"))
 
 
 @needs_font
@@ -119,18 +129,18 @@ def test_sets_of_fewer_icons_hold_out_the_same_names(icons, names, tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("not JSON", "is not an icon set"),
+        ("not JSON", "is not readable JSON"),
         ("[]", "is not an icon set"),
         ('{"prefix": "few"}', "is not an icon set"),
         ({"prefix": "few", "icons": ["red-square"]}, "is not an icon set"),
-        ({"prefix": "few", "icons": {"red-square": {}}}, "is not an icon set"),
         ({"prefix": "few", "icons": {"red-square": "x"}}, "is not an icon set"),
         ({"prefix": "few", "icons": {"red-square": {"body": RED}}, "aliases": {"a": 1}}, "is not an icon set"),
-        ("[" * 100_000, "is not an icon set"),
-        ({"prefix": "few", "icons": {"red-square": {"body": "<path"}}}, "has a damaged icon red-square"),
+        ({"prefix": "a b", "icons": {"red-square": {"body": RED}}}, "is not an icon set"),
+        ({"prefix": 5, "icons": {"red-square": {"body": RED}}}, "is not an icon set"),
+        ("[" * 100_000, "is not readable JSON"),
         ({"prefix": "few", "icons": {"green-square": {"body": RED}}}, "has none of the font's emoji"),
         ({"prefix": "few", "icons": {}}, "has none of the font's emoji"),
-        (None, "does not exist"),
+        (None, "is not a file"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -141,6 +151,34 @@ def test_bad_icon_sets_are_refused_in_one_line(icons, names, tmp_path, capsys, c
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"--icons: {file}" in error and says in error
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("icon", "says"),
+    [
+        ({}, "it has no body"),
+        ({"body": None}, "it has no body"),
+        ({"body": "<path"}, "damaged icon red-square"),
+        ({"body": "</svg><svg>"}, "damaged icon red-square"),
+        ({"body": "<!DOCTYPE svg>" + RED}, "damaged icon red-square"),
+        ({"body": ""}, "nothing is drawn"),
+        ({"body": RED, "width": 0}, "its box is not made of numbers"),
+        ({"body": RED, "width": True}, "its box is not made of numbers"),
+        ({"body": RED, "height": "16"}, "its box is not made of numbers"),
+        ({"body": RED, "left": float("inf")}, "its box is not made of numbers"),
+        ({"body": RED, "top": 10**400}, "damaged icon red-square"),
+        ({"body": RED, "width": 1e9}, "nothing is drawn"),
+        ({"body": '<g opacity="0.9">' * 5000 + RED + "</g>" * 5000}, "it is nested too deeply"),
+        ({"body": f'<image href="{__file__}" width="16" height="16"/>'}, "it refers to another file"),
+        ({"body": '<image xlink:href="file:///dev/zero" width="16" height="16"/>'}, "it refers to another file"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_icons_that_cannot_be_drawn_safely_are_named(icons, icon, says):
+    drawn = IconSet(icons({"prefix": "few", "icons": {"red-square": icon}}))
+    with pytest.raises(InputError, match="^icons: .*has a damaged icon red-square") as error:
+        drawn.draw("red square", 16)
+    assert says in str(error.value)
 
 
 def test_without_resvg_the_extra_is_named(icons, monkeypatch):

@@ -191,6 +191,20 @@ def test_the_images_of_another_data_set_are_the_last_and_only_known(dataset, tmp
     assert {path.name for path in both.skipped} == {"3.png", "gone.png"}
 
 
+def test_data_sets_are_joined_with_all_that_is_ignored_and_no_id_twice(dataset):
+    some = replace(dataset, ignored={"annotations without a caption": [1], "other": [2]})
+    both = some.with_known(replace(some, ignored={"annotations without a caption": [7]}), "others")
+    assert both.ignored == {"annotations without a caption": [1, 7], "other": [2]}
+    with pytest.raises(InputError, match="'others/100' is the id of two images; give the image another id"):
+        both.with_known(dataset, "others")
+
+
+def test_images_that_are_only_known_are_no_data_set(dataset, tmp_path):
+    known = replace(dataset, items=()).with_known(dataset, "others")
+    with pytest.raises(InputError, match="has no readable image"):
+        cache(known, tmp_path / "cache", Encoder())
+
+
 def test_changed_versions_follow_an_images_own(dataset, tmp_path):
     plain = everything(cache(dataset, tmp_path / "plain", Encoder()))
     changed = cache(dataset, tmp_path / "cache", Encoder(), augmentation=CHANGES)

@@ -96,13 +96,31 @@ def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(image
     text = (other / "captions.json").read_text()
     (other / "captions.json").write_text(text.replace("red", "green"))
     assert train_main(images, tmp_path / "run", "--known-images", str(other)) == 0
-    assert "24 usable images" in capsys.readouterr().out
+    assert f"{images}, {other}: 24 usable images" in capsys.readouterr().out
     vocabulary = checkpoint.load(tmp_path / "run" / "checkpoint").codec("text").vocabulary
     assert {"red", "green"} <= set(vocabulary)
     assert train_main(images, tmp_path / "run") == 2  # resumed without it
-    assert "is not what this run began with: removed images: 12" in capsys.readouterr().err
-    assert train_main(images, tmp_path / "run2", "--known-images", str(tmp_path / "nowhere")) == 2
-    assert f"--known-images: {tmp_path / 'nowhere'} " in capsys.readouterr().err
+    assert "--known-images: '' is not what this run began with: removed images: 12" in capsys.readouterr().err
+    nowhere, plain = tmp_path / "nowhere", tmp_path / "plain"
+    assert train_main(images, plain, "--known-images", str(nowhere)) == 2
+    assert f"--known-images: {nowhere} " in capsys.readouterr().err and not plain.exists()
+
+
+def test_faults_of_images_that_are_only_known_are_not_blamed_on_the_others(images, run, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    other = captioned_images(tmp_path / "other")
+    text = (other / "captions.json").read_text()
+    (other / "captions.json").write_text(text.replace("red", "green"))
+    init = ("--init", str(run / "checkpoint"))
+    assert train_main(images, tmp_path / "words", "--known-images", str(other), *init) == 2
+    assert "--known-images: 'green' is not in the vocabulary" in capsys.readouterr().err
+    for file in (other / "images").iterdir():
+        file.write_bytes(b"damaged")
+    (other / "captions.json").write_text(text)
+    assert train_main(images, tmp_path / "damaged", "--known-images", str(other), *init) == 2
+    assert f"--known-images: {other} has no readable image" in capsys.readouterr().err
+    assert train_main(other, tmp_path / "only", "--known-images", str(images), *init) == 2
+    assert f"--data: {other / 'images'} has no readable image" in capsys.readouterr().err
 
 
 def test_repeating_a_finished_run_changes_nothing(images, run):

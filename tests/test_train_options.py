@@ -89,6 +89,8 @@ def test_a_model_of_text_alone_needs_no_autoencoder_and_takes_none():
         ("learning_rate", "fast", "above 0"),
         ("autoencoder_learning_rate", 0.0, "above 0"),
         ("known_images", "folder", "give a list of them"),
+        ("known_images", None, "give a list of them"),
+        ("known_images", [5], "give a list of them"),
         ("seed", -1, "from 0 to 4294967295"),
         ("seed", 1 << 32, "from 0 to 4294967295"),
         ("dtype", "int8", "use one of auto"),
@@ -101,10 +103,15 @@ def test_values_out_of_range_are_refused_with_a_remedy(argument, value, remedy):
     assert error.value.argument == argument and repr(error.value.value) == repr(value)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("evaluate_every", 250), ("known_images", ["folder"])])
-def test_a_model_of_text_alone_takes_nothing_about_images(argument, value):
-    with pytest.raises(InputError, match=rf"^{argument}: .* needs a model of images and texts; leave it out"):
-        options(preset="text", **{argument: value})
+def test_a_model_of_text_alone_has_no_scores_to_follow():
+    with pytest.raises(InputError, match="^evaluate_every: 250 needs a model of images and texts; leave it out"):
+        options(preset="text", evaluate_every=250)
+
+
+@pytest.mark.parametrize("preset", ["text", "uvit-tiny", "uvit-emoji"])
+def test_presets_that_never_know_a_whole_image_take_no_known_images(preset):
+    with pytest.raises(InputError, match=f"^known_images: folder is of no use to {preset}.*; leave it out"):
+        options(preset=preset, known_images=[Path("folder")])
 
 
 def test_adapters_are_not_shared_among_processes(tmp_path):

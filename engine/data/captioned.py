@@ -84,10 +84,16 @@ class CaptionedImages:
             yield item, fit_image(image, size)
 
     def with_known(self, others: "CaptionedImages", name: str) -> "CaptionedImages":
-        """This data set, followed by the images of another one as `only_known`; `name` is put before their ids."""
+        """This data set, followed by the images of another one as `only_known`; `name` is put before their ids.
+
+        Raises InputError about "dataset" if an id is then there twice.
+        """
         known = [replace(item, image_id=f"{name}/{item.image_id}", only_known=True) for item in others.items]
-        skipped, ignored = self.skipped | others.skipped, self.ignored | others.ignored
-        return CaptionedImages((*self.items, *known), skipped, ignored)
+        if twice := {item.image_id for item in self.items} & {item.image_id for item in known}:
+            raise InputError("dataset", min(twice), "give the image another id", "is the id of two images")
+        reasons = [*dict.fromkeys((*self.ignored, *others.ignored))]
+        ignored = {reason: [*self.ignored.get(reason, ()), *others.ignored.get(reason, ())] for reason in reasons}
+        return CaptionedImages((*self.items, *known), self.skipped | others.skipped, ignored)
 
     def summary(self) -> str:
         """One line for a log: how many images are usable, and how much is left out for which reason."""

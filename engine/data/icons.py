@@ -4,17 +4,23 @@ The npm packages `@iconify-json/…` have one each, in `icons.json`: many emoji 
 """
 
 import io
-import json
+import math
+import re
 import unicodedata
 from pathlib import Path
+from xml.etree import ElementTree
 
 from PIL import Image
 
 from engine.errors import InputError
-from engine.files import unreadable
+from engine.files import is_file, read_json
+from engine.request import is_number
 
+REMEDY = "give the icons.json of an Iconify package"
 SVG = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 SIDE = 16  # of icons without a width or height, as the format says
+MOST_LEVELS = 100  # of nested elements: resvg crashes at some hundreds
+SPELT = str.maketrans({"#": " hash ", "*": " asterisk ", "’": "", "'": ""})
 
 
 class IconSet:
@@ -25,17 +31,19 @@ class IconSet:
 
     def __init__(self, file: Path):
         self.file = file
+        if not is_file(file, "icons"):
+            raise InputError("icons", file, REMEDY, "is not a file")
+        content = read_json(file, "icons", REMEDY, REMEDY)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            self.prefix = str(content["prefix"])
-            icons = {name: _svg(content | icon) for name, icon in content["icons"].items()}
-            aliases = {name: alias["parent"] for name, alias in content.get("aliases", {}).items() if len(alias) == 1}
-        except OSError as error:
-            raise unreadable("icons", file, error, "give the icons.json of an Iconify package") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self.prefix = content["prefix"]
+            if not re.fullmatch(r"[a-z0-9-]{1,100}", self.prefix):
+                raise ValueError(f"the prefix {self.prefix!r:.100}")
+            self._icons = {name: content | dict(icon) for name, icon in content["icons"].items()}
+            aliases = content.get("aliases", {}).items()
+            self._parents = {name: alias["parent"] for name, alias in aliases if alias.keys() == {"parent"}}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"is not an icon set ({type(error).__name__}: {error})"
-            raise InputError("icons", file, "give the icons.json of an Iconify package", problem) from None
-        self._svg = {name: icons[parent] for name, parent in aliases.items() if parent in icons} | icons
+            raise InputError("icons", file, REMEDY, problem) from None
         try:
             import resvg_py
         except ModuleNotFoundError:
@@ -44,7 +52,7 @@ class IconSet:
 
     def __contains__(self, name: str) -> bool:
         """Whether there is an icon of this name, given as words ("woman running: dark skin tone")."""
-        return icon_name(name) in self._svg
+        return self._icon(name) is not None
 
     def draw(self, name: str, size: int) -> Image.Image:
         """RGBA image, size × size; an icon that is not square is centred.
@@ -52,20 +60,43 @@ class IconSet:
         Raises InputError about `icons` if it cannot be drawn.
         """
         try:
-            svg = self._svg[icon_name(name)].replace("<svg ", f'<svg width="{size}" height="{size}" ', 1)
-            image = Image.open(io.BytesIO(bytes(self._render(svg_string=svg, skip_system_fonts=True))))
-            return image.convert("RGBA").resize((size, size))
-        except (ValueError, OSError) as error:
-            remedy = "install the package again"
-            raise InputError("icons", self.file, remedy, f"has a damaged icon {icon_name(name)} ({error})") from None
+            svg = _svg(self._icon(name) or {}, size)
+            image = Image.open(io.BytesIO(bytes(self._render(svg_string=svg, skip_system_fonts=True)))).convert("RGBA")
+            if image.getbbox() is None:
+                raise ValueError("nothing is drawn")
+            return image.resize((size, size))
+        except (ValueError, OverflowError, OSError, ElementTree.ParseError) as error:
+            problem = f"has a damaged icon {icon_name(name)} ({error})"
+            raise InputError("icons", self.file, "install the package again", problem) from None
+
+    def _icon(self, name: str) -> dict | None:
+        found = icon_name(name)
+        for _ in range(len(self._parents) + 1):  # aliases of aliases, unless they go round in circles
+            if found in self._icons or not isinstance(found := self._parents.get(found), str):
+                break
+        return self._icons.get(found) if isinstance(found, str) else None
 
 
 def icon_name(name: str) -> str:
     """Words as Iconify writes them in names: "flag: Côte d’Ivoire" → "flag-cote-divoire"."""
-    plain = unicodedata.normalize("NFKD", name.replace("’", "").replace("'", "")).encode("ascii", "ignore").decode()
+    plain = unicodedata.normalize("NFKD", name.translate(SPELT)).encode("ascii", "ignore").decode()
     return "-".join("".join(c if c.isalnum() else " " for c in plain.lower()).split())
 
 
-def _svg(icon: dict) -> str:
-    box = [icon.get(key, default) for key, default in (("left", 0), ("top", 0), ("width", SIDE), ("height", SIDE))]
-    return f'<svg {SVG} viewBox="{" ".join(map(str, box))}">{icon["body"]}</svg>'
+def _svg(icon: dict, size: int) -> str:
+    """An icon as a whole SVG file; raises ValueError or ParseError for one that cannot be drawn safely."""
+    left, top, width, height = (icon.get(k, d) for k, d in (("left", 0), ("top", 0), ("width", SIDE), ("height", SIDE)))
+    if not all(is_number(v) and math.isfinite(v) for v in (left, top, width, height)) or min(width, height) <= 0:
+        raise ValueError("its box is not made of numbers")
+    body = icon.get("body")
+    if not isinstance(body, str):
+        raise ValueError("it has no body")
+    svg = f'<svg {SVG} width="{size}" height="{size}" viewBox="{left} {top} {width} {height}">{body}</svg>'
+    level = 0
+    for event, element in ElementTree.iterparse(io.BytesIO(svg.encode()), ("start", "end")):
+        level += 1 if event == "start" else -1
+        if level > MOST_LEVELS:
+            raise ValueError("it is nested too deeply")
+        if any(key.endswith("href") and not value.startswith("#") for key, value in element.attrib.items()):
+            raise ValueError("it refers to another file")
+    return svg

@@ -149,15 +149,16 @@ def cache_latents(
 def map_latents(paths: list[Path], dataset: CaptionedImages, sketches: int = 0) -> LatentCache:
     """Maps all shards of a data set, encoded with this number of sketches; their skipped images are added to its own.
 
-    Raises InputError about `dataset` if no image could be read.
+    Raises InputError about `dataset` if no image could be read, or none that training may draw.
     """
     read = [_read_shard(path, dataset) for path in paths]
     shards = [latents for latents, items in read if len(items)]
-    if not shards:
+    images = [dataset.items[i] for _, items in read for i in items.tolist()]
+    only_known = sum(image.only_known for image in images)
+    if only_known == len(images):
         problem = f"has no readable image ({dataset.summary()})"
         raise InputError("dataset", dataset.items[0].path.parent, "give a data set with intact images", problem)
-    images = [dataset.items[i] for _, items in read for i in items.tolist()]
-    return LatentCache(shards, [list(i.captions) for i in images], sum(i.only_known for i in images), sketches)
+    return LatentCache(shards, [list(image.captions) for image in images], only_known, sketches)
 
 
 def default_shard_size(images: int) -> int:

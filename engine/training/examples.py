@@ -47,8 +47,15 @@ class Examples:
         (self.image_name, self.text_name), self.sketch_name = image_and_text(config), sketch_of(config)
         words = config.model.modality(self.text_name).tokens
         # Indices into the table of word vectors: as vectors, the captions of MS-COCO would take 10 GB.
-        with errors_named("data"):
-            self.captions = text.indices((shortened(c, words) for captions in cache.captions for c in captions), words)
+        rows = []
+        for argument, part in (
+            ("data", cache.captions[: cache.drawn]),
+            ("known_images", cache.captions[cache.drawn :]),
+        ):
+            with errors_named(argument):
+                if part:
+                    rows.append(text.indices((shortened(c, words) for captions in part for c in captions), words))
+        self.captions = torch.cat(rows)
         self.counts = [len(captions) for captions in cache.captions]  # by image
         self.first_of = [0, *accumulate(self.counts)]  # index of each image's first caption in `captions` [n, L]
         first = [captions[0] for captions in cache.captions]

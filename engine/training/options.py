@@ -64,8 +64,9 @@ class TrainOptions:
         for key in ("data", "out", "init"):
             value = getattr(self, key)
             object.__setattr__(self, key, None if value is None else Path(value))
-        if isinstance(self.known_images, str | Path):
-            raise InputError("known_images", self.known_images, "give a list of them", "is a single folder")
+        known = self.known_images
+        if not isinstance(known, list | tuple) or not all(isinstance(source, str | Path) for source in known):
+            raise InputError("known_images", known, "give a list of them", "is not a list of folders")
         object.__setattr__(self, "known_images", tuple(map(Path, self.known_images)))
         if self.preset not in PRESETS:
             raise InputError("preset", self.preset, f"use one of {', '.join(PRESETS)}", "is not known")
@@ -99,10 +100,13 @@ class TrainOptions:
         self._check_lora()
         object.__setattr__(self, "config", self._with_heads(self.config or PRESETS[self.preset]))
         object.__setattr__(self, "recipe", self._changed(self.recipe or RECIPES[self.preset]))
-        if image_and_text(self.config)[0] is None:
-            for key in ("evaluate_every", "known_images"):
-                if value := getattr(self, key):
-                    raise InputError(key, value, "leave it out", "needs a model of images and texts")
+        has_images = image_and_text(self.config)[0] is not None
+        if not has_images and self.evaluate_every is not None:
+            problem = "needs a model of images and texts"
+            raise InputError("evaluate_every", self.evaluate_every, "leave it out", problem)
+        if self.known_images and not (has_images and self.config.diffusion.time_sampling == "masked"):
+            problem = f"is of no use to {self.preset}, which is not trained on images that are known as a whole"
+            raise InputError("known_images", self.known_images[0], "leave it out", problem)
 
     @property
     def init_has_codecs(self) -> bool:

@@ -51,6 +51,7 @@ from engine.training.tracking import Tracker, record_start
 
 # What must be equal when a run is resumed, besides the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
+KNOWN = "known_images"  # before the ids of images of these data sets
 RUN_RECIPE = ("gamma", "skew", "first_caption", "reordered", "captions_alike", "repeats", "augmentation")
 
 
@@ -83,7 +84,7 @@ def train(options: TrainOptions) -> None:
 
         def begin() -> tuple[dict[str, list], ImageCodec | None, Evaluations | None]:
             several = f" in {processes.count} processes" if processes.count > 1 else ""
-            print(f"{options.data}: {data.summary()}; on {device} in {dtype}{several}")
+            print(f"{_sources(options)}: {data.summary()}; on {device} in {dtype}{several}")
             image = None
             if options.autoencoder and not _codec_folder(run, config, image_and_text(config)[0]).exists():
                 with errors_named("autoencoder"):
@@ -125,8 +126,12 @@ def _open_data(options: TrainOptions) -> CaptionedImages | Texts:
         data = open_captioned(options.data, options.split)
     for number, source in enumerate(options.known_images):
         with errors_named("known_images"):
-            data = data.with_known(open_captioned(source, options.split), f"known_images/{number}")
+            data = data.with_known(open_captioned(source, options.split), f"{KNOWN}/{number}")
     return data
+
+
+def _sources(options: TrainOptions) -> str:
+    return ", ".join(map(str, (options.data, *options.known_images)))
 
 
 def _run_stages(
@@ -166,7 +171,10 @@ def _run_stages(
     else:
         cache = _latents(data, record, options, how)
         if len(data.skipped) > skipped and how.processes.is_main:  # images are opened only now
-            print(f"{options.data}: {data.summary()}")
+            print(f"{_sources(options)}: {data.summary()}")
+        if options.known_images and not cache.only_known:
+            problem = "has no readable image"
+            raise InputError("known_images", options.known_images[0], "give a data set with intact images", problem)
     config, cache = with_unit_sketches(config, cache)
     config = replace(config, model=with_categories(config.model, len(text.vectors)))
     train_denoiser(run, cache, text, config, recipe, how, init, lora, evaluations)
@@ -284,15 +292,26 @@ def _require_same_data(data: CaptionedImages | Texts, options: TrainOptions) -> 
     recorded = _recorded(file, lambda entry: isinstance(entry, list) and len(entry) == 4)
     if isinstance(data, Texts):
         record = data.record()
-        changed = "" if recorded == record else "the texts have changed"
+        changes = {"data": "" if recorded == record else "the texts have changed"}
     else:
         record = record_of(data, recorded)
-        changed = differences(recorded or record, record)
-    if recorded and changed:
-        remedy = "restore it, or start a run in another folder, with --init to continue from this one's checkpoint"
-        raise InputError("data", options.data, remedy, f"is not what this run began with: {changed}")
+        parts = [_own_and_known(recorded or record), _own_and_known(record)]
+        changes = dict(zip(("data", "known_images"), map(differences, *parts), strict=True))
+    for argument, changed in changes.items():
+        if recorded and changed:
+            known = argument == "known_images"
+            value = ", ".join(map(str, options.known_images)) if known else options.data
+            remedy = "give the same in the same order" if known else "restore it"
+            remedy += ", or start a run in another folder, with --init to continue from this one's checkpoint"
+            raise InputError(argument, value, remedy, f"is not what this run began with: {changed}")
     write_atomically(file, lambda p: p.write_text(json.dumps(record) + "\n"))
     return record
+
+
+def _own_and_known(record: dict[str, list]) -> tuple[dict[str, list], dict[str, list]]:
+    """A record's entries of the data itself, and those of the data sets of known images."""
+    known = {name: entry for name, entry in record.items() if name.startswith(f"{KNOWN}/")}
+    return {name: entry for name, entry in record.items() if name not in known}, known
 
 
 def _recorded(file: Path, is_value: Callable[[object], bool]) -> dict | None:
