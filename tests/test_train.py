@@ -90,16 +90,17 @@ def test_the_recipe_decides_how_captions_are_weighted_and_images_repeated(images
     assert first["repeated"]["text"] != first["plain"]["text"]
 
 
-def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(images, tmp_path, capsys):
+def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(images, run, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     other = captioned_images(tmp_path / "other")
     text = (other / "captions.json").read_text()
     (other / "captions.json").write_text(text.replace("red", "green"))
-    assert train_main(images, tmp_path / "run", "--known-images", str(other)) == 0
+    trained = ("--autoencoder", str(run / "checkpoint" / "image"), "--steps", "1")
+    assert train_main(images, tmp_path / "run", "--known-images", str(other), *trained) == 0
     assert f"{images}, {other}: 24 usable images" in capsys.readouterr().out
     vocabulary = checkpoint.load(tmp_path / "run" / "checkpoint").codec("text").vocabulary
     assert {"red", "green"} <= set(vocabulary)
-    assert train_main(images, tmp_path / "run") == 2  # resumed without it
+    assert train_main(images, tmp_path / "run", *trained) == 2  # resumed without it
     assert "--known-images: '' is not what this run began with: removed images: 12" in capsys.readouterr().err
     nowhere, plain = tmp_path / "nowhere", tmp_path / "plain"
     assert train_main(images, plain, "--known-images", str(nowhere)) == 2
