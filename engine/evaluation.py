@@ -147,13 +147,15 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     flat = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
     values: dict[str, list[float]] = {}  # by score, one of each name
 
-    if "text-to-image" not in skipped:
+    def nearest_to_drawn(prompts: list[str]) -> list[str]:
         drawn = drawn_images(engine, prompts, how)
-        nearest = gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
+        return gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
+
+    if "text-to-image" not in skipped:
+        nearest = nearest_to_drawn(prompts)
         values["retrieval_base"] = [base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)]
         values["retrieval_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
-        drawn = drawn_images(engine, [_reordered(prompt) for prompt in prompts], how)
-        nearest = gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
+        nearest = nearest_to_drawn([_reordered(prompt) for prompt in prompts])
         values["reordered_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
     if "image-to-text" not in skipped:
         values |= _described(engine, "image-to-text", images, names, how)

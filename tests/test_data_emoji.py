@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from emoji_cases import cldr_folder, needs_font
 from PIL import Image, features
 
 from engine.codecs.words import tokenize
@@ -11,7 +12,6 @@ from engine.data.emoji import FONT, NAMES, Renderer, base_name, held_out_names, 
 from engine.data.sources import open_captioned
 from engine.errors import InputError
 
-needs_font = pytest.mark.skipif(not FONT.is_file(), reason="Debian's fonts-noto-color-emoji is not installed")
 needs_names = pytest.mark.skipif(not NAMES.is_dir(), reason="Debian's unicode-cldr-core is not installed")
 
 ANNOTATIONS = """<ldml><annotations>
@@ -30,11 +30,7 @@ DERIVED = """<ldml><annotations>
 @pytest.fixture
 def few_names(tmp_path):
     """A CLDR folder with five names; the font has four of these emoji."""
-    for folder, content in (("annotations", ANNOTATIONS), ("annotationsDerived", DERIVED)):
-        path = tmp_path / "common" / folder / "en.xml"
-        path.parent.mkdir(parents=True)
-        path.write_text(content, encoding="utf-8")
-    return tmp_path / "common"
+    return cldr_folder(tmp_path, ANNOTATIONS, DERIVED)
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,14 @@ import json
 import sys
 
 import pytest
+from emoji_cases import cldr_folder, needs_font
 from PIL import Image
 
 from engine.data.__main__ import main
-from engine.data.emoji import FONT, held_out_names, render_emoji
+from engine.data.emoji import held_out_names, render_emoji
 from engine.data.icons import IconSet, icon_name
 from engine.data.sources import open_captioned
 from engine.errors import InputError
-
-needs_font = pytest.mark.skipif(not FONT.is_file(), reason="Debian's fonts-noto-color-emoji is not installed")
 
 RED = '<path fill="#f00" d="M0 0h8v16H0z"/>'  # the left half of a square of 16
 ICONS = {
@@ -53,11 +52,7 @@ def names(tmp_path):
 
     def written(*named: str):
         rows = [f'<annotation cp="{chr(0x1F600 + i)}" type="tts">{name}</annotation>' for i, name in enumerate(named)]
-        for folder, part in (("annotations", rows), ("annotationsDerived", [])):
-            path = tmp_path / "common" / folder / "en.xml"
-            path.parent.mkdir(parents=True)
-            path.write_text(f"<ldml><annotations>{''.join(part)}</annotations></ldml>", encoding="utf-8")
-        return tmp_path / "common"
+        return cldr_folder(tmp_path, f"<ldml><annotations>{''.join(rows)}</annotations></ldml>")
 
     return written
 

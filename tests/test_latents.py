@@ -199,7 +199,7 @@ def test_data_sets_are_joined_with_all_that_is_ignored_and_no_id_twice(dataset):
         both.with_known(dataset, "others")
 
 
-def test_images_that_are_only_known_are_no_data_set(dataset, tmp_path):
+def test_a_data_set_whose_images_are_all_only_known_is_refused(dataset, tmp_path):
     known = replace(dataset, items=()).with_known(dataset, "others")
     with pytest.raises(InputError, match="has no readable image"):
         cache(known, tmp_path / "cache", Encoder())

@@ -90,11 +90,17 @@ def test_the_recipe_decides_how_captions_are_weighted_and_images_repeated(images
     assert first["repeated"]["text"] != first["plain"]["text"]
 
 
-def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(images, run, tmp_path, capsys):
+@pytest.fixture
+def other(tmp_path):
+    """The same images with a word that the others' captions lack."""
     (tmp_path / "other").mkdir()
-    other = captioned_images(tmp_path / "other")
-    text = (other / "captions.json").read_text()
-    (other / "captions.json").write_text(text.replace("red", "green"))
+    folder = captioned_images(tmp_path / "other")
+    captions = folder / "captions.json"
+    captions.write_text(captions.read_text().replace("red", "green"))
+    return folder
+
+
+def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(images, other, run, tmp_path, capsys):
     trained = ("--autoencoder", str(run / "checkpoint" / "image"), "--steps", "1")
     assert train_main(images, tmp_path / "run", "--known-images", str(other), *trained) == 0
     assert f"{images}, {other}: 24 usable images" in capsys.readouterr().out
@@ -107,17 +113,14 @@ def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(image
     assert f"--known-images: {nowhere} " in capsys.readouterr().err and not plain.exists()
 
 
-def test_faults_of_images_that_are_only_known_are_not_blamed_on_the_others(images, run, tmp_path, capsys):
-    (tmp_path / "other").mkdir()
-    other = captioned_images(tmp_path / "other")
-    text = (other / "captions.json").read_text()
-    (other / "captions.json").write_text(text.replace("red", "green"))
+def test_faults_of_images_that_are_only_known_are_not_blamed_on_the_others(images, other, run, tmp_path, capsys):
     init = ("--init", str(run / "checkpoint"))
     assert train_main(images, tmp_path / "words", "--known-images", str(other), *init) == 2
     assert "--known-images: 'green' is not in the vocabulary" in capsys.readouterr().err
     for file in (other / "images").iterdir():
         file.write_bytes(b"damaged")
-    (other / "captions.json").write_text(text)
+    captions = other / "captions.json"
+    captions.write_text(captions.read_text().replace("green", "red"))
     assert train_main(images, tmp_path / "damaged", "--known-images", str(other), *init) == 2
     assert f"--known-images: {other} has no readable image" in capsys.readouterr().err
     assert train_main(other, tmp_path / "only", "--known-images", str(images), *init) == 2

@@ -40,7 +40,8 @@ class IconSet:
                 raise ValueError(f"the prefix {self.prefix!r:.100}")
             self._icons = {name: content | dict(icon) for name, icon in content["icons"].items()}
             aliases = content.get("aliases", {}).items()
-            self._parents = {name: alias["parent"] for name, alias in aliases if alias.keys() == {"parent"}}
+            parents = {name: alias["parent"] for name, alias in aliases if alias.keys() == {"parent"}}
+            self._parents = {name: parent for name, parent in parents.items() if isinstance(parent, str)}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"is not an icon set ({type(error).__name__}: {error})"
             raise InputError("icons", file, REMEDY, problem) from None
@@ -71,10 +72,11 @@ class IconSet:
 
     def _icon(self, name: str) -> dict | None:
         found = icon_name(name)
-        for _ in range(len(self._parents) + 1):  # aliases of aliases, unless they go round in circles
-            if found in self._icons or not isinstance(found := self._parents.get(found), str):
+        for _ in self._parents:  # an alias may be that of another alias; this ends also where they form a circle
+            if found in self._icons:
                 break
-        return self._icons.get(found) if isinstance(found, str) else None
+            found = self._parents.get(found, found)
+        return self._icons.get(found)
 
 
 def icon_name(name: str) -> str:

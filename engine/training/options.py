@@ -67,7 +67,7 @@ class TrainOptions:
         known = self.known_images
         if not isinstance(known, list | tuple) or not all(isinstance(source, str | Path) for source in known):
             raise InputError("known_images", known, "give a list of them", "is not a list of folders")
-        object.__setattr__(self, "known_images", tuple(map(Path, self.known_images)))
+        object.__setattr__(self, "known_images", tuple(map(Path, known)))
         if self.preset not in PRESETS:
             raise InputError("preset", self.preset, f"use one of {', '.join(PRESETS)}", "is not known")
         if self.dtype not in DTYPES:

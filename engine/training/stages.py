@@ -49,9 +49,9 @@ from engine.training.recipes import Recipe
 from engine.training.stage import StageOptions, run_lock
 from engine.training.tracking import Tracker, record_start
 
+KNOWN = "known_images"  # before the ids of images of these data sets
 # What must be equal when a run is resumed, besides the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
-KNOWN = "known_images"  # before the ids of images of these data sets
 RUN_RECIPE = ("gamma", "skew", "first_caption", "reordered", "captions_alike", "repeats", "augmentation")
 
 
