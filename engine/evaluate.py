@@ -6,12 +6,14 @@ For names that were trained on and for held-out names (a name is an image's firs
                       prompt's base name, the part before ":"
     retrieval_exact   how often it has the prompt's whole name
     reordered_exact   the same of prompts whose words are in a random order
+    keyword_retrieval  text-to-image of one of the image's further captions, such as a keyword of an emoji: how often
+                      the nearest image of all has that caption; images with one caption are left out
     word_f1           image-to-text: word F1 of the generated text against the name
     caption_exact     how often the generated text is the name
     infill_rmse       infilling: root mean square error in levels of 0…255 inside the mask, which is the left half of
                       the image; the name is given
     autoencoder_psnr  encoding and decoding alone, in dB
-    classes           the first five for each class of name, with its count: flags, other names with ":" (compositions),
+    classes           the first six for each class of name, with its count: flags, other names with ":" (compositions),
                       faces and objects, see `engine.data.emoji.name_class`. The tables leave out a single class
     disturbed         word_f1 and caption_exact of images changed a little, see `engine.data.disturb`
 
@@ -203,9 +205,9 @@ def _keys(scores: type) -> list[str]:
 
 
 def _print_table(columns: list[str], rows: list[tuple[str, list[float | None]]]) -> None:
-    print(f"{'':18}" + "".join(f"{column:>17}" for column in columns))
+    print(f"{'':18}" + "".join(f"{column:>19}" for column in columns))
     for label, values in rows:
-        print(f"{label:18}" + "".join(f"{'-':>17}" if v is None else f"{v:17.4g}" for v in values))
+        print(f"{label:18}" + "".join(f"{'-':>19}" if v is None else f"{v:19.4g}" for v in values))
 
 
 if __name__ == "__main__":

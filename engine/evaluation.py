@@ -36,6 +36,7 @@ class NameScores:
     retrieval_base: float | None
     retrieval_exact: float | None
     reordered_exact: float | None
+    keyword_retrieval: float | None
     word_f1: float | None
     caption_exact: float | None
 
@@ -75,19 +76,24 @@ class JointScores:
 
 @dataclass(frozen=True)
 class Gallery:
-    """All images of a data set with their names, among which the nearest one is searched."""
+    """All images of a data set with their captions, among which the nearest one is searched."""
 
-    names: list[str]
+    captions: list[tuple[str, ...]]
     images: Tensor  # [n, 3·S·S] float32 in −1..1
 
     @classmethod
     def of(cls, pairs: Pairs) -> "Gallery":
         images = torch.stack([image for _, image in pairs]).flatten(1).float() / 127.5 - 1
-        return cls([item.captions[0] for item, _ in pairs], images)
+        return cls([tuple(item.captions) for item, _ in pairs], images)
 
-    def nearest(self, images: Tensor) -> list[str]:
-        """The names of the images nearest in L2 to images [m, 3·S·S]."""
-        return [self.names[i] for i in self.nearest_with_distances(images)[0]]
+    @property
+    def names(self) -> list[str]:
+        """The first caption of each image."""
+        return [captions[0] for captions in self.captions]
+
+    def nearest(self, images: Tensor) -> list[tuple[str, ...]]:
+        """The captions of the images nearest in L2 to images [m, 3·S·S]."""
+        return [self.captions[i] for i in self.nearest_with_distances(images)[0]]
 
     def nearest_with_distances(self, images: Tensor) -> tuple[list[int], list[float]]:
         """Of images [m, 3·S·S], the index of the nearest in L2 and its root mean square distance in levels."""
@@ -145,18 +151,23 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
     prompts = [shortened(name, words) for name in names]
     images = [from_levels(pixels) for _, pixels in pairs]
     flat = torch.stack([pixels for _, pixels in pairs]).float() / 127.5 - 1  # [n, 3, S, S]
-    values: dict[str, list[float]] = {}  # by score, one of each name
+    values: dict[str, list[float | None]] = {}  # by score, one of each name; None: it does not count
 
-    def nearest_to_drawn(prompts: list[str]) -> list[str]:
+    def nearest_to_drawn(prompts: list[str]) -> list[tuple[str, ...]]:
         drawn = drawn_images(engine, prompts, how)
         return gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
 
     if "text-to-image" not in skipped:
         nearest = nearest_to_drawn(prompts)
-        values["retrieval_base"] = [base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)]
-        values["retrieval_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
+        values["retrieval_base"] = [base_name(a[0]) == base_name(b) for a, b in zip(nearest, names, strict=True)]
+        values["retrieval_exact"] = [a[0] == b for a, b in zip(nearest, names, strict=True)]
         nearest = nearest_to_drawn([_reordered(prompt) for prompt in prompts])
-        values["reordered_exact"] = [a == b for a, b in zip(nearest, names, strict=True)]
+        values["reordered_exact"] = [a[0] == b for a, b in zip(nearest, names, strict=True)]
+        keywords = {i: keyword for i, (item, _) in enumerate(pairs) if (keyword := _keyword(item))}
+        if keywords:
+            nearest = nearest_to_drawn([shortened(keyword, words) for keyword in keywords.values()])
+            hits = {i: keywords[i] in captions for i, captions in zip(keywords, nearest, strict=True)}
+            values["keyword_retrieval"] = [hits.get(i) for i in range(len(names))]
     if "image-to-text" not in skipped:
         values |= _described(engine, "image-to-text", images, names, how)
     infill_rmse = None
@@ -227,8 +238,8 @@ def evaluate_sketches(engine: Engine, pairs: Pairs, gallery: Gallery, how: Reque
     drawn = _samples(engine, "image-to-sketch", ({"inputs": {image: i}} for i in images), how)
     return SketchScores(
         len(pairs),
-        retrieval_base=_mean(base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)),
-        retrieval_exact=_mean(a == b for a, b in zip(nearest, names, strict=True)),
+        retrieval_base=_mean(base_name(a[0]) == base_name(b) for a, b in zip(nearest, names, strict=True)),
+        retrieval_exact=_mean(a[0] == b for a, b in zip(nearest, names, strict=True)),
         word_f1=_mean(word_f1(s.outputs[text], name) for s, name in zip(made, names, strict=True)),
         edge_f1=_mean(edge_f1(s.outputs[sketch], b) for s, b in zip(drawn, other, strict=True)),
         edge_f1_drawn=_mean(edge_f1(a, b) for a, b in zip(given, other, strict=True)),
@@ -312,6 +323,11 @@ def spread(items: list, count: int) -> list:
     return [items[int(i * step)] for i in range(min(count, len(items)))]
 
 
+def _keyword(item: CaptionedImage) -> str | None:
+    """One of its captions after the first, which the first decides; None if there is no other."""
+    return random.Random(item.captions[0]).choice(item.captions[1:]) if item.captions[1:] else None
+
+
 def _reordered(text: str) -> str:
     """Its words in an order that the text alone decides."""
     words = text.split()
@@ -319,12 +335,12 @@ def _reordered(text: str) -> str:
     return " ".join(words)
 
 
-def _means(values: dict[str, list[float]], indices: Iterable[int]) -> NameScores:
+def _means(values: dict[str, list[float | None]], indices: Iterable[int]) -> NameScores:
     """Means over the names of these indices."""
     indices = list(indices)
     keys = [field.name for field in fields(NameScores) if field.name != "count"]
-    means = {key: _mean(values[key][i] for i in indices) if key in values else None for key in keys}
-    return NameScores(len(indices), **means)
+    counted = {key: [values[key][i] for i in indices if values[key][i] is not None] for key in keys if key in values}
+    return NameScores(len(indices), **{key: _mean(counted[key]) if counted.get(key) else None for key in keys})
 
 
 def _mean(values: Iterable[float]) -> float:

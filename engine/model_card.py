@@ -10,6 +10,7 @@ SCORES = {
     "retrieval_base": "text-to-image: the nearest image of the data has the prompt's base name",
     "retrieval_exact": "text-to-image: it has the prompt's whole name",
     "reordered_exact": "the same of prompts whose words are in a random order",
+    "keyword_retrieval": "text-to-image of a further caption (a keyword): the nearest image has it too",
     "word_f1": "image-to-text: word F1 of the generated text against the name",
     "caption_exact": "image-to-text: the generated text is the name",
     "infill_rmse": "infilling the left half: error in levels of 0…255 (lower is better)",

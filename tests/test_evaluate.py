@@ -35,7 +35,8 @@ from engine.evaluation import (
 from engine.presets import PRESETS
 from engine.request import Request
 
-NAMES = ["cat: red", "cat: blue", "big dog", "sun and moon", "flag", "red heart"]
+NAMES = ["cat: red", "cat: blue", "big dog", "sun and moon", "red heart", "flag"]
+KEYWORDS = [("pet",), ("pet",), ("dog", "pet"), ("sky",), ("love",), ()]  # further captions
 TINY = PRESETS["tiny"]
 SIZE = TINY.codecs["image"].settings["size"]
 
@@ -61,7 +62,7 @@ def test_word_f1(text, reference, score):
 def pairs() -> Pairs:
     """Images of noise: each is far from all others."""
     images = np.random.default_rng(0).integers(0, 256, (len(NAMES), 3, SIZE, SIZE), np.uint8)
-    items = [CaptionedImage(i, Path(f"{i}.png"), (name, "another caption")) for i, name in enumerate(NAMES)]
+    items = [CaptionedImage(i, Path(f"{i}.png"), (name, *KEYWORDS[i])) for i, name in enumerate(NAMES)]
     return list(zip(items, map(torch.from_numpy, images), strict=True))
 
 
@@ -83,6 +84,7 @@ class OracleEngine:
             item.captions[0].replace(":", ""): Image.fromarray(pixels.permute(1, 2, 0).numpy())
             for item, pixels in pairs
         }
+        self.named = {word: item.captions[0].replace(":", "") for item, _ in pairs for word in item.captions[1:]}
         self.draw, self.describe, self.requests = draw, describe, []
 
     def generate(self, requests: list[Request]) -> list[SimpleNamespace]:
@@ -99,7 +101,7 @@ class OracleEngine:
             words = list(self.images)[(request.seed + i) % len(self.images)]
             outputs = {"image": self.draw(self.images[words], words), "text": self.describe(words)}
         elif text is not None:
-            words = text if text in self.images else self.in_any_order(text)
+            words = self.named.get(text) or (text if text in self.images else self.in_any_order(text))
             outputs = {"image": self.draw(self.images[words], words), "text": text}
         else:
             words = next((words for words, known in self.images.items() if known == image), None)
@@ -114,7 +116,8 @@ def test_perfect_answers_have_perfect_scores(pairs):
     assert (scores.word_f1, scores.caption_exact, scores.infill_rmse) == (1.0, 1.0, 0.0)
     assert scores.autoencoder_psnr == pytest.approx(40, abs=1e-3), "an error of 0.02 in −1..1 is 0.01 of the range"
     assert {request.steps for request in engine.requests} == {3}
-    assert [request.seed for request in engine.requests] == [5, 6, 7, 8, 9, 10] * 4
+    seeds = [5, 6, 7, 8, 9, 10]  # of names, of reordered ones, of keywords, which one image lacks, and of two tasks
+    assert [request.seed for request in engine.requests] == [*seeds, *seeds, *seeds[:5], *seeds, *seeds]
 
 
 def test_prompts_whose_words_are_in_another_order_have_a_score_of_their_own(pairs):
@@ -126,6 +129,18 @@ def test_prompts_whose_words_are_in_another_order_have_a_score_of_their_own(pair
     again = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=9))
     assert again.reordered_exact == scores.reordered_exact
     assert evaluate(OracleEngine(pairs), pairs, Gallery.of(pairs), Request(steps=1)).reordered_exact == 1.0
+
+
+def test_prompts_of_keywords_count_if_the_nearest_image_has_the_keyword_too(pairs):
+    engine = OracleEngine(pairs)
+    engine.named = {"pet": "cat red", "dog": "cat red", "sky": "sun and moon", "love": "flag"}
+    scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
+    keywords = [request.inputs["text"] for request in engine.requests[12:17]]
+    assert [keywords[i] for i in (0, 1, 3, 4)] == ["pet", "pet", "sky", "love"] and keywords[2] in KEYWORDS[2]
+    assert scores.keyword_retrieval == pytest.approx((3 + (keywords[2] == "pet")) / 5)  # "flag" has no keyword
+    assert scores.classes["compositions"].keyword_retrieval == 1.0
+    flag = [pair for pair in pairs if pair[0].captions == ("flag",)]
+    assert evaluate(engine, flag, Gallery.of(pairs), Request(steps=1, seed=0)).keyword_retrieval is None
 
 
 def test_a_variant_of_the_wanted_image_counts_for_its_base_name_only(pairs):
@@ -149,8 +164,8 @@ def test_scores_are_also_means_over_each_class_of_names(pairs):
     engine = OracleEngine(pairs, describe=lambda words: "cat red" if "cat" in words else "")
     classes = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0)).classes
     assert classes == {
-        "compositions": NameScores(2, 1.0, 1.0, 1.0, word_f1=0.75, caption_exact=0.5),
-        "objects": NameScores(4, 1.0, 1.0, 1.0, word_f1=0.0, caption_exact=0.0),
+        "compositions": NameScores(2, 1.0, 1.0, 1.0, 1.0, word_f1=0.75, caption_exact=0.5),
+        "objects": NameScores(4, 1.0, 1.0, 1.0, 1.0, word_f1=0.0, caption_exact=0.0),
     }
 
 
@@ -224,7 +239,7 @@ def test_joint_samples_whose_text_names_another_image_disagree(pairs):
 
 
 def test_joint_samples_are_compared_with_the_first_caption_of_the_nearest_image(pairs):
-    engine = OracleEngine(pairs, describe=lambda _: "another caption")
+    engine = OracleEngine(pairs, describe=lambda _: "another text")
     assert evaluate_joint(engine, Gallery.of(pairs), Request(steps=1, seed=0), count=6).word_f1 == 0.0
 
 
@@ -278,6 +293,7 @@ def test_skipped_tasks_are_not_requested_and_have_no_scores(pairs):
     engine.config = predicting("text")
     scores = evaluate(engine, pairs, Gallery.of(pairs), Request(steps=1, seed=0))
     assert (scores.retrieval_base, scores.retrieval_exact, scores.reordered_exact) == (None, None, None)
+    assert scores.keyword_retrieval is None
     assert scores.infill_rmse is None
     assert scores.word_f1 == 1.0
 
@@ -300,7 +316,7 @@ def data(tmp_path, pairs) -> Path:
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / "images" / item.path)
     for file, part in (("captions.json", pairs[:4]), ("captions_test.json", pairs[4:])):
         images = [{"id": item.image_id, "file_name": item.path.name} for item, _ in part]
-        annotations = [{"image_id": item.image_id, "caption": item.captions[0]} for item, _ in part]
+        annotations = [{"image_id": item.image_id, "caption": text} for item, _ in part for text in item.captions]
         (folder / file).write_text(json.dumps({"images": images, "annotations": annotations}))
     return folder
 
@@ -388,7 +404,7 @@ def test_what_is_skipped_is_said(capsys, monkeypatch, pairs, data):
     monkeypatch.setattr("engine.evaluate.Engine.from_pretrained", lambda *_, **__: nullcontext(engine))
     code, out, _ = run(capsys, "--data", data, "--steps", 1)
     lines = out.splitlines()
-    assert code == 0 and lines[5].split() == ["word_f1", "-", "-"]
+    assert code == 0 and lines[6].split() == ["word_f1", "-", "-"]
     assert lines[-2:] == [
         "image-to-text skipped: the model does not predict text",
         "joint skipped: the model does not predict text",

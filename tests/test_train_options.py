@@ -313,23 +313,36 @@ def test_half_of_the_known_images_are_replaced_by_such_as_are_only_known():
     chosen = torch.tensor(choice.images)
     assert (chosen[~known] < 2).all()  # what is generated is never one of them
     assert 0.4 < (chosen[known] >= 2).float().mean() < 0.6 and {2, 3} <= set(choice.images)
-    for image, caption in zip(choice.images, choice.captions, strict=True):
-        assert made.first_of[image] <= caption < made.first_of[image + 1]  # one of its own
+    for image, words in zip(choice.images, choice.words, strict=True):
+        assert (made.captions[made.first_of[image] : made.first_of[image + 1]] == words).all(1).any()  # one of its own
     assert max(made.choose(indices, torch.Generator().manual_seed(0)).images) < 2
 
 
+def texts(made: Examples, known: torch.Tensor) -> dict[bool, Counter]:
+    """How often each text was chosen for images in turn, apart for known captions and for others."""
+    choice = made.choose([0, 1, 2, 3] * (len(known) // 4), torch.Generator().manual_seed(0), known_texts=known)
+    rows = made.read(choice)[:, TINY_CONFIG.model.state_slices["text"]]
+    read = [" ".join((END, *WORDS)[int(v)] for v in row[::8] if v) for row in rows]
+    return {flag: Counter(t for t, k in zip(read, known.tolist(), strict=True) if k == flag) for flag in (False, True)}
+
+
 def test_the_words_of_known_captions_come_in_another_order_as_often_as_the_recipe_says():
-    made = examples(reordered=0.5)
     known = torch.arange(800) % 8 < 4
-    choice = made.choose([0, 1, 2, 3] * 200, torch.Generator().manual_seed(0), known_texts=known)
-    text = made.read(choice)[:, TINY_CONFIG.model.state_slices["text"]]
-    read = [" ".join((END, *WORDS)[int(v)] for v in row[::8] if v) for row in text]
-    found = {flag: Counter(t for t, k in zip(read, known.tolist(), strict=True) if k == flag) for flag in (False, True)}
+    found = texts(examples(reordered=0.5), known)
     assert set(found[False]) == {"red car", "car", "blue dog", "dog", "red dog", "blue"}  # generated: as they are
     assert set(found[True]) == set(found[False]) | {"car red", "dog blue", "dog red"}
     assert 10 < found[True]["dog blue"] < 40  # of about 100, half are drawn anew, half of these in the same order
-    choice = examples().choose([0, 1, 2, 3] * 200, torch.Generator().manual_seed(0), known_texts=known)
-    assert (choice.orders == torch.arange(choice.orders.shape[1])).all()
+    assert set(texts(examples(), known)[True]) == set(found[False])
+
+
+def test_several_captions_of_an_image_are_joined_where_they_are_known():
+    known = torch.arange(800) % 8 < 4
+    found = texts(examples(joined=0.5), known)
+    one = {"red car", "car", "blue dog", "dog", "red dog", "blue"}
+    assert set(found[False]) == one
+    assert one < set(found[True]) and {"red car car", "car red car", "red dog blue"} < set(found[True])
+    assert 40 < found[True].total() - sum(found[True][text] for text in one) < 95  # two thirds of half of 200
+    assert max(len(text.split()) for text in found[True]) <= 6
 
 
 def test_captions_have_equal_weights_if_the_recipe_says_so():

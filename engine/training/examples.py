@@ -20,16 +20,17 @@ from engine.training.recipes import Recipe
 CHANGED = 0.75
 # Fraction of the known images that are `only_known` ones, if there are such.
 ONLY_KNOWN = 0.5
+# Most captions of an image that `Recipe.joined` joins.
+MOST_JOINED = 3
 
 
 class Choice(NamedTuple):
     """What a batch is made of."""
 
     images: list[int]  # [B] of the cache
-    captions: list[int]  # [B] of `Examples.captions`
+    words: Tensor  # [B, L] integers, indices of `Examples.vectors`, 0: the end of the text
     versions: list[int]  # [B] of the images, 0: as they are
     sketches: list[int]  # [B] of the drawings of images as they are
-    orders: Tensor  # [B, L] int64, permutations of the captions' words
 
 
 class Examples:
@@ -77,7 +78,8 @@ class Examples:
 
         known  [B] bool, images that are known as a whole: some of these are replaced by such as are only known, and
                most are taken in a version that `engine.data.augment` changed. None: none are known
-        known_texts  [B] bool, captions that are: the words of some are put into another order. None: none are known
+        known_texts  [B] bool, captions that are: in place of some, several of the image's are joined, and the words of
+                     some are put into another order. None: none are known
         """
         images = [self.epoch[i] for i in indices]
         if known is not None and self.only_known:
@@ -97,14 +99,16 @@ class Examples:
         sketches = [0] * len(images)
         if self.sketch_name is not None:
             sketches = torch.randint(self.cache.sketches, (len(images),), generator=generator).tolist()
-        orders = self._orders(captions, known_texts, generator)
-        return Choice(images, captions, versions.tolist(), sketches, orders)
+        words = self.captions[captions]
+        if known_texts is not None:
+            words = self._joined_captions(words, images, known_texts, generator)
+            words = self._reordered(words, known_texts, generator)
+        return Choice(images, words, versions.tolist(), sketches)
 
     def read(self, choice: Choice, part: slice = slice(None)) -> Tensor:
         """x0 [b, N] float32 of the samples of `part`, on the CPU."""
         images, versions = choice.images[part], choice.versions[part]
-        words = self.captions[choice.captions[part]].gather(1, choice.orders[part])  # [b, L]
-        parts = {self.text_name: self.vectors[words]}  # [b, L, C]
+        parts = {self.text_name: self.vectors[choice.words[part]]}  # [b, L, C]
         if self.image_name is not None:
             parts[self.image_name] = self.cache.latents(images, versions)  # [b, L, C]
         if self.sketch_name is not None:
@@ -116,23 +120,38 @@ class Examples:
         if not self.recipe.captions_alike:
             return None
         weights = {m.name: torch.ones(len(choice.images), m.tokens) for m in self.model.modalities}
-        return self._joined(weights | {self.text_name: token_weights(self.captions[choice.captions])})
+        return self._joined(weights | {self.text_name: token_weights(choice.words)})
 
     def categories(self, choice: Choice) -> dict[str, Tensor]:
         """By categorical modality those of its tokens, [B, L] int64 on the CPU."""
         if not self.model.modality(self.text_name).categories:
             return {}
-        return {self.text_name: self.captions[choice.captions].long()}
+        return {self.text_name: choice.words.long()}
 
-    def _orders(self, captions: list[int], known: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Permutations [B, L] of words; what follows the last word stays there."""
-        places = torch.arange(self.captions.shape[1]).repeat(len(captions), 1)  # [B, L]
-        if known is None or not self.recipe.reordered:
-            return places
-        changed = known & (torch.rand(len(captions), generator=generator) < self.recipe.reordered)  # [B]
+    def _joined_captions(self, words: Tensor, images: list[int], known: Tensor, generator: torch.Generator) -> Tensor:
+        """The words [B, L], some of the known captions replaced by up to `MOST_JOINED` of the image's, one by one."""
+        if not self.recipe.joined:
+            return words
+        changed = known & (torch.rand(len(images), generator=generator) < self.recipe.joined)  # [B]
+        numbers = torch.randint(1, MOST_JOINED + 1, (len(images),), generator=generator).tolist()
+        words = words.clone()
+        for b in changed.nonzero().flatten().tolist():
+            drawn = torch.randperm(self.counts[images[b]], generator=generator)[: numbers[b]]
+            row = self.captions[self.first_of[images[b]] + drawn].flatten()
+            row = row[row != 0][: words.shape[1]]
+            words[b] = 0
+            words[b, : len(row)] = row
+        return words
+
+    def _reordered(self, words: Tensor, known: Tensor, generator: torch.Generator) -> Tensor:
+        """The words [B, L], those of some known captions in another order."""
+        if not self.recipe.reordered:
+            return words
+        places = torch.arange(words.shape[1]).repeat(len(words), 1)  # [B, L]
+        changed = known & (torch.rand(len(words), generator=generator) < self.recipe.reordered)  # [B]
         drawn = torch.rand(places.shape, generator=generator)  # [B, L]
-        mixed = torch.where(self.captions[captions] == 0, places + 1.0, drawn).argsort(1)  # 0: the end of the text
-        return torch.where(changed[:, None], mixed, places)
+        mixed = torch.where(words == 0, places + 1.0, drawn).argsort(1)  # what follows the last word stays there
+        return words.gather(1, torch.where(changed[:, None], mixed, places))
 
     def _joined(self, parts: dict[str, Tensor]) -> Tensor:
         """[B, ·] of each modality side by side, in the model's order."""
