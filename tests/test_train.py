@@ -107,7 +107,7 @@ def test_images_that_are_only_known_have_their_words_and_belong_to_the_run(image
     vocabulary = checkpoint.load(tmp_path / "run" / "checkpoint").codec("text").vocabulary
     assert {"red", "green"} <= set(vocabulary)
     assert train_main(images, tmp_path / "run", *trained) == 2  # resumed without it
-    assert "--known-images: '' is not what this run began with: removed images: 12" in capsys.readouterr().err
+    assert "--known-images: 'none' is not what this run began with: removed images: 12" in capsys.readouterr().err
     nowhere, plain = tmp_path / "nowhere", tmp_path / "plain"
     assert train_main(images, plain, "--known-images", str(nowhere)) == 2
     assert f"--known-images: {nowhere} " in capsys.readouterr().err and not plain.exists()

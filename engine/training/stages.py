@@ -300,7 +300,7 @@ def _require_same_data(data: CaptionedImages | Texts, options: TrainOptions) -> 
     for argument, changed in changes.items():
         if recorded and changed:
             known = argument == "known_images"
-            value = ", ".join(map(str, options.known_images)) if known else options.data
+            value = (", ".join(map(str, options.known_images)) or "none") if known else options.data
             remedy = "give the same in the same order" if known else "restore it"
             remedy += ", or start a run in another folder, with --init to continue from this one's checkpoint"
             raise InputError(argument, value, remedy, f"is not what this run began with: {changed}")
