@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 @contextmanager
 def _application(options: argparse.Namespace, model: str, limits, tokens: list[str]):
     common = {"model": model, "limits": limits, "tokens": tokens, "origins": options.cors, "drain": options.drain}
-    warmup = _set_rows(options)
+    _set_rows(options)
     engine = {
         key: getattr(options, key) for key in ("checkpoint", "device", "dtype", "compile", "max_rows", "quantize")
     }
@@ -109,7 +109,7 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
         from engine.serving.async_engine import AsyncEngine
 
         served = AsyncEngine(Engine.from_pretrained(**engine), options.max_queue)
-        yield create_app(served, warmup=warmup, **common)
+        yield create_app(served, warmup=options.warmup, **common)
     else:
         from engine.serving.ray_serve import Settings, running
 
@@ -118,7 +118,7 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
         settings = Settings(
             engine=engine,
             **common,
-            warmup=warmup,
+            warmup=options.warmup,
             max_queue=options.max_queue,
             replicas=options.replicas,
             max_replicas=options.max_replicas or options.replicas,
@@ -129,8 +129,8 @@ def _application(options: argparse.Namespace, model: str, limits, tokens: list[s
             yield app
 
 
-def _set_rows(options: argparse.Namespace) -> int:
-    """Sets the default of `max_rows`; returns the samples to warm up for.
+def _set_rows(options: argparse.Namespace) -> None:
+    """Sets `max_rows` and `warmup`, in samples, where they are not given.
 
     On a GPU each batch size is compiled separately, on a CPU compiled code serves them all.
     """
@@ -142,10 +142,9 @@ def _set_rows(options: argparse.Namespace) -> int:
     if options.max_rows is None:
         options.max_rows = MAX_ROWS[device]
     if options.warmup is None:
-        return options.max_rows if options.compile and device == "cuda" else 1
+        options.warmup = options.max_rows if options.compile and device == "cuda" else 1
     if not 0 <= options.warmup <= options.max_rows:
         raise InputError("warmup", options.warmup, f"use 0 to max_rows, {options.max_rows}")
-    return options.warmup
 
 
 def _serve(options: argparse.Namespace, app, model: str, bound: socket.socket) -> None:

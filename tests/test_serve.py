@@ -210,8 +210,8 @@ async def test_leaving_a_connection_ends_its_request(live):
 )
 def test_rows_and_warm_up_depend_on_where_the_engine_computes(arguments, rows, warmup):
     options = command._parser().parse_args(arguments)
-    assert command._set_rows(options) == warmup
-    assert options.max_rows == rows
+    command._set_rows(options)
+    assert (options.max_rows, options.warmup) == (rows, warmup)
 
 
 # ------------------------------------------------------------------------------------------------- refusals
