@@ -2,14 +2,16 @@
 
 DATA  the folder that `python -m engine.data emoji` writes
 
-Writes engine/assets/emoji/held_out.png, sixteen held-out names drawn; docs/infill.png, four held-out images with a half
-and a word left out, each beside what the model makes of it; and docs/sketch.png, line drawings of four training images
-beside what is made of them, and four training images beside the drawings that are made of them. Names are evenly
-spaced and seeds count from 0, so nothing is picked by its looks.
+Writes docs/grid.png, the one of `python -m engine.sample`; engine/assets/emoji/held_out.png, sixteen held-out names
+drawn; docs/infill.png, four held-out images with a half and a word left out, each beside what the model makes of it;
+and docs/sketch.png, line drawings of four training images beside what is made of them, and four training images beside
+the drawings that are made of them. Names are evenly spaced and seeds count from 0, so nothing is picked by its looks.
 """
 
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,6 +22,7 @@ from engine.data.sketch import draw_sketch
 from engine.data.sources import open_captioned
 from engine.evaluation import spread
 from engine.images import from_levels, grid
+from engine.sample import main as sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64  # pixels
@@ -69,6 +72,10 @@ def pairs_of(split: str) -> list[tuple[Image.Image, str]]:
 
 
 if __name__ == "__main__":
+    with TemporaryDirectory() as folder:
+        if sample(["--dtype", "float32", "--out", folder]):
+            sys.exit(1)
+        shutil.copyfile(Path(folder) / "grid.png", ROOT / "docs/grid.png")
     pairs = pairs_of("test")
     with Engine.from_pretrained("emoji-sketch", dtype="float32") as engine:
         sketched(engine, pairs_of("train")).save(ROOT / "docs/sketch.png")
