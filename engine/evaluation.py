@@ -86,11 +86,6 @@ class Gallery:
         images = torch.stack([image for _, image in pairs]).flatten(1).float() / 127.5 - 1
         return cls([tuple(item.captions) for item, _ in pairs], images)
 
-    @property
-    def names(self) -> list[str]:
-        """The first caption of each image."""
-        return [captions[0] for captions in self.captions]
-
     def nearest(self, images: Tensor) -> list[tuple[str, ...]]:
         """The captions of the images nearest in L2 to images [m, 3·S·S]."""
         return [self.captions[i] for i in self.nearest_with_distances(images)[0]]
@@ -274,7 +269,7 @@ def evaluate_joint(engine: Engine, gallery: Gallery, how: Request, count: int = 
     nearest, distances = gallery.nearest_with_distances(
         torch.stack([pixels_of(s.outputs[image]) for s in samples]).flatten(1)
     )
-    f1 = _mean(word_f1(s.outputs[text], gallery.names[i]) for s, i in zip(samples, nearest, strict=True))
+    f1 = _mean(word_f1(s.outputs[text], gallery.captions[i][0]) for s, i in zip(samples, nearest, strict=True))
     return JointScores(count, how.seed, results[0].order, f1, len(set(nearest)), _mean(distances))
 
 
