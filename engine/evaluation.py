@@ -86,9 +86,9 @@ class Gallery:
         images = torch.stack([image for _, image in pairs]).flatten(1).float() / 127.5 - 1
         return cls([tuple(item.captions) for item, _ in pairs], images)
 
-    def nearest(self, images: Tensor) -> list[tuple[str, ...]]:
-        """The captions of the images nearest in L2 to images [m, 3·S·S]."""
-        return [self.captions[i] for i in self.nearest_with_distances(images)[0]]
+    def nearest(self, images: Tensor) -> list[str]:
+        """The names of the images nearest in L2 to images [m, 3·S·S]."""
+        return [self.captions[i][0] for i in self.nearest_with_distances(images)[0]]
 
     def nearest_with_distances(self, images: Tensor) -> tuple[list[int], list[float]]:
         """Of images [m, 3·S·S], the index of the nearest in L2 and its root mean square distance in levels."""
@@ -150,7 +150,8 @@ def evaluate(engine: Engine, pairs: Pairs, gallery: Gallery, how: Request) -> Sc
 
     def nearest_to_drawn(prompts: list[str]) -> list[tuple[str, ...]]:
         drawn = drawn_images(engine, prompts, how)
-        return gallery.nearest(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
+        indices, _ = gallery.nearest_with_distances(torch.stack([pixels_of(i) for i in drawn]).flatten(1))
+        return [gallery.captions[i] for i in indices]
 
     if "text-to-image" not in skipped:
         nearest = nearest_to_drawn(prompts)
@@ -233,8 +234,8 @@ def evaluate_sketches(engine: Engine, pairs: Pairs, gallery: Gallery, how: Reque
     drawn = _samples(engine, "image-to-sketch", ({"inputs": {image: i}} for i in images), how)
     return SketchScores(
         len(pairs),
-        retrieval_base=_mean(base_name(a[0]) == base_name(b) for a, b in zip(nearest, names, strict=True)),
-        retrieval_exact=_mean(a[0] == b for a, b in zip(nearest, names, strict=True)),
+        retrieval_base=_mean(base_name(a) == base_name(b) for a, b in zip(nearest, names, strict=True)),
+        retrieval_exact=_mean(a == b for a, b in zip(nearest, names, strict=True)),
         word_f1=_mean(word_f1(s.outputs[text], name) for s, name in zip(made, names, strict=True)),
         edge_f1=_mean(edge_f1(s.outputs[sketch], b) for s, b in zip(drawn, other, strict=True)),
         edge_f1_drawn=_mean(edge_f1(a, b) for a, b in zip(given, other, strict=True)),

@@ -143,7 +143,7 @@ def _set_rows(options: argparse.Namespace) -> None:
         options.max_rows = MAX_ROWS[device]
     if options.warmup is None:
         options.warmup = options.max_rows if options.compile and device == "cuda" else 1
-    if not 0 <= options.warmup <= options.max_rows:
+    elif not 0 <= options.warmup <= options.max_rows:
         raise InputError("warmup", options.warmup, f"use 0 to max_rows, {options.max_rows}")
 
 
