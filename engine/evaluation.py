@@ -320,7 +320,7 @@ def spread(items: list, count: int) -> list:
 
 
 def _keyword(item: CaptionedImage) -> str | None:
-    """One of its captions after the first, which the first decides; None if there is no other."""
+    """A caption other than the first, chosen at random, the same at every call; None if there is no other."""
     return random.Random(item.captions[0]).choice(item.captions[1:]) if item.captions[1:] else None
 
 

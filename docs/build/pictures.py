@@ -2,10 +2,11 @@
 
 DATA  the folder that `python -m engine.data emoji` writes
 
-Writes docs/grid.png, the one of `python -m engine.sample`; engine/assets/emoji/held_out.png, sixteen held-out names
-drawn; docs/infill.png, four held-out images with a half and a word left out, each beside what the model makes of it;
-and docs/sketch.png, line drawings of four training images beside what is made of them, and four training images beside
-the drawings that are made of them. Names are evenly spaced and seeds count from 0, so nothing is picked by its looks.
+Writes docs/grid.png, that of `python -m engine.sample --dtype float32`; engine/assets/emoji/held_out.png, sixteen
+held-out names drawn; docs/infill.png, four held-out images with a half and a word left out, each beside what the model
+makes of it; and docs/sketch.png, line drawings of four training images beside what is made of them, and four training
+images beside the drawings that are made of them. Names are evenly spaced and seeds count from 0, so nothing is picked
+by its looks.
 """
 
 import shutil

@@ -78,8 +78,8 @@ class Examples:
 
         known  [B] bool, images that are known as a whole: some of these are replaced by such as are only known, and
                most are taken in a version that `engine.data.augment` changed. None: none are known
-        known_texts  [B] bool, captions that are: in place of some, several of the image's are joined, and the words of
-                     some are put into another order. None: none are known
+        known_texts  [B] bool, texts that are known as a whole: some become one to three captions of the image, joined,
+                     and the words of some are put into another order. None: none are known
         """
         images = [self.epoch[i] for i in indices]
         if known is not None and self.only_known:

@@ -38,7 +38,7 @@ class Recipe:
     gamma: float | None = None  # min-SNR weighting, see `engine.diffusion.loss`
     skew: float = 1.0  # draws noisier times more often, see `engine.diffusion.loss`
     first_caption: float = 0.0  # probability of taking an image's first caption; else one of all is drawn uniformly
-    joined: float = 0.0  # fraction of the captions that are known as a whole that join one to three of an image's
+    joined: float = 0.0  # fraction of the texts known as a whole that are one to three of the image's captions, joined
     reordered: float = 0.0  # fraction of the captions that are known as a whole whose words come in another order
     captions_alike: bool = False  # every caption has the same weight: `engine.codecs.text.token_weights`
     augmentation: Augmentation | None = None  # of images that are known, and of half of those the autoencoder sees
