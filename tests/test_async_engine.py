@@ -48,13 +48,31 @@ async def test_concurrent_requests_get_what_generate_gives(engine, mixed, alone)
     assert served.samples == 0 and not served.ready, "it is not warm"
 
 
-@asynchronous
-async def test_the_loop_is_woken_once_for_what_samples_of_a_step_tell(engine, monkeypatch):
-    served, heard = AsyncEngine(engine), []
-    hear = AsyncEngine._hear
+@pytest.fixture
+def heard(monkeypatch) -> list[int]:
+    """How many things the loop is told at each of its wake-ups."""
+    heard, hear = [], AsyncEngine._hear
     monkeypatch.setattr(AsyncEngine, "_hear", lambda self: (heard.append(len(self._told)), hear(self)))
-    await asyncio.gather(*(served.generate(Request("red", steps=60, seed=seed)) for seed in range(4)))
+    return heard
+
+
+@asynchronous
+async def test_the_loop_is_woken_once_for_what_samples_of_a_step_tell(engine, heard):
+    served = AsyncEngine(engine)
+
+    async def read(seed: int) -> None:
+        handle = await served.submit(Request("red", steps=60, seed=seed))
+        assert [event async for event in handle.events()][-1] == Progress(60, 60)
+
+    await asyncio.gather(*map(read, range(4)))
     assert sum(heard) >= 4 * 60 and len(heard) <= 1.5 * 60 + 4
+
+
+@asynchronous
+async def test_the_loop_is_not_woken_by_steps_that_nobody_reads_of(engine, heard):
+    served = AsyncEngine(engine)
+    await asyncio.gather(*(served.generate(Request("red", steps=60, seed=seed)) for seed in range(4)))
+    assert sum(heard) == 4 * 2, "the first step and the end of each"
 
 
 @asynchronous
@@ -87,6 +105,14 @@ async def test_a_reader_that_comes_late_gets_the_latest_only(engine):
     await handle.result()
     assert [event async for event in handle.events()] == [Queued(0), Progress(50, 50)]
     assert [event async for event in handle.events()] == []
+
+
+@asynchronous
+async def test_a_reader_that_comes_meanwhile_gets_the_latest_and_what_follows(engine):
+    handle = await running(AsyncEngine(engine), Request(prompt="red", steps=400))
+    done = handle.steps
+    counts = [event.done async for event in handle.events() if isinstance(event, Progress)]
+    assert counts == sorted(set(counts)) and 0 < done <= counts[0] < counts[-1] == 400 and len(counts) > 10
 
 
 def test_previews_come_in_the_order_of_generation_and_change_no_result(engine, mixed):

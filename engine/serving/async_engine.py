@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -75,11 +75,13 @@ class Handle:
         self.submitted = time.perf_counter()
         self.started: float | None = None  # when its first step was done
         self.ended: float | None = None
-        self.steps = 0  # done, those of all samples counted
+        self.progress: Progress | None = None  # the latest, set by the engine's thread
+        self.watched = False  # whether its events are read
         self.position = -1  # of `Queued`; −1: not yet reported
         self._result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         # Retrieves the error: asyncio warns about errors that are never retrieved.
         self._result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._told: Progress | None = None  # the latest that its events have told
         self._news: dict[type, Queued | Progress | Preview] = {}  # the latest of each kind: a slow reader skips some
         self._changed = asyncio.Event()
 
@@ -88,6 +90,11 @@ class Handle:
 
     async def __aexit__(self, *exception) -> None:
         self.cancel()
+
+    @property
+    def steps(self) -> int:
+        """Steps that are done, those of all samples counted."""
+        return 0 if self.progress is None else self.progress.done
 
     @property
     def done(self) -> bool:
@@ -115,6 +122,8 @@ class Handle:
 
     async def events(self) -> AsyncIterator[Queued | Progress | Preview]:
         """What happens to the request, until it is done or fails; of what a slow reader has missed, the latest."""
+        self.watched = True  # before the progress is read: the engine's thread sets it and then looks here
+        self._tell_progress()
         while self._news or not self.done:
             await self._changed.wait()
             self._changed.clear()
@@ -128,10 +137,16 @@ class Handle:
             self._news[type(event)] = event
             self._changed.set()
 
+    def _tell_progress(self) -> None:
+        if self.progress is not None and self.progress is not self._told:
+            self._told = self.progress
+            self._tell(self.progress)
+
     def _end(self, result: Result | None = None, error: BaseException | None = None) -> bool:
         if self.done:
             return False
         self.ended = time.perf_counter()
+        self._tell_progress()
         if error is not None:
             self._result.set_exception(error)
         elif result is not None:
@@ -276,36 +291,49 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         timer = deadline and loop.call_later(deadline, lambda: handle._end(error=DeadlineExceeded(deadline)))
 
-        def tell(method, *arguments) -> None:  # on the engine's thread
-            self._told.append(partial(method, handle, *arguments))
-            if not self._hearing:  # once for all samples of a step: every wake-up of the loop interrupts this thread
+        # These four on the engine's thread, which every wake-up of the loop interrupts.
+        def tell(function, *arguments) -> None:
+            self._told.append(partial(function, *arguments))
+            if not self._hearing:  # once for all samples of a step
                 self._hearing = True
                 loop.call_soon_threadsafe(loop.call_later, GATHER, self._hear)
 
+        def progress(done: int, total: int) -> None:
+            first, handle.progress = handle.progress is None, Progress(done, total)
+            if first:
+                tell(self._on_start, handle, time.perf_counter())
+            if handle.watched:
+                tell(handle._tell_progress)
+
+        def preview(samples: dict[int, Sample]) -> None:
+            tell(self._on_preview, handle, samples)
+
+        def end(_: Future) -> None:
+            self._told.append(partial(ended.set_result, None))
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._hear)
+
         def submit() -> Future[Result]:
-            def progress(done: int, total: int) -> None:
-                tell(self._on_progress, time.perf_counter(), done, total)
-
-            preview = partial(tell, self._on_preview) if every else None
             how = {"priority": handle.priority, "preview_every": every or 1}
-            return self.engine.submit(handle.request, progress, preview=preview, **how)
+            return self.engine.submit(handle.request, progress, preview=preview if every else None, **how)
 
+        ended, future = loop.create_future(), None
         try:
             future = await loop.run_in_executor(self._threads, lambda: None if handle.done else submit())
             if future is None:
                 return
             if not accepted.done():
                 accepted.set_result(None)
-            waited = asyncio.wrap_future(future)
-            await asyncio.wait([waited, handle._result], return_when=asyncio.FIRST_COMPLETED)
+            future.add_done_callback(end)
+            await asyncio.wait([ended, handle._result], return_when=asyncio.FIRST_COMPLETED)
             if handle.done:  # cancelled, or past its deadline
                 future.cancel()
-                with suppress(BaseException):
-                    await waited
+                await asyncio.wait([ended])
             else:
-                self._hear()  # its last step
-                handle._end(await waited)
-        except asyncio.CancelledError:  # the engine was closed, or the loop ends
+                handle._end(future.result())
+        except (CancelledError, asyncio.CancelledError):  # the engine was closed, or the loop ends
+            if future is not None:
+                future.cancel()
             handle._end(error=EngineClosed("the engine was closed before the request was done"))
         except Exception as error:
             handle._end(error=error)
@@ -318,12 +346,9 @@ class AsyncEngine:
         while self._told:
             self._told.popleft()()
 
-    def _on_progress(self, handle: Handle, at: float, done: int, total: int) -> None:
-        if handle.started is None:
-            handle.started = at
-            self._leave_queue(handle)
-        handle.steps = done
-        handle._tell(Progress(done, total))
+    def _on_start(self, handle: Handle, at: float) -> None:
+        handle.started = at
+        self._leave_queue(handle)
 
     def _on_preview(self, handle: Handle, samples: dict[int, Sample]) -> None:
         handle._tell(Preview(handle.steps, samples))
