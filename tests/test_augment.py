@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from engine.data.augment import augment
 from engine.data.augmentation import Augmentation
 
-NONE = Augmentation((1, 1), 0, flip=False, background=0, colour=0, jpeg=0)
+NONE = Augmentation((1, 1), 0, flip=False, background=0, colour=0, outline=0, grey=0, jpeg=0)
 
 
 def glyph(mode="RGBA", size=(40, 40)):
@@ -90,6 +90,27 @@ def test_colours_change_slightly():
     assert 5 < np.mean(differences) < 60 and len(set(differences)) > 10
 
 
+def test_outlines_follow_the_edges_and_leave_the_rest():
+    before = changed(glyph(), size=80)
+    y, x = np.mgrid[:80, :80]
+    distance = np.hypot(x - 24.5, y - 40.5)  # from the centre of the disc, whose radius is 13
+    lines = []
+    for seed in range(20):
+        after = changed(glyph(), seed, size=80, outline=1)
+        lines.append((after.max(2) < 80).sum())
+        assert (after[abs(distance - 13) < 0.5].max(1) < 200).mean() > 0.9, "the edge is dark"
+        away = abs(distance - 13) > 6
+        assert np.abs(after[away] - before[away]).max() < 30  # of another size meanwhile
+    assert min(lines) > 15 and 1.5 * min(lines) < max(lines), "thin and thick lines"
+    plain = [np.array_equal(changed(glyph(), seed, size=80, outline=0.5), before) for seed in range(40)]
+    assert 8 < sum(plain) < 32
+
+
+def test_some_images_lose_their_colours():
+    grey = [np.ptp(changed(glyph("RGB"), seed, grey=0.5), axis=2).max() == 0 for seed in range(40)]
+    assert 8 < sum(grey) < 32
+
+
 def test_some_images_are_compressed():
     before = changed(glyph("RGB"))
     exact = [np.array_equal(changed(glyph("RGB"), seed, jpeg=0.5), before) for seed in range(40)]
@@ -97,6 +118,7 @@ def test_some_images_are_compressed():
 
 
 def test_the_seed_decides():
-    how = {"scale": (0.8, 1.1), "shift": 0.1, "background": 0.5, "colour": 0.1, "jpeg": 0.5}
+    half = dict.fromkeys(("background", "outline", "grey", "jpeg"), 0.5)
+    how = {"scale": (0.8, 1.1), "shift": 0.1, "colour": 0.1, **half}
     pictures = [changed(glyph(), seed, **how) for seed in (1, 1, 2)]
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])

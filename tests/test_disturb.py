@@ -59,6 +59,20 @@ def test_only_a_transparent_background_turns_grey(image):
         assert (result[0, 0] == 128).all() and (result[10, 6] == before[10, 6]).all()
 
 
+def test_outlines_are_where_the_square_ends(image):
+    result, before = changed(image, "outlined"), plain(image)
+    dark = result.max(2) < 180  # half of a pixel on both sides of the edge is black
+    assert dark[8, 5:15].all() and dark[19, 5:15].all() and dark[9:19, 4].all() and dark[9:19, 15].all()
+    away = np.s_[10:18, 6:14], np.s_[:6]
+    assert all(np.abs(result[part] - before[part]).max() < 8 for part in away)  # it was resized
+
+
+def test_without_colours_brightness_stays(image):
+    result = changed(image, "without colours")
+    assert np.ptp(result, axis=2).max() == 0 and result[12, 8, 0] == 76  # 0.299 of 255
+    assert (result[0, 0] == 255).all()
+
+
 @pytest.mark.parametrize(("label", "least", "most"), [("JPEG 75", 1, 25), ("noise 5", 2, 6), ("bicubic", 0, 0)])
 def test_the_others_change_levels_a_little(image, label, least, most):
     assert least <= np.abs(changed(image, label) - plain(image)).mean() <= most

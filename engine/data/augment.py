@@ -8,10 +8,13 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
 from engine.data.augmentation import Augmentation
 from engine.images import BACKGROUND, on_background
+
+STEEP = (30, 80)  # differences of brightness, in levels, from which on there is an outline
+WIDTH = (0.012, 0.035)  # of outlines, as a fraction of the side
 
 
 def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.Generator, flip: bool) -> Image.Image:
@@ -26,14 +29,31 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
         background = tuple(random.integers(0, 256, 3).tolist()) if random.random() < how.background else BACKGROUND
         image = on_background(image, background)
     scale, shift = random.uniform(*how.scale), random.uniform(-how.shift, how.shift, 2)
-    image = moved(image, size, scale, shift, background)
+    if random.random() < how.outline:
+        width = 2 * max(1, round(size * random.uniform(*WIDTH))) + 1
+        image = outlined(moved(image, 2 * size, scale, shift, background), width, random.uniform(*STEEP))
+    else:
+        image = moved(image, size, scale, shift, background)
     if flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(1 + random.uniform(-how.colour, how.colour))
+    if random.random() < how.grey:
+        image = ImageOps.grayscale(image).convert("RGB")
     if random.random() < how.jpeg:
         image = compressed(image, quality=int(random.integers(how.quality[0], how.quality[1] + 1)))
     return image
+
+
+def outlined(image: Image.Image, width: int, steep: float) -> Image.Image:
+    """An RGB image, halved, with black lines where brightness differs by `steep` levels within `width` pixels, odd.
+
+    The lines are drawn before the image is halved, so that they are smooth.
+    """
+    grey = ImageOps.grayscale(image)
+    brightest, darkest = grey.filter(ImageFilter.MaxFilter(width)), grey.filter(ImageFilter.MinFilter(width))
+    lines = ImageChops.difference(brightest, darkest).point([255 * (level >= steep) for level in range(256)])
+    return Image.composite(Image.new("RGB", image.size), image, lines).reduce(2)
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:

@@ -13,6 +13,8 @@ class Augmentation:
     directional: tuple[str, ...] = ()  # images with one of these in a caption are not flipped
     background: float = 0.5  # of transparent images: the fraction on a random colour instead of white
     colour: float = 0.1  # brightness, contrast and saturation change by this fraction at most
+    outline: float = 0.3  # fraction of the images that get dark outlines
+    grey: float = 0.1  # fraction of the images that lose their colours
     jpeg: float = 0.3  # fraction of the images that are compressed
     quality: tuple[int, int] = (50, 95)  # of JPEG
     variants: int = 16  # changed versions of each image whose latents are kept

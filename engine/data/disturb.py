@@ -1,11 +1,11 @@
-"""Fixed small changes of an image that a person would describe in the same words: for measuring, not for training."""
+"""Fixed changes of an image that a person would describe in nearly the same words: for measuring, not for training."""
 
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.data.augment import compressed, moved
+from engine.data.augment import compressed, moved, outlined
 from engine.images import BACKGROUND, fit_image, from_levels, on_background
 
 GREY = (128, 128, 128)
@@ -41,6 +41,8 @@ DISTURBANCES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "scale 0.9": _moved(0.9),
     "mirrored": lambda image, size: ImageOps.mirror(_plain(image, size)),
     "grey background": lambda image, size: _plain(on_background(image, GREY), size),
+    "outlined": lambda image, size: outlined(_plain(image, 2 * size), width=3, steep=50),
+    "without colours": lambda image, size: ImageOps.grayscale(_plain(image, size)).convert("RGB"),
     "JPEG 75": lambda image, size: compressed(_plain(image, size), quality=75),
     "noise 5": _noisy,
     "bicubic": lambda image, size: ImageOps.fit(on_background(image), (size, size), Image.Resampling.BICUBIC),
