@@ -100,6 +100,24 @@ async def test_events_tell_the_position_then_every_kind_of_news_then_end(engine)
 
 
 @asynchronous
+async def test_previews_tell_the_step_that_they_show_however_late_they_are_heard(engine, monkeypatch):
+    monkeypatch.setattr(async_engine, "GATHER", 0.05)
+    handle = await AsyncEngine(engine).submit(Request("red", steps=100), preview_every=10)
+    done = [event.done async for event in handle.events() if isinstance(event, Preview)]
+    assert done and all(steps % 10 == 0 for steps in done)
+
+
+def test_a_request_whose_loop_has_ended_gives_its_slots_back(engine, monkeypatch):
+    futures, submit = [], engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *a, **o: futures.append(submit(*a, **o)) or futures[-1])
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(running(AsyncEngine(engine)))
+    loop.close()
+    with pytest.raises(RuntimeError, match="loop"):
+        futures[0].result(60)
+
+
+@asynchronous
 async def test_a_reader_that_comes_late_gets_the_latest_only(engine):
     handle = await AsyncEngine(engine).submit(Request(prompt="red", steps=50))
     await handle.result()

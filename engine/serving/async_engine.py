@@ -138,9 +138,10 @@ class Handle:
             self._changed.set()
 
     def _tell_progress(self) -> None:
-        if self.progress is not None and self.progress is not self._told:
-            self._told = self.progress
-            self._tell(self.progress)
+        progress = self.progress  # once: the engine's thread may set it meanwhile
+        if progress is not None and progress is not self._told:
+            self._told = progress
+            self._tell(progress)
 
     def _end(self, result: Result | None = None, error: BaseException | None = None) -> bool:
         if self.done:
@@ -299,6 +300,8 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(loop.call_later, GATHER, self._hear)
 
         def progress(done: int, total: int) -> None:
+            if loop.is_closed():
+                raise RuntimeError("the event loop of the request has ended")
             first, handle.progress = handle.progress is None, Progress(done, total)
             if first:
                 tell(self._on_start, handle, time.perf_counter())
@@ -306,7 +309,7 @@ class AsyncEngine:
                 tell(handle._tell_progress)
 
         def preview(samples: dict[int, Sample]) -> None:
-            tell(self._on_preview, handle, samples)
+            tell(handle._tell, Preview(handle.steps, samples))
 
         def end(_: Future) -> None:
             self._told.append(partial(ended.set_result, None))
@@ -349,9 +352,6 @@ class AsyncEngine:
     def _on_start(self, handle: Handle, at: float) -> None:
         handle.started = at
         self._leave_queue(handle)
-
-    def _on_preview(self, handle: Handle, samples: dict[int, Sample]) -> None:
-        handle._tell(Preview(handle.steps, samples))
 
     def _leave(self, handle: Handle) -> None:
         del self._handles[handle.id]
