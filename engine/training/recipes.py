@@ -68,12 +68,12 @@ EMOJI = Recipe(
     _convolutional_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=16),
     gamma=5.0,
     skew=3.0,
-    first_caption=0.9,
-    joined=0.4,
+    first_caption=1.0,
+    joined=0.5,
     reordered=0.5,
     captions_alike=True,
     augmentation=Augmentation(directional=("left", "right", "clock", "thirty", "flag", "moon")),
-    repeats=2,
+    repeats=3,
     weights_dtype="float16",
 )
 PHOTOS128 = Recipe(
