@@ -6,17 +6,18 @@ batched here. What takes time (opening images, encoding and decoding, steps) run
 
 import asyncio
 import time
-import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from engine.errors import EngineClosed, InputError
 from engine.request import Request, Result, Sample, Watch
 from engine.runtime import Engine
+from engine.serving.handle import Cancelled, Handle, Preview, Progress, Queued
+
+__all__ = ["AsyncEngine", "Cancelled", "DeadlineExceeded", "Handle", "Preview", "Progress", "QueueFull", "Queued"]
 
 READERS = 4  # threads that open and check images
 GATHER = 0.002  # seconds that the loop waits for the other samples of a step
@@ -30,131 +31,12 @@ class QueueFull(RuntimeError):
         super().__init__(f"the queue is full: {waiting} samples wait, it holds {limit}; try again later")
 
 
-class Cancelled(RuntimeError):
-    """The request was cancelled."""
-
-
 class DeadlineExceeded(TimeoutError):
     """The request was not done within `seconds`, its deadline; it has been cancelled."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
         super().__init__(f"not done within the deadline of {seconds:g} s")
-
-
-@dataclass(frozen=True)
-class Queued:
-    """At most `position` samples of requests that wait enter before the first of this one."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """`done` steps of `total`, those of all samples counted."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What samples look like after `done` steps, by number; of each the modalities that have begun."""
-
-    done: int
-    samples: dict[int, Sample]
-
-
-class Handle:
-    """A request in progress. As an asynchronous context manager it cancels the request on exit."""
-
-    def __init__(self, request: Request, priority: int, leave: Callable[["Handle"], None]):
-        self.id = uuid.uuid4().hex
-        self.request, self.priority = request, priority
-        self._leave = leave  # called when it is done
-        self.submitted = time.perf_counter()
-        self.started: float | None = None  # when its first step was done
-        self.ended: float | None = None
-        self.progress: Progress | None = None  # the latest, set by the engine's thread
-        self.watched = False  # whether its events are read
-        self.position = -1  # of `Queued`; −1: not yet reported
-        self._result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        # Retrieves the error: asyncio warns about errors that are never retrieved.
-        self._result.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._told: Progress | None = None  # the latest that its events have told
-        self._news: dict[type, Queued | Progress | Preview] = {}  # the latest of each kind: a slow reader skips some
-        self._changed = asyncio.Event()
-
-    async def __aenter__(self) -> "Handle":
-        return self
-
-    async def __aexit__(self, *exception) -> None:
-        self.cancel()
-
-    @property
-    def steps(self) -> int:
-        """Steps that are done, those of all samples counted."""
-        return 0 if self.progress is None else self.progress.done
-
-    @property
-    def done(self) -> bool:
-        return self._result.done()
-
-    @property
-    def error(self) -> BaseException | None:
-        """What a request that is done failed with; None if it succeeded."""
-        return self._result.exception()
-
-    def add_done_callback(self, function: Callable[["Handle"], None]) -> None:
-        """Has `function(handle)` called on the event loop once the request is done."""
-        self._result.add_done_callback(lambda _: function(self))
-
-    def cancel(self) -> bool:
-        """Frees the request's slots before the next step; False if it is done."""
-        return self._end(error=Cancelled("the request was cancelled"))
-
-    async def result(self) -> Result:
-        """Waits for the result. Cancelling the wait does not cancel the request.
-
-        Raises what the engine's future raises, and Cancelled, DeadlineExceeded or EngineClosed.
-        """
-        return await asyncio.shield(self._result)
-
-    async def events(self) -> AsyncIterator[Queued | Progress | Preview]:
-        """What happens to the request, until it is done or fails; of what a slow reader has missed, the latest."""
-        self.watched = True  # before the progress is read: the engine's thread sets it and then looks here
-        self._tell_progress()
-        while self._news or not self.done:
-            await self._changed.wait()
-            self._changed.clear()
-            news, self._news = self._news, {}
-            for event in news.values():
-                yield event
-
-    def _tell(self, event: Queued | Progress | Preview) -> None:
-        if not self.done:
-            self._news.pop(type(event), None)  # the order is that of the latest
-            self._news[type(event)] = event
-            self._changed.set()
-
-    def _tell_progress(self) -> None:
-        progress = self.progress  # once: the engine's thread may set it meanwhile
-        if progress is not None and progress is not self._told:
-            self._told = progress
-            self._tell(progress)
-
-    def _end(self, result: Result | None = None, error: BaseException | None = None) -> bool:
-        if self.done:
-            return False
-        self.ended = time.perf_counter()
-        self._tell_progress()
-        if error is not None:
-            self._result.set_exception(error)
-        elif result is not None:
-            self._result.set_result(result)
-        self._leave(self)
-        self._changed.set()
-        return True
 
 
 class AsyncEngine:
@@ -260,7 +142,7 @@ class AsyncEngine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            await asyncio.wait([accepted, handle._result], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([accepted, handle.future], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             handle.cancel()
             raise
@@ -282,7 +164,7 @@ class AsyncEngine:
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=seconds)
         for handle in list(self._handles.values()):
-            handle._end(error=EngineClosed("the engine was shut down before the request was done"))
+            handle.end(error=EngineClosed("the engine was shut down before the request was done"))
         if self._tasks:
             await asyncio.wait(set(self._tasks))
         await asyncio.to_thread(self.engine.close)
@@ -290,9 +172,9 @@ class AsyncEngine:
 
     async def _serve(self, handle: Handle, accepted: asyncio.Future, deadline: float | None, every: int) -> None:
         loop = asyncio.get_running_loop()
-        timer = deadline and loop.call_later(deadline, lambda: handle._end(error=DeadlineExceeded(deadline)))
+        timer = deadline and loop.call_later(deadline, lambda: handle.end(error=DeadlineExceeded(deadline)))
 
-        # These four on the engine's thread, which every wake-up of the loop interrupts.
+        # The engine's thread calls the next four functions. Waking the loop interrupts it, so that is done seldom.
         def tell(function, *arguments) -> None:
             self._told.append(partial(function, *arguments))
             if not self._hearing:  # once for all samples of a step
@@ -306,10 +188,10 @@ class AsyncEngine:
             if first:
                 tell(self._on_start, handle, time.perf_counter())
             if handle.watched:
-                tell(handle._tell_progress)
+                tell(handle.tell_progress)
 
         def preview(samples: dict[int, Sample]) -> None:
-            tell(handle._tell, Preview(handle.steps, samples))
+            tell(handle.tell, Preview(handle.steps, samples))
 
         def end(_: Future) -> None:
             self._told.append(partial(ended.set_result, None))
@@ -328,18 +210,18 @@ class AsyncEngine:
             if not accepted.done():
                 accepted.set_result(None)
             future.add_done_callback(end)
-            await asyncio.wait([ended, handle._result], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([ended, handle.future], return_when=asyncio.FIRST_COMPLETED)
             if handle.done:  # cancelled, or past its deadline
                 future.cancel()
                 await asyncio.wait([ended])
             else:
-                handle._end(future.result())
+                handle.end(future.result())
         except (CancelledError, asyncio.CancelledError):  # the engine was closed, or the loop ends
             if future is not None:
                 future.cancel()
-            handle._end(error=EngineClosed("the engine was closed before the request was done"))
+            handle.end(error=EngineClosed("the engine was closed before the request was done"))
         except Exception as error:
-            handle._end(error=error)
+            handle.end(error=error)
         finally:
             if timer:
                 timer.cancel()
@@ -368,5 +250,5 @@ class AsyncEngine:
         for handle in self._queue:
             if handle.position != position:
                 handle.position = position
-                handle._tell(Queued(position))
+                handle.tell(Queued(position))
             position += handle.request.num

@@ -7,7 +7,8 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from engine.errors import EngineClosed, InputError, cut, shown
-from engine.serving.async_engine import Cancelled, DeadlineExceeded, QueueFull
+from engine.serving.async_engine import DeadlineExceeded, QueueFull
+from engine.serving.handle import Cancelled
 
 IMAGES = ("image", "mask", "mask_image", "masks", "sketch", "sketch_mask")  # arguments
 RETRY_AFTER = {"Retry-After": "1"}  # seconds

@@ -4,7 +4,8 @@ import logging
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engine.serving.async_engine import AsyncEngine, Handle
+from engine.serving.async_engine import AsyncEngine
+from engine.serving.handle import Handle
 
 log = logging.getLogger("engine.serving")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -1,8 +1,8 @@
 """`/v1/infill`: all arguments of `Request`, under the same names."""
 
 from engine.request import Request
-from engine.serving.async_engine import Handle, Preview
 from engine.serving.errors import refused
+from engine.serving.handle import Handle, Preview
 from engine.serving.inputs import known_text, open_upload, text
 from engine.serving.schemas import InfillBody
 from engine.serving.service import Event, Job, Service, created, described, timings

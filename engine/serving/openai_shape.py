@@ -6,8 +6,8 @@ from PIL import Image
 
 from engine.images import open_image
 from engine.request import Request, Result, Sample
-from engine.serving.async_engine import Handle, Preview
 from engine.serving.errors import refused
+from engine.serving.handle import Handle, Preview
 from engine.serving.inputs import known_text, open_upload
 from engine.serving.schemas import CaptionBody, EditBody, GenerationBody
 from engine.serving.service import Event, Job, Service, created, encoded, words_of

@@ -17,8 +17,9 @@ from pydantic import BaseModel
 
 from engine.errors import EngineClosed
 from engine.request import Request, Result, Sample
-from engine.serving.async_engine import AsyncEngine, Handle, Preview, Progress, QueueFull
+from engine.serving.async_engine import AsyncEngine, QueueFull
 from engine.serving.errors import AsciiJSON, dumps, internal_error, refused, service_error
+from engine.serving.handle import Handle, Preview, Progress
 from engine.serving.inputs import Limits, read
 from engine.serving.metrics import Metrics
 
