@@ -15,7 +15,7 @@ For names that were trained on and for held-out names (a name is an image's firs
     autoencoder_psnr  encoding and decoding alone, in dB
     classes           the first six for each class of name, with its count: flags, other names with ":" (compositions),
                       faces and objects, see `engine.data.emoji.name_class`. The tables leave out a single class
-    disturbed         word_f1 and caption_exact of images changed a little, see `engine.data.disturb`
+    disturbed         word_f1 and caption_exact of changed images, see `engine.data.disturb`
 
 For a model that has sketches, of sketches that are drawn from the images (`engine.data.sketch`):
 

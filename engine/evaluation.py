@@ -320,7 +320,7 @@ def spread(items: list, count: int) -> list:
 
 
 def _keyword(item: CaptionedImage) -> str | None:
-    """A caption other than the first, chosen at random, the same at every call; None if there is no other."""
+    """A random caption after the first, the same at every call; None if the image has one caption only."""
     return random.Random(item.captions[0]).choice(item.captions[1:]) if item.captions[1:] else None
 
 

@@ -14,7 +14,7 @@ from engine.data.augmentation import Augmentation
 from engine.images import BACKGROUND, on_background
 
 STEEP = (30, 80)  # differences of brightness, in levels, from which on there is an outline
-WIDTH = (0.012, 0.035)  # of outlines, as a fraction of the side
+WIDTH = (0.012, 0.035)  # of outlines, as a fraction of the image's side
 
 
 def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.Generator, flip: bool) -> Image.Image:
@@ -29,11 +29,11 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
         background = tuple(random.integers(0, 256, 3).tolist()) if random.random() < how.background else BACKGROUND
         image = on_background(image, background)
     scale, shift = random.uniform(*how.scale), random.uniform(-how.shift, how.shift, 2)
-    if random.random() < how.outline:
+    outline = random.random() < how.outline
+    image = moved(image, 2 * size if outline else size, scale, shift, background)
+    if outline:
         width = 2 * max(1, round(size * random.uniform(*WIDTH))) + 1
-        image = outlined(moved(image, 2 * size, scale, shift, background), width, random.uniform(*STEEP))
-    else:
-        image = moved(image, size, scale, shift, background)
+        image = outlined(image, width, random.uniform(*STEEP))
     if flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
@@ -46,9 +46,10 @@ def augment(image: Image.Image, size: int, how: Augmentation, random: np.random.
 
 
 def outlined(image: Image.Image, width: int, steep: float) -> Image.Image:
-    """An RGB image, halved, with black lines where brightness differs by `steep` levels within `width` pixels, odd.
+    """An RGB image → half its size, with black lines along its edges; smooth, since they are drawn before it is halved.
 
-    The lines are drawn before the image is halved, so that they are smooth.
+    width  of the lines, an odd number of pixels before halving
+    steep  difference of brightness within `width` pixels, in levels of 0…255, from which on there is a line
     """
     grey = ImageOps.grayscale(image)
     brightest, darkest = grey.filter(ImageFilter.MaxFilter(width)), grey.filter(ImageFilter.MinFilter(width))
