@@ -1,7 +1,7 @@
 """The code blocks of the README and of docs/ are run, in reading order, in one folder that stands for the repository.
 
 Every ```bash and ```python block is run, unless the comment `<!-- not run: reason -->` stands on the line above it. The
-interpreter of this test run takes the place of `.venv/bin/python`; installing and `-m pytest` are left to `.ci/run`.
+program of `forked_python` takes the place of `.venv/bin/python`; installing and `-m pytest` are left to `.ci/run`.
 A page's ```python blocks are one program. Those that include a file of examples/ are run by tests/test_examples.py.
 """
 
@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,10 @@ PYTEST = re.compile(r"^\.venv/bin/python -m pytest.*\n", re.MULTILINE)
 OUTPUTS = {"data", "runs", "samples"}  # what the commands write; everything else of the repository they may read
 
 
-def runnable(code: str) -> str:
+def runnable(code: str, python: str) -> str:
     """A bash block without its installing and its pytest lines."""
     code = PYTEST.sub("", INSTALL.sub("", code))
-    return code.replace(".venv/bin/python", shlex.quote(sys.executable))
+    return code.replace(".venv/bin/python", shlex.quote(python))
 
 
 def blocks() -> list:
@@ -56,15 +58,27 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Iterator[str]:
+    """A program that takes the place of the interpreter: importing torch would be most of the time of these tests."""
+    program = tmp_path_factory.mktemp("python") / "python"
+    with subprocess.Popen([sys.executable, Path(__file__).with_name("forked_python.py"), program]) as server:
+        while not program.exists():
+            assert server.poll() is None, "the server has failed"
+            time.sleep(0.05)
+        yield str(program)
+        server.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("reason", "language", "code"), blocks())
-def test_block_runs(reason, language, code, folder):
+def test_block_runs(reason, language, code, folder, python):
     if reason:
         pytest.skip(reason)
     if language == "python":
-        command = [sys.executable, "-c", code]
+        command = [python, "-c", code]
     else:
-        command = ["bash", "-euo", "pipefail", "-c", runnable(code)]
+        command = ["bash", "-euo", "pipefail", "-c", runnable(code, python)]
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
 
@@ -86,5 +100,5 @@ def test_only_installing_and_pytest_are_left_out_of_a_block():
         "python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[test]' && .venv/bin/python -m pytest\n"
         ".venv/bin/python -m engine.sample --num 2 && ls samples\n"
     )
-    python = shlex.quote(sys.executable)
-    assert runnable(code) == f"{python} -m engine.sample\n{python} -m engine.sample --num 2 && ls samples\n"
+    expected = "'my python' -m engine.sample\n'my python' -m engine.sample --num 2 && ls samples\n"
+    assert runnable(code, "my python") == expected
