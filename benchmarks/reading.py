@@ -59,7 +59,7 @@ def training_rate(x0: Tensor, steps: int) -> float:
     recipe, config = RECIPES[PRESET], without_categories(load(BUILT_IN).config)
     network, loss = (
         build(config.model),
-        DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=torch.device("cpu")),
+        DenoisingLoss(config, recipe.gamma, skew=recipe.skew, odds=recipe.odds, device=torch.device("cpu")),
     )
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
 

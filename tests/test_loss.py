@@ -215,16 +215,18 @@ def test_masks_have_the_documented_proportions():
     assert abs(share(image[mixed]) - 0.5) < 0.1 and abs(share(text[mixed]) - 0.5) < 0.1
 
 
-def test_every_choice_of_known_modalities_is_as_frequent():
+@pytest.mark.parametrize("odds", [{}, {"text": 3.0}], ids=["even", "text"])
+def test_choices_of_known_modalities_are_as_frequent_as_their_odds(odds):
     model = replace(MODEL, modalities=(*MODEL.modalities, Modality("sketch", 6, 4, depth=0)))
-    draws = DenoisingLoss(Config(model, MASKED)).draw(20_000, generator())
+    draws = DenoisingLoss(Config(model, MASKED), odds=odds).draw(20_000, generator())
     seen = draws.times == 0
     parts = [seen[:, part] for part in model.token_slices.values()]
     whole, none = torch.stack([p.all(1) for p in parts], 1), torch.stack([~p.any(1) for p in parts], 1)  # [B, M]
     counts = Counter(map(tuple, whole[(whole | none).all(1)].tolist()))
     assert len(counts) == 7  # without (True, True, True)
     for known, count in counts.items():
-        expected = (1 - DROPPED) * WHOLE_MODALITY / 6 if any(known) else JOINT + DROPPED * (1 - JOINT)
+        share = (3 if known[1] else 1) / 12 if odds else 1 / 6
+        expected = (1 - DROPPED) * WHOLE_MODALITY * share if any(known) else JOINT + DROPPED * (1 - JOINT)
         assert expected - 0.01 < count / 20_000 < expected + 0.03, known
     # Half a sketch and nothing else, or with a word.
     half_sketch = ~(whole | none)[:, 2]

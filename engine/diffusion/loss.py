@@ -7,11 +7,12 @@ Training times (`DiffusionConfig.time_sampling`)
     independent  one t per modality (UniDiffuser, arXiv 2303.06555)
     masked       one t for the tokens to generate; a sample's known tokens enter clean at time 0, or, in some samples,
                  as pure noise at time N; the loss is over the generated tokens only. Known are no tokens, random
-                 ones, or some whole modalities: all choices of these are equally frequent. With more than two
-                 modalities, some that are to be generated wait at time N, as when one is generated after the other
+                 ones, or some whole modalities. With more than two modalities, some that are to be generated wait
+                 at time N, as when one is generated after the other
     conditional  like masked; the known tokens are those of modalities that the model does not predict (U-ViT's text)
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -51,6 +52,8 @@ class DenoisingLoss:
     weights  of the modalities' losses, default 1
     skew     t = N·(1 − u^skew) with u uniform: 1 draws all times equally; with 2, t > 0.7·N for 55 % of the samples.
              At these times a modality's content is decided from the other's
+    odds     of modalities to be known where whole ones are, default 1, which makes all choices equally frequent: each
+             is drawn in proportion to the product of its modalities' odds
     device   of the data and of the predictions
     """
 
@@ -60,6 +63,7 @@ class DenoisingLoss:
         gamma: float | None = None,
         weights: dict[str, float] | None = None,
         skew: float = 1.0,
+        odds: Mapping[str, float] | None = None,
         device="cpu",
     ):
         schedule = NoiseSchedule(config.diffusion.schedule, config.diffusion.timesteps)
@@ -72,6 +76,7 @@ class DenoisingLoss:
             v = config.diffusion.prediction == "v_prediction"
             weight = (snr + 1).clamp_max(gamma + 1) / (snr + 1) if v else snr.clamp_max(gamma) / snr
         self._by_time: Tensor | None = None
+        self._choices = _choices([(odds or {}).get(m.name, 1.0) for m in config.model.modalities])
         self.weight = torch.cat([torch.zeros(1, dtype=torch.float64), weight]).float().to(device)  # [N + 1], by time
 
     def __call__(
@@ -205,8 +210,7 @@ class DenoisingLoss:
 
         model, kind = self.config.model, uniform(batch, 1)
         count = len(model.modalities)
-        # Bit i: modality i is known. At least one is; not all are, unless there is only one.
-        known = 1 + torch.randint(max(1, 2**count - 2), (batch, 1), generator=generator)
+        known = 1 + torch.multinomial(self._choices, batch, replacement=True, generator=generator)[:, None]  # [B, 1]
         whole, scattered = [], []
         for i, m in enumerate(model.modalities):
             whole.append((known >> i & 1 == 0).expand(batch, m.tokens))
@@ -239,6 +243,15 @@ class DenoisingLoss:
         model = self.config.model
         parts = [x[:, model.token_slices[m.name]].repeat_interleave(m.channels, dim=1) for m in model.modalities]
         return torch.cat(parts, dim=1)
+
+
+def _choices(odds: list[float]) -> Tensor:
+    """Relative frequencies of the choices of known modalities: bit i of 1 + the index says that modality i is known.
+
+    At least one is known; not all are, unless there is only one.
+    """
+    choices = range(1, max(2, 2 ** len(odds) - 1))
+    return torch.tensor([math.prod(o for i, o in enumerate(odds) if known >> i & 1) for known in choices])
 
 
 def distinct_times(times: Tensor, rows: int) -> tuple[Tensor, Tensor]:

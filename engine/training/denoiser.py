@@ -75,7 +75,7 @@ def train_denoiser(
         block.gradient_checkpointing = options.grad_checkpointing
     if options.compile:
         compile_blocks(network.blocks())
-    loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, device=options.device)
+    loss = DenoisingLoss(config, recipe.gamma, skew=recipe.skew, odds=recipe.odds, device=options.device)
     draw, read, losses = _draw_read_and_losses(network, loss, examples, options.device)
     prompts, report = _prompts(cache, config.model.modality(text_name).tokens), None
     if options.tracker is not None:

@@ -1,5 +1,6 @@
 """How each preset of `engine.presets` is trained. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.data.augmentation import Augmentation
@@ -37,6 +38,7 @@ class Recipe:
     autoencoder_config: dict = field(default_factory=dict)  # arguments of diffusers.AutoencoderDC
     gamma: float | None = None  # min-SNR weighting, see `engine.diffusion.loss`
     skew: float = 1.0  # draws noisier times more often, see `engine.diffusion.loss`
+    odds: Mapping[str, float] = field(default_factory=dict)  # of modalities to be known, see `engine.diffusion.loss`
     first_caption: float = 0.0  # probability of taking an image's first caption; else one of all is drawn uniformly
     joined: float = 0.0  # fraction of the texts known as a whole that are one to three of the image's captions, joined
     reordered: float = 0.0  # fraction of the captions that are known as a whole whose words come in another order
@@ -68,9 +70,10 @@ EMOJI = Recipe(
     _convolutional_autoencoder((48, 48, 96, 192), (0, 1, 2, 2), latent_channels=16),
     gamma=5.0,
     skew=3.0,
+    odds={"text": 3.0},
     first_caption=1.0,
-    joined=0.5,
-    reordered=0.5,
+    joined=0.25,
+    reordered=0.25,
     captions_alike=True,
     augmentation=Augmentation(directional=("left", "right", "clock", "thirty", "flag", "moon")),
     repeats=3,

@@ -52,7 +52,9 @@ from engine.training.tracking import Tracker, record_start
 KNOWN = "known_images"  # before the ids of images of these data sets
 # What must be equal when a run is resumed, besides the settings that `Stage` checks.
 RUN_OPTIONS = ("preset", "seed", "autoencoder", "init")
-RUN_RECIPE = ("gamma", "skew", "first_caption", "joined", "reordered", "captions_alike", "repeats", "augmentation")
+RUN_RECIPE = (
+    "gamma", "skew", "odds", "first_caption", "joined", "reordered", "captions_alike", "repeats", "augmentation",
+)  # fmt: skip
 
 
 def train(options: TrainOptions) -> None:
