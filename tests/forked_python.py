@@ -9,13 +9,14 @@ arguments, folder, environment and standard streams become those of a new child.
 import json
 import os
 import runpy
+import shlex
 import signal
 import socket
 import sys
 from pathlib import Path
 from types import ModuleType
 
-CLIENT = """#!{python} -IS
+CLIENT = """
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({path!r})
@@ -33,8 +34,9 @@ def serve(program: Path) -> list[str]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        written = program.with_suffix(".part")
-        written.write_text(CLIENT.format(python=sys.executable, path=str(path)))
+        client, written = program.with_suffix(".py"), program.with_suffix(".part")
+        client.write_text(CLIENT.format(path=str(path)))
+        written.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(client))} "$@"\n')
         written.chmod(0o755)
         written.rename(program)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children that wait for theirs leave no zombies

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -59,15 +60,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Iterator[str]:
+def python() -> Iterator[str]:
     """A program that takes the place of the interpreter: importing torch would be most of the time of these tests."""
-    program = tmp_path_factory.mktemp("python") / "python"
-    with subprocess.Popen([sys.executable, Path(__file__).with_name("forked_python.py"), program]) as server:
-        while not program.exists():
-            assert server.poll() is None, "the server has failed"
-            time.sleep(0.05)
-        yield str(program)
-        server.kill()
+    with TemporaryDirectory() as short:  # a socket's path has a hundred characters at most
+        program = Path(short) / "python"
+        with subprocess.Popen([sys.executable, Path(__file__).with_name("forked_python.py"), program]) as server:
+            while not program.exists():
+                assert server.poll() is None, "the server has failed"
+                time.sleep(0.05)
+            yield str(program)
+            server.kill()
 
 
 @pytest.mark.slow
