@@ -3,12 +3,14 @@
     python forked_python.py PROGRAM
 
 imports these once and writes PROGRAM, which takes `-m MODULE …` or `-c CODE …` as an interpreter does and whose
-arguments, folder, environment and standard streams become those of a new child.
+arguments, folder, environment and standard streams become those of a new child. When standard input is closed, it
+kills its process group, of which the children are a part.
 """
 
 import json
 import os
 import runpy
+import select
 import shlex
 import signal
 import socket
@@ -41,6 +43,8 @@ def serve(program: Path) -> list[str]:
         written.rename(program)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children that wait for theirs leave no zombies
         while True:
+            if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
+                os.killpg(0, signal.SIGKILL)
             connection, _ = listener.accept()
             if os.fork() == 0:
                 break
@@ -70,9 +74,11 @@ def run(kind: str, what: str, *arguments: str) -> None:
     sys.argv = [kind, *arguments]
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
+    elif kind == "-c":
         main = sys.modules["__main__"] = ModuleType("__main__")
         exec(compile(what, "<string>", "exec"), vars(main))
+    else:
+        sys.exit(f"{kind} is neither -m nor -c")
 
 
 if __name__ == "__main__":

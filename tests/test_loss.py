@@ -9,6 +9,7 @@ import torch
 from engine.config import Config, DiffusionConfig, Modality, ModelConfig
 from engine.diffusion.loss import DROPPED, JOINT, WHOLE_MODALITY, DenoisingLoss, distinct_times
 from engine.diffusion.schedule import NoiseSchedule
+from engine.errors import InputError
 
 MODEL = ModelConfig((Modality("image", 6, 4, depth=0), Modality("text", 5, 3, depth=0)), shared_depth=1, dim=64)
 N = 1000
@@ -215,7 +216,7 @@ def test_masks_have_the_documented_proportions():
     assert abs(share(image[mixed]) - 0.5) < 0.1 and abs(share(text[mixed]) - 0.5) < 0.1
 
 
-@pytest.mark.parametrize("odds", [{}, {"text": 3.0}], ids=["even", "text"])
+@pytest.mark.parametrize("odds", [{}, {"text": 3}], ids=["even", "text"])
 def test_choices_of_known_modalities_are_as_frequent_as_their_odds(odds):
     model = replace(MODEL, modalities=(*MODEL.modalities, Modality("sketch", 6, 4, depth=0)))
     draws = DenoisingLoss(Config(model, MASKED), odds=odds).draw(20_000, generator())
@@ -232,6 +233,12 @@ def test_choices_of_known_modalities_are_as_frequent_as_their_odds(odds):
     half_sketch = ~(whole | none)[:, 2]
     assert (half_sketch & none[:, 0] & none[:, 1]).float().mean() > 0.01
     assert (half_sketch & none[:, 0] & ~(whole | none)[:, 1]).float().mean() > 0.01
+
+
+@pytest.mark.parametrize("odds", [{"txt": 3.0}, {"text": 0}, {"text": -1.0}, {"text": float("nan")}], ids=str)
+def test_odds_that_cannot_be_drawn_by_are_refused(odds):
+    with pytest.raises(InputError, match="odds: .*give positive numbers of image or text"):
+        DenoisingLoss(Config(MODEL, MASKED), odds=odds)
 
 
 def test_of_three_modalities_some_wait_as_noise_while_others_are_generated():

@@ -64,12 +64,13 @@ def python() -> Iterator[str]:
     """A program that takes the place of the interpreter: importing torch would be most of the time of these tests."""
     with TemporaryDirectory() as short:  # a socket's path has a hundred characters at most
         program = Path(short) / "python"
-        with subprocess.Popen([sys.executable, Path(__file__).with_name("forked_python.py"), program]) as server:
+        command = [sys.executable, Path(__file__).with_name("forked_python.py"), program]
+        # It ends with its standard input, also where this process is killed.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as server:
             while not program.exists():
                 assert server.poll() is None, "the server has failed"
                 time.sleep(0.05)
             yield str(program)
-            server.kill()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from engine.config import Config
 from engine.diffusion.schedule import NoiseSchedule
+from engine.errors import InputError
 
 # Masked times: the fraction of samples in which every token is generated, and in which whole modalities are known. In
 # the rest random tokens are known.
@@ -55,6 +56,7 @@ class DenoisingLoss:
     odds     of modalities to be known where whole ones are, default 1, which makes all choices equally frequent: each
              is drawn in proportion to the product of its modalities' odds
     device   of the data and of the predictions
+    Raises InputError about `odds` of other modalities, or that are not positive.
     """
 
     def __init__(
@@ -76,7 +78,10 @@ class DenoisingLoss:
             v = config.diffusion.prediction == "v_prediction"
             weight = (snr + 1).clamp_max(gamma + 1) / (snr + 1) if v else snr.clamp_max(gamma) / snr
         self._by_time: Tensor | None = None
-        self._choices = _choices([(odds or {}).get(m.name, 1.0) for m in config.model.modalities])
+        odds, names = odds or {}, [m.name for m in config.model.modalities]
+        if not (odds.keys() <= set(names) and all(0 < o < math.inf for o in odds.values())):
+            raise InputError("odds", dict(odds), f"give positive numbers of {' or '.join(names)}", "cannot be used")
+        self._choices = _choices([odds.get(name, 1.0) for name in names])
         self.weight = torch.cat([torch.zeros(1, dtype=torch.float64), weight]).float().to(device)  # [N + 1], by time
 
     def __call__(
@@ -251,7 +256,7 @@ def _choices(odds: list[float]) -> Tensor:
     At least one is known; not all are, unless there is only one.
     """
     choices = range(1, max(2, 2 ** len(odds) - 1))
-    return torch.tensor([math.prod(o for i, o in enumerate(odds) if known >> i & 1) for known in choices])
+    return torch.tensor([math.prod(o for i, o in enumerate(odds) if known >> i & 1) for known in choices]).double()
 
 
 def distinct_times(times: Tensor, rows: int) -> tuple[Tensor, Tensor]:
