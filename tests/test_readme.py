@@ -65,7 +65,7 @@ def python() -> Iterator[str]:
     with TemporaryDirectory() as short:  # a socket's path has a hundred characters at most
         program = Path(short) / "python"
         command = [sys.executable, Path(__file__).with_name("forked_python.py"), program]
-        # It ends with its standard input, also where this process is killed.
+        # It ends when its standard input is closed, so also when this process is killed.
         with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as server:
             while not program.exists():
                 assert server.poll() is None, "the server has failed"

@@ -256,7 +256,8 @@ def _choices(odds: list[float]) -> Tensor:
     At least one is known; not all are, unless there is only one.
     """
     choices = range(1, max(2, 2 ** len(odds) - 1))
-    return torch.tensor([math.prod(o for i, o in enumerate(odds) if known >> i & 1) for known in choices]).double()
+    products = [math.prod(o for i, o in enumerate(odds) if known >> i & 1) for known in choices]
+    return torch.tensor(products, dtype=torch.float64)
 
 
 def distinct_times(times: Tensor, rows: int) -> tuple[Tensor, Tensor]:
