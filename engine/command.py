@@ -4,6 +4,7 @@ Imports no torch, so that --help and bad options answer at once.
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -108,6 +109,7 @@ def run(command: str, main: Callable[[], int]) -> NoReturn:
         status = refuse(command, error if named else f"standard output cannot be written ({error.strerror})")
         if broken is None:  # such as standard output on a full disk
             _discard_output()
+    gc.freeze()  # the interpreter's last collections would take most of a second: what was imported is large
     sys.exit(status)
 
 
