@@ -153,6 +153,15 @@ def name(text: str) -> str:
     return text
 
 
+class Once(argparse.Action):
+    """Stores the value of an option without a default that is given once; argparse's own action takes the last one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, f"{shown(values)} is a second one; give one")
+        setattr(namespace, self.dest, values)
+
+
 def path(text: str) -> Path:
     """A path: an argparse type. Refuses the empty name, which `Path` would take as the current folder."""
     return Path(name(text))

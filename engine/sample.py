@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine.command import Parser, add_model, add_quantize, check_writable, path, refuse, run
+from engine.command import Once, Parser, add_model, add_quantize, check_writable, path, refuse, run
 from engine.errors import InputError, shown
 from engine.files import files_within
 from engine.hub import MODELS
@@ -46,11 +46,12 @@ def _parser() -> Parser:
 
 def _add_request(add) -> None:
     add("--prompt", action="append", metavar="TEXT", help="words, _ for each one to be filled in; may be repeated")
-    add("--image", type=path, metavar="FILE", help="an image to describe, or to infill with --mask or _ in --prompt")
-    add("--mask", type=path, metavar="FILE", help="white where the image is to be regenerated")
+    text = "an image to describe, or to infill with --mask or _ in --prompt"
+    add("--image", action=Once, type=path, metavar="FILE", help=text)
+    add("--mask", action=Once, type=path, metavar="FILE", help="white where the image is to be regenerated")
     text = "a line drawing (default --checkpoint with it: emoji-sketch)"
-    add("--sketch", type=path, metavar="FILE", help=text)
-    add("--sketch-mask", type=path, metavar="FILE", help="white where the sketch is to be regenerated")
+    add("--sketch", action=Once, type=path, metavar="FILE", help=text)
+    add("--sketch-mask", action=Once, type=path, metavar="FILE", help="white where the sketch is to be regenerated")
     text = "a value of any modality, an image's file or a text; may be repeated"
     add("--input", action="append", type=_named, default=[], metavar="NAME=VALUE", help=text)
     text = "the mask of an image given with --input; may be repeated"
@@ -94,7 +95,7 @@ def _add_engine(add) -> None:
     add_model(add)
     add("--attention", choices=ATTENTIONS, default="auto")
     text = "a LoRA adapter of the checkpoint, from engine.train --lora or peft"
-    add("--adapter", type=path, metavar="DIR", help=text)
+    add("--adapter", action=Once, type=path, metavar="DIR", help=text)
     text = "how much of the adapter is added to the weights (default: 1)"
     add("--adapter-scale", type=float, default=1.0, metavar="S", help=text)
     text = "compile all that can be: on a CPU once, for all later runs too, with --compile or without"

@@ -277,6 +277,11 @@ def test_a_checkpoint_of_fewer_times_than_steps_is_told_apart(run, tiny_checkpoi
     assert run("--steps", "10", checkpoint=short).code == 0
 
 
+@pytest.mark.parametrize("option", ["--image", "--mask", "--sketch", "--sketch-mask", "--adapter"])
+def test_an_option_of_one_file_that_is_given_twice_is_refused(run, option):
+    assert_refused(run(option, "a.png", f"{option}=b.png"), option, "b.png is a second one; give one")
+
+
 def test_an_input_that_is_given_twice_is_refused(run):
     done = run("--input", "text=red cat", "--input", "text=blue dog")
     assert done.code == 2 and "--input: 'text=red cat' is given twice; give each modality once" in done.err

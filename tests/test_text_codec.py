@@ -310,7 +310,7 @@ def test_unknown_words_are_named_with_their_nearest(codec):
         codec.read("womann runing man xyzzy womann", "inputs.text")
     assert (error.value.argument, error.value.value) == ("inputs.text", "womann, runing, xyzzy")
     assert "'womann' (near: woman" in error.value.remedy and "'runing' (near: running" in error.value.remedy
-    assert "xyzzy" not in error.value.remedy and "unknown_words: fill" in error.value.remedy
+    assert "xyzzy" not in error.value.remedy and "unknown_words=fill" in error.value.remedy
     with pytest.raises(InputError, match="^prompt: 'xyzzy' is not in the vocabulary; use known words, or "):
         codec.read("xyzzy", "prompt")
 

@@ -135,7 +135,7 @@ class ImageCodec:
         """A PIL image or a file, cropped and resized to the codec's size, and its mask; see `Codec.read`."""
         if value is None:
             if mask is not None:
-                raise InputError(mask_argument, mask, "give image too", "needs the image it belongs to")
+                raise InputError(mask_argument, mask, "give both", "needs the image it belongs to")
             return Given(torch.ones(self.tokens, self.channels, dtype=torch.bool), None)
         image = open_image(value, argument)
         masked = np.zeros((self.size, self.size), bool)

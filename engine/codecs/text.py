@@ -190,7 +190,7 @@ class TextCodec:
         near = {word: difflib.get_close_matches(word, self.vocabulary[1:], n=3) for word in unknown[:SUGGESTED_FOR]}
         named = "; ".join(f"{shown(word)} (near: {', '.join(words)})" for word, words in near.items() if words)
         known = f"use known words in place of {named}" if named else "use known words"
-        return f"{known}, or have unknown ones filled in (unknown_words: fill)"
+        return f"{known}, or have unknown ones filled in (unknown_words=fill, --unknown-words fill)"
 
 
 def _words(text: str, tokens: int, argument: str) -> list[str]:
