@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, for GPUs that need not be there, and tabulates what the compilers made of it.
 
-    python -m engine.kernels.aot [--target sm_90]... [--out benchmarks/results/aot.md]
+    python -m engine.kernels.aot [--target sm_90]... [--out benchmarks/results/aot.md | --case REGEX]
 
 The operations run on CPU tensors, with a driver that names the target, and their launches only compile. So what is
 compiled is what a launch would compile, the arguments' divisibility and the block sizes included.
@@ -247,10 +247,12 @@ def _run_adaln(inputs: tuple[torch.Tensor, ...], chunks: tuple[int, int, int]) -
     adaln._adaln_backward(x, x, x, y, mean, rstd, table, index, vector, *chunks)
 
 
-def compile_all(target: str) -> list[Usage]:
-    """Every case on one target; a kernel that several cases share is listed with the first."""
+def compile_all(target: str, chosen: re.Pattern) -> list[Usage]:
+    """The cases whose names begin so on one target; a kernel that several cases share is listed with the first."""
     kernels: dict[int, tuple[str, CompiledKernel]] = {}
     for case, run in cases(target):
+        if not chosen.match(case):
+            continue
         with compiling_for(target) as compiled:
             run()
         for kernel in compiled:
@@ -274,10 +276,13 @@ def parse(text: str) -> list[Usage]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m engine.kernels.aot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all of them")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
+    text = "only cases whose names begin so, such as 'L 320|D 192'"
+    either.add_argument("--case", type=re.compile, default=re.compile(""), metavar="REGEX", help=text)
     options = parser.parse_args(arguments)
     gc.disable()  # every collection walks through all of PyTorch's and Triton's objects: a sixth of the time
-    table = markdown([u for target in options.target or TARGETS for u in compile_all(target)])
+    table = markdown([u for target in options.target or TARGETS for u in compile_all(target, options.case)])
     print(table, end="")
     if options.out:
         source = f"By `python -m engine.kernels.aot`, triton {triton.__version__}."

@@ -1,5 +1,6 @@
 """What every test file shares: optional data, checkpoints, engines, GPU tests and hypothesis settings."""
 
+import gc
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ if not torch.cuda.is_available():
 # Deadlines measure the machine; a fixed order of examples makes a failure in CI one that a developer can repeat.
 settings.register_profile("engine", deadline=None, derandomize=True)
 settings.load_profile("engine")
+
+gc.set_threshold(100_000, 20, 20)  # each full collection walks through all of torch: a tenth of the tests' time
 
 
 def pytest_configure(config: pytest.Config) -> None:
