@@ -113,8 +113,9 @@ def _add_engine(add) -> None:
 def _add_bulk(add) -> None:
     what = add.__self__.add_mutually_exclusive_group().add_argument
     text = "an image of each line, or of captions drawn at random from a captions_….json of MS-COCO"
-    what("--prompts", type=path, metavar="FILE", help=text)
-    what("--images", type=path, metavar="DIR", help="a text of each image of a data set in MS-COCO captions layout")
+    what("--prompts", action=Once, type=path, metavar="FILE", help=text)
+    text = "a text of each image of a data set in MS-COCO captions layout"
+    what("--images", action=Once, type=path, metavar="DIR", help=text)
     what("--joint", type=int, metavar="N", help="N joint samples")
     add("--split", default="val", help="of the data set of --images (default: %(default)s)")
     add("--shards", type=int, default=0, metavar="N", help="write N tar files, as WebDataset has them, instead of PNGs")

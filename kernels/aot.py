@@ -93,7 +93,7 @@ def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
 
 def usages(kernels: list[tuple[str, CompiledKernel]], target: str) -> list[Usage]:
     """What kernels, each given with its case, need on a target, read off their assembly."""
-    if target == "gfx942":
+    if target == "gfx942" or not kernels:
         return [_amd_usage(case, target, kernel) for case, kernel in kernels]
     return [
         _nvidia_usage(case, target, kernel, instructions)
@@ -273,16 +273,26 @@ def parse(text: str) -> list[Usage]:
     return [Usage(*row[:3], *map(int, row[3:])) for row in rows]
 
 
+def _regex(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m engine.kernels.aot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all of them")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
     text = "only cases whose names begin so, such as 'L 320|D 192'"
-    either.add_argument("--case", type=re.compile, default=re.compile(""), metavar="REGEX", help=text)
+    either.add_argument("--case", type=_regex, default=re.compile(""), metavar="REGEX", help=text)
     options = parser.parse_args(arguments)
     gc.disable()  # every collection walks through all of PyTorch's and Triton's objects: a sixth of the time
-    table = markdown([u for target in options.target or TARGETS for u in compile_all(target, options.case)])
+    found = [u for target in options.target or TARGETS for u in compile_all(target, options.case)]
+    if not found:
+        parser.error(f"argument --case: no name of a case begins with {options.case.pattern!r}; see the table")
+    table = markdown(found)
     print(table, end="")
     if options.out:
         source = f"By `python -m engine.kernels.aot`, triton {triton.__version__}."

@@ -277,9 +277,9 @@ def test_a_checkpoint_of_fewer_times_than_steps_is_told_apart(run, tiny_checkpoi
     assert run("--steps", "10", checkpoint=short).code == 0
 
 
-@pytest.mark.parametrize("option", ["--image", "--mask", "--sketch", "--sketch-mask", "--adapter"])
-def test_an_option_of_one_file_that_is_given_twice_is_refused(run, option):
-    assert_refused(run(option, "a.png", f"{option}=b.png"), option, "b.png is a second one; give one")
+@pytest.mark.parametrize("name", ["image", "mask", "sketch", "sketch-mask", "adapter", "prompts", "images"])
+def test_an_option_of_one_file_that_is_given_twice_is_refused(run, name):
+    assert_refused(run(f"--{name}", "a.png", f"--{name}=b.png"), f"--{name}:", "b.png is a second one; give one")
 
 
 def test_an_input_that_is_given_twice_is_refused(run):
