@@ -116,7 +116,7 @@ def _add_bulk(add) -> None:
     what("--prompts", action=Once, type=path, metavar="FILE", help=text)
     text = "a text of each image of a data set in MS-COCO captions layout"
     what("--images", action=Once, type=path, metavar="DIR", help=text)
-    what("--joint", type=int, metavar="N", help="N joint samples")
+    what("--joint", action=Once, type=int, metavar="N", help="N joint samples")
     add("--split", default="val", help="of the data set of --images (default: %(default)s)")
     add("--shards", type=int, default=0, metavar="N", help="write N tar files, as WebDataset has them, instead of PNGs")
     add("--batch", type=int, default=64, metavar="N", help="samples computed together (default: %(default)s)")

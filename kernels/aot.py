@@ -276,7 +276,7 @@ def parse(text: str) -> list[Usage]:
 def _regex(text: str) -> re.Pattern:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
 
 
@@ -289,9 +289,11 @@ def main(arguments: list[str] | None = None) -> int:
     either.add_argument("--case", type=_regex, default=re.compile(""), metavar="REGEX", help=text)
     options = parser.parse_args(arguments)
     gc.disable()  # every collection walks through all of PyTorch's and Triton's objects: a sixth of the time
-    found = [u for target in options.target or TARGETS for u in compile_all(target, options.case)]
+    targets = options.target or list(TARGETS)
+    found = [u for target in targets for u in compile_all(target, options.case)]
     if not found:
-        parser.error(f"argument --case: no name of a case begins with {options.case.pattern!r}; see the table")
+        pattern, listed = options.case.pattern, ", ".join(targets)
+        parser.error(f"argument --case: {pattern!r} begins no case's name of {listed} in benchmarks/results/aot.md")
     table = markdown(found)
     print(table, end="")
     if options.out:
