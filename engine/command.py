@@ -109,7 +109,7 @@ def run(command: str, main: Callable[[], int]) -> NoReturn:
         status = refuse(command, error if named else f"standard output cannot be written ({error.strerror})")
         if broken is None:  # such as standard output on a full disk
             _discard_output()
-    gc.freeze()  # the interpreter's last collections would take most of a second: what was imported is large
+    gc.freeze()  # at its end the interpreter collects garbage, which took half a second
     sys.exit(status)
 
 
@@ -154,7 +154,7 @@ def name(text: str) -> str:
 
 
 class Once(argparse.Action):
-    """Stores the value of an option without a default that is given once; argparse's own action takes the last one."""
+    """Stores an option's value and refuses a second, of which argparse would keep the last. The default is None."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if getattr(namespace, self.dest) is not None:

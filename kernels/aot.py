@@ -248,7 +248,7 @@ def _run_adaln(inputs: tuple[torch.Tensor, ...], chunks: tuple[int, int, int]) -
 
 
 def compile_all(target: str, chosen: re.Pattern) -> list[Usage]:
-    """The cases whose names begin so on one target; a kernel that several cases share is listed with the first."""
+    """Compiles the cases whose names `chosen` matches; a kernel that several of them share is listed with the first."""
     kernels: dict[int, tuple[str, CompiledKernel]] = {}
     for case, run in cases(target):
         if not chosen.match(case):
@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all of them")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
-    text = "only cases whose names begin so, such as 'L 320|D 192'"
+    text = "only cases whose names match from the start, such as 'L 320|D 192'"
     either.add_argument("--case", type=_regex, default=re.compile(""), metavar="REGEX", help=text)
     options = parser.parse_args(arguments)
     gc.disable()  # every collection walks through all of PyTorch's and Triton's objects: a sixth of the time
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = [u for target in targets for u in compile_all(target, options.case)]
     if not found:
         pattern, listed = options.case.pattern, ", ".join(targets)
-        parser.error(f"argument --case: {pattern!r} begins no case's name of {listed} in benchmarks/results/aot.md")
+        parser.error(f"argument --case: {pattern!r} matches no case of {listed}; benchmarks/results/aot.md lists them")
     table = markdown(found)
     print(table, end="")
     if options.out:

@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 settings.register_profile("engine", deadline=None, derandomize=True)
 settings.load_profile("engine")
 
-gc.set_threshold(100_000, 20, 20)  # each full collection walks through all of torch: a tenth of the tests' time
+gc.set_threshold(100_000, 20, 20)  # collections, which visit all of torch's objects, took a tenth of the time
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,7 +24,7 @@ def is_the_tables_compiler():
     ids=["some-sm_90", *aot.TARGETS],
 )
 def usages(request):
-    """(target, cases compiled on it, the same in the committed table). Compiled once, without Triton's interpreter."""
+    """(target, kernels compiled for it, the committed table's by case and name), without Triton's interpreter."""
     target, chosen = request.param
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "engine.kernels.aot", "--target", target, "--case", chosen]
