@@ -281,10 +281,14 @@ def http_client(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
 
 
 @pytest.mark.parametrize("contender", [IN_PROCESS, OVER_HTTP])
-def test_http(compete, engine, http_client, contender):
-    """More requests at once than the engine computes together: from this process, and over HTTP from another one."""
+@pytest.mark.parametrize("steps", [10, Request().steps])
+def test_http(compete, engine, http_client, steps, contender):
+    """More requests at once than the engine computes together: from this process, and over HTTP from another one.
+
+    A request costs HTTP as much whatever its steps; the second number of steps is the one of a request that names none.
+    """
     count = 4 * engine.max_rows
-    bodies = [{"prompt": "word1 word2", "steps": 10, "seed": seed} for seed in range(count)]
+    bodies = [{"prompt": "word1 word2", "steps": steps, "seed": seed} for seed in range(count)]
 
     def build():
         post_all, requests = http_client(bodies), [Request(**body) for body in bodies]
@@ -300,4 +304,4 @@ def test_http(compete, engine, http_client, contender):
         facts = {"images": count, "facts": {"requests": count}}
         return {IN_PROCESS: Contender(submitted, **facts), OVER_HTTP: Contender(over_http, **facts)}
 
-    compete(f"service, HTTP, {count} requests at once", contender, build)
+    compete(f"service, HTTP, {count} requests of {steps} steps at once", contender, build)
