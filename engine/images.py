@@ -175,6 +175,7 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # metadata can be absent, or wrong in any way, and the pixels are whole
         turn = None
     image = _eight_bits(image)
+    image.info = {}  # with EXIF data it would be turned again when it is next opened
     return image if turn is None else image.transpose(turn)
 
 

@@ -176,8 +176,13 @@ def _check_names(request: Request, config: Config) -> None:
 
 def _check_generated(request: Request, generate: Tensor, config: Config) -> None:
     if not generate.any():
+        masks = [mask_argument_of(request, name) for name in request.given_masks]
+        if masks:
+            problem = "marks nothing in the middle square of the image, and all else is given"
+            remedy = "give one that marks what is to be generated, or put _ in the prompt"
+            raise InputError(", ".join(masks), next(iter(request.given_masks.values())), remedy, problem)
         arguments = ", ".join(argument_of(request, name) for name in request.given)
-        remedy = "put _ in the prompt or give a mask with white in it"
+        remedy = "leave something out, put _ in the prompt, or give a mask with white in it"
         raise InputError(arguments, "all of it", remedy, "is given, nothing is left to generate")
     model = config.model
     for m in model.modalities:

@@ -27,7 +27,7 @@ INPUTS = {"prompt": "text", "image": "image", "sketch": "sketch"}
 MASKS = {"mask": "image", "sketch_mask": "sketch"}
 NO_WORD = "give words, or leave it out to have them generated"
 MAX_NUM = 1024
-MAX_STEPS = 20_000  # calls of the model, see `Request.calls`
+MAX_STEPS = 20_000  # calls of the model for a sample, see `most_repeats`
 MAX_SEED = 2**64 - 1
 WHOLE_NUMBERS = {"num": (1, MAX_NUM), "steps": (1, 1000), "resample": (1, 100), "jump": (1, 1000),
                  "inner_steps": (1, 100), "step_cache": (1, 1000), "seed": (0, MAX_SEED)}  # fmt: skip
@@ -134,11 +134,6 @@ class Request:
         self._check_task()
 
     @property
-    def calls(self) -> int:
-        """How often the model is called for each sample, at most."""
-        return self.steps * (self.resample if self.infill == "repaint" else 1 + self.inner_steps)
-
-    @property
     def given(self) -> dict[str, Any]:
         """What is given, by modality."""
         return self._with_shorthands(self.inputs, INPUTS)
@@ -179,12 +174,12 @@ class Request:
             object.__setattr__(self, key, int(value))
         if self.infill == "langevin" and self.resample > 1:
             raise InputError("resample", self.resample, "use 1, or infill repaint", "is another way than langevin")
-        if self.calls > MAX_STEPS:
-            most = MAX_STEPS // self.steps
-            key, most = ("resample", most) if self.infill == "repaint" else ("inner_steps", most - 1)
+        key, most = most_repeats(self.infill, self.steps, MAX_STEPS)
+        if getattr(self, key) > most:
             raise InputError(key, getattr(self, key), f"use at most {most}", "makes too many steps")
         if self.resample > 1 and self.jump >= self.steps:
-            raise InputError("jump", self.jump, f"use fewer than the {self.steps} steps", "is too long")
+            remedy = f"use a jump below the {self.steps} steps, more steps, or resample 1"
+            raise InputError("jump", self.jump, remedy, "is too long")
         for key, (least, greatest) in NUMBERS.items():
             value = _plain(getattr(self, key))
             if key in ("guidance", "temperature") and value is None:
@@ -222,6 +217,11 @@ class Request:
         }
         if self.task != "auto" and not fits[self.task]:
             raise InputError("task", self.task, f"{remedy[self.task]}, or use auto", "does not fit what is given")
+
+
+def most_repeats(infill: str, steps: int, calls: int) -> tuple[str, int]:
+    """The argument that repeats steps, and the most that it may be if the model is called so often for a sample."""
+    return ("resample", calls // steps) if infill == "repaint" else ("inner_steps", calls // steps - 1)
 
 
 def _check_text(prompt, argument: str) -> None:

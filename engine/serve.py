@@ -41,7 +41,7 @@ def _parser() -> Parser:
     add("--max-queue", type=int, default=256, metavar="N", help="further samples that may wait (default: 256)")
     text = "samples in the largest batch to warm up for, 0: none (default: 1; with --compile on a GPU: --max-rows)"
     add("--warmup", type=int, metavar="N", help=text)
-    text = "a file of tokens, one a line; clients must send one of them (Authorization: Bearer …)"
+    text = "a file of tokens, one a line (# begins a comment); clients must send one (Authorization: Bearer …)"
     add("--token-file", type=path, metavar="FILE", help=text)
     text = "a page whose scripts may call the service, such as https://example.org; may be repeated"
     add("--cors", action="append", default=[], metavar="ORIGIN", help=text)
@@ -221,11 +221,13 @@ def _tokens(file: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise InputError("token_file", file, "give a readable text file", f"cannot be read ({reason})") from None
-    tokens = [line for line in lines if line]
+    tokens = [line for line in lines if line and not line.startswith("#")]
     if not tokens:
         raise InputError("token_file", file, "write a token into it", "holds no token")
     for number, line in enumerate(lines, 1):
-        if not (line.isascii() and line.isprintable()):  # headers hold no other characters that all clients agree on
+        if not (
+            line.startswith("#") or line.isascii() and line.isprintable()
+        ):  # headers hold no other characters that all clients agree on
             problem = f"has characters in line {number} that cannot be sent in a header"
             raise InputError("token_file", file, "use ASCII letters, digits and -._~+/=", problem)
     return tokens

@@ -97,7 +97,9 @@ def test_images_are_turned_as_their_exif_says(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / name, exif=exif)
-    assert open_image(tmp_path / name).convert("L").tobytes() == shown.tobytes()
+    opened = open_image(tmp_path / name)
+    assert opened.convert("L").tobytes() == shown.tobytes()
+    assert open_image(opened).tobytes() == opened.tobytes(), "an image that is opened twice is turned once"
 
 
 def test_opening_leaves_the_callers_image_as_it_was():

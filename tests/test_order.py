@@ -267,7 +267,7 @@ def test_langevin_steps_are_calls_of_the_model_for_renoised_parts_only(engine, t
     folder = with_config(tiny_checkpoint, tmp_path / "c", diffusion=RENOISE, sampling={"order": []})
     with Engine.from_pretrained(folder, dtype="float32") as renoising:
         found = renoising.generate(request)
-        assert renoising.stats().forwards == 3 + 2 * 2 < request.calls
+        assert renoising.stats().forwards == 3 + 2 * 2
         other = renoising.generate(
             Request("red _", steps=3, infill="langevin", inner_steps=2, step_size=0.1, guidance=1.0)
         )

@@ -77,7 +77,7 @@ IMAGES = [
     bad("--mask", "left.png", said="needs the image that it belongs to"),
     bad("--mask", "left.png", "--prompt", "red", said="needs the image that it belongs to"),
     bad("--image", "noise.png", "--prompt", "red", said="nothing is left to generate"),
-    bad("--image", "noise.png", "--prompt", "red", "--mask", "black.png", said="nothing is left to generate"),
+    bad("--mask", "black.png", "--image", "noise.png", "--prompt", "red", said="black.png marks nothing in the middle"),
 ]
 TASKS = [
     bad("--task", "joint", "--prompt", "red"),

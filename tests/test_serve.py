@@ -41,7 +41,7 @@ from engine.serving.server import Server
 async def test_a_process_serves_offline_and_finishes_what_runs_when_it_is_terminated(tiny_checkpoint, tmp_path):
     """Without a network, as for those who set HF_HUB_OFFLINE=1 (a fault of another engine: vllm-omni 11447)."""
     tokens = tmp_path / "tokens"
-    tokens.write_bytes("\ufeff\r\nsecret\r\n".encode())  # as Windows writes text
+    tokens.write_bytes("\ufeff# for désks\r\n\r\nsecret\r\n".encode())  # as Windows writes text
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "http_proxy": "", "OMP_NUM_THREADS": "1"}
     process, address = start("--checkpoint", tiny_checkpoint, "--token-file", tokens, "--limit", "num=3", **offline)
     try:
@@ -53,7 +53,8 @@ async def test_a_process_serves_offline_and_finishes_what_runs_when_it_is_termin
                 except httpx.TransportError:  # it does not listen yet
                     assert process.poll() is None
                 await asyncio.sleep(0.05)
-            assert (await http.get("/v1/models")).status_code == 401
+            for header in ({}, {"authorization": "Bearer #"}, {"authorization": "Bearer # for désks".encode()}):
+                assert (await http.get("/v1/models", headers=header)).status_code == 401
             http.headers["authorization"] = "Bearer secret"
             card = (await http.get("/v1/models")).json()["data"][0]
             assert card["id"] == "tiny" and card["limits"]["num"] == 3
@@ -252,7 +253,7 @@ def test_rows_and_warm_up_depend_on_where_the_engine_computes(arguments, rows, w
 def test_a_bad_option_is_refused_in_one_line(options, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-    Path("empty").write_text("\n")
+    Path("empty").write_text("\n# no token\n")
     Path("UTF-16").write_text("secret", encoding="utf-16")
     Path("not ASCII").write_text("sécret", encoding="utf-8")
     try:

@@ -208,7 +208,7 @@ async def test_the_model_and_its_words_are_listed(engine):
         card = listed["data"][0]
         assert (card["id"], card["size"], card["words"], card["vocabulary_size"]) == ("tiny", "32x32", 6, 31)
         assert card["limits"]["num"] == 3 and card["defaults"]["order"] == ["text", "image"]
-        assert_error(await http.get("/v1/models/other"), 404, "not_found", "model")
+        assert_error(await http.get("/v1/models/other"), 404, "model_not_found", "model")
         assert (await http.get("/v1/vocabulary?prefix=Bi&limit=5")).json() == {"words": ["big", "bird"]}
         # In the vocabulary's order, which is that of frequency.
         assert (await http.get("/v1/vocabulary?prefix=ca&limit=5")).json() == {"words": ["cat", "car"]}
@@ -216,6 +216,8 @@ async def test_the_model_and_its_words_are_listed(engine):
         for limit in ("0", "x", "", "1001", "-1", "1.5", "9" * 5000):
             answer = await http.get(f"/v1/vocabulary?limit={limit}")
             assert assert_error(answer, 400, "invalid_value", "limit").startswith("limit: ")
+        assert_error(await http.get("/v1/vocabulary?start=b"), 400, "unsupported_field", "start")
+        assert_error(await http.get("/v1/vocabulary?prefix=a&prefix=b"), 400, "invalid_value", "prefix")
 
 
 # ------------------------------------------------------------------------------------------------- events

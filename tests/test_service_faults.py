@@ -160,13 +160,16 @@ async def test_a_stream_has_the_image_and_every_partial_image(engine):  # sglang
             events = events_of(answer.text)
             partial = [data for name, data in events if name == f"{kind}.partial_image"]
             done = [data for name, data in events if name == f"{kind}.completed"]
-            assert len(partial) + len(done) + 1 == len(events) and 0 < len(partial) <= 4
+            assert len(partial) + len(done) + 1 == len(events) and len(partial) == 4
             assert all(image_of(data["b64_json"]).size == (32, 32) for data in partial + done)
             assert [data["seed"] for data in done] == [3, 4] and all(
                 data["type"] == f"{kind}.completed" for data in done
             )
             if path == GENERATIONS:
                 assert [data["b64_json"] for data in done] == [one["b64_json"] for one in plain]
+        few = {"prompt": "red", "num_inference_steps": 5, "stream": True, "partial_images": 3}
+        names = [name for name, _ in events_of((await http.post(GENERATIONS, json=few)).text)]
+        assert names.count("image_generation.partial_image") == 3
 
 
 # ------------------------------------------------------------------------------------------------- images
@@ -189,6 +192,11 @@ async def test_exif_turns_an_image_and_trns_makes_it_transparent(engine):  # vll
             found, expected = [await infill(http, image=image, **body) for image in (sent, base64_of(plain))]
             assert images(found)[0].tobytes() == images(expected)[0].tobytes()
             assert found["samples"] == expected["samples"]
+        clear = Image.new("RGBA", (48, 32))
+        clear.paste("black", (0, 0, 20, 32))  # right of it the image is edited
+        edit = {"prompt": "red", "mask": base64_of(clear), "num_inference_steps": 1, "seed": 0}
+        edited = [await http.post(EDITS, json=edit | {"image": sent}) for sent in (turned, base64_of(upright))]
+        assert edited[0].json()["data"] == edited[1].json()["data"]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "1"])

@@ -4,7 +4,8 @@ import asyncio
 import json
 
 import pytest
-from engine_cases import left_half
+from engine_cases import left_half, noise
+from PIL import Image
 from service_cases import (
     CAPTIONS,
     EDITS,
@@ -30,6 +31,13 @@ from engine.serving.inputs import Limits
 PART = '--y\r\nContent-Disposition: form-data; name="steps"\r\n\r\n'  # of a form with boundary y, up to its value
 
 # ------------------------------------------------------------------------------------------------- refusals
+
+
+WIDE = base64_of(noise(size=(96, 32)))  # of which the middle third is used
+WHITE_EDGE = base64_of(left_half((32, 32)).crop((0, 0, 96, 32)))  # white outside of that
+FAINT, CLEAR_EDGE = Image.new("RGBA", (32, 32), (0, 0, 0, 128)), Image.new("RGBA", (96, 32), "black")
+CLEAR_EDGE.paste((0, 0, 0, 0), (0, 0, 16, 32))
+FAINT, CLEAR_EDGE = base64_of(FAINT), base64_of(CLEAR_EDGE)
 
 
 def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: int = 400):
@@ -61,6 +69,7 @@ def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: 
         bad(INFILL, {"num": True}, "num"),
         bad(INFILL, {"steps": 251}, "steps"),
         bad(INFILL, {"steps": 250, "resample": 11}, "resample"),
+        bad(INFILL, {"steps": 5, "resample": 2}, "jump"),
         bad(INFILL, {"steps": 250, "infill": "langevin", "inner_steps": 10}, "inner_steps"),
         bad(INFILL, {"infill": "langevin"}, "infill"),
         bad(INFILL, {"infill": "lanpaint"}, "infill"),
@@ -73,7 +82,8 @@ def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: 
         bad(INFILL, {"order": ["sound"]}, "order"),
         bad(INFILL, {"order": "text"}, "order"),
         bad(INFILL, {"inputs": {"image": 5}}, "inputs['image']"),
-        bad(INFILL, {"inputs": {"k" * 10_000: "red"}}, f"inputs['{'k' * 52}...{'k' * 98}']", "invalid_image"),
+        bad(INFILL, {"inputs": {"k" * 10_000: "red"}}, f"inputs['{'k' * 47}...{'k' * 48}']"),
+        bad(INFILL, {"image": PHOTO, "masks": {"sound": MASK}}, "masks['sound']"),
         bad(INFILL, {"k" * 10_000: 1}, "k" * 60 + "..." + "k" * 100, "unsupported_field"),
         bad(INFILL, {"task": "image-to-text"}, "task"),
         bad(INFILL, {"deadline": 0}, "deadline"),
@@ -95,6 +105,10 @@ def bad(path: str, body: dict, param: str, code: str = "invalid_value", status: 
         bad(GENERATIONS, {"guidance_scale": 101}, "guidance_scale"),
         bad(EDITS, {"mask_image": None}, "image", "invalid_image"),
         bad(EDITS, {"mask": MASK, "mask_image": None}, "mask", "invalid_image"),
+        bad(EDITS, {"mask": FAINT, "mask_image": None}, "mask", "invalid_image"),
+        bad(EDITS, {"image": WIDE, "mask": CLEAR_EDGE, "mask_image": None}, "mask", "invalid_image"),
+        bad(EDITS, {"image": WIDE, "mask_image": WHITE_EDGE}, "mask_image", "invalid_image"),
+        bad(EDITS, {"mask_image": base64_of(Image.new("L", (32, 32)))}, "mask_image", "invalid_image"),
         bad(EDITS, {"mask": MASK}, "mask_image"),
         bad(EDITS, {"image": None}, "image"),
         bad(EDITS, {"mask_image": base64_of(left_half((16, 16)))}, "mask_image", "invalid_image"),
@@ -221,6 +235,40 @@ async def test_a_value_in_a_form_is_refused_with_how_to_write_it(engine, name, v
         assert says in message
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        (INFILL, {"num": "two"}, "num: 'two' should be a valid integer"),
+        (INFILL, {"steps": 5000}, "steps: 5000 should be less than or equal to 250"),
+        (INFILL, {"guidance_interval": [0.5]}, "guidance_interval: [0.5] should have at least 2 items, not 1"),
+        (INFILL, {"steps": 250, "resample": 100}, "use at most 10, or fewer steps"),
+        (INFILL, {"inputs": {"sound": "x"}}, "inputs['sound']: is not a modality of the model; use one of image, text"),
+        (GENERATIONS, {"user": "u" * 257}, "user: has 257 characters; use at most 256"),
+        (GENERATIONS, {"size": "9x9"}, "size: '9x9' is not that of this model; use 32x32 or auto"),
+        (EDITS, {"mask_image": WHITE_EDGE, "image": WIDE}, "mask_image: marks nothing in the middle square"),
+        (EDITS, {"mask": FAINT, "mask_image": None}, "mask: is nowhere transparent: its lowest alpha is 128 of 255"),
+        (CAPTIONS, {"prompt": "red heart"}, "leave something out, put _ in the prompt"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+@asynchronous
+async def test_a_refusal_says_the_value_and_what_to_do(engine, path, body, says):
+    async with service(engine) as http:
+        answer = await http.post(path, json=MINIMAL[path] | body)
+        assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
+
+
+@asynchronous
+async def test_a_form_is_told_what_is_missing_and_what_is_a_file(engine):
+    async with service(engine) as http:
+        message = assert_error(await http.post(EDITS, files={"prompt": (None, "red")}), 400, "invalid_value", "image")
+        assert message == "image: is missing; send it"
+        answer = await http.post(GENERATIONS, files={"prompt": ("prompt.txt", b"red")})
+        assert assert_error(answer, 400, "invalid_value", "prompt") == "prompt: is a file; send a value"
+        many = [(f"field{i}", (None, "1")) for i in range(65)]
+        assert "at most 64 fields" in assert_error(await http.post(INFILL, files=many), 400, "invalid_body")
+
+
 @asynchronous
 async def test_all_that_a_value_may_be_is_told(engine):
     async with service(engine) as http:
@@ -336,7 +384,8 @@ async def test_tokens_are_asked_for_where_there_are_some(engine):
             headers = {} if header is None else {"authorization": header}
             for path in ("/v1/models", "/metrics", "/v1/nothing"):
                 answer = await http.get(path, headers=headers)
-                assert_error(answer, 401, "unauthorized")
+                message = assert_error(answer, 401, "unauthorized")
+                assert ("there is no token" in message) == (header in (None, "Bearer"))
                 assert answer.headers["www-authenticate"] == "Bearer"
         for token in ("first", "s\u00e9cond"):
             headers = {"authorization": f"bearer {token}".encode()}

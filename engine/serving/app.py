@@ -23,11 +23,11 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.errors import cut
 from engine.serving.async_engine import AsyncEngine
 from engine.serving.errors import AsciiJSON, ServiceError, internal_error, refused
-from engine.serving.inputs import Limits
+from engine.serving.inputs import Limits, wrong_value
 from engine.serving.metrics import METRICS_TYPE
 from engine.serving.models import model_card, vocabulary
 from engine.serving.native import infill
-from engine.serving.openai_shape import captions, edits, generations
+from engine.serving.openai_shape import captions, check_model, edits, generations
 from engine.serving.openapi import ABOUT, Events, about_stream, document, errors
 from engine.serving.schemas import (
     INFILL_EVENTS,
@@ -170,14 +170,18 @@ def _add_lists(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{model}", tags=[SHAPE], summary="A model by its name", responses=answers(ModelCard, 404))
     async def one_model(model: str) -> Response:
-        if model != service.model:
-            raise refused("model", f"is not served here; use {service.model}", "not_found", 404)
+        check_model(service, model)
         return AsciiJSON(model_card(service))
 
     answers_of_words = answers(VocabularyAnswer, 400)
 
     @app.get("/v1/vocabulary", tags=["native"], summary="Words that the model knows", responses=answers_of_words)
-    async def words(prefix: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
+    async def words(http: HttpRequest, prefix: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 20) -> Response:
+        for name in http.query_params:
+            if name not in ("prefix", "limit"):
+                raise refused(name, "is not a parameter of this endpoint; leave it out", "unsupported_field")
+            if len(http.query_params.getlist(name)) > 1:
+                raise refused(name, "is given twice; give it once")
         return AsciiJSON({"words": vocabulary(service, prefix, limit)})
 
 
@@ -244,7 +248,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def of_parameters(_, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return refused(str(first["loc"][-1]), first["msg"].removeprefix("Input ")).response()
+        return refused(str(first["loc"][-1]), wrong_value(first["input"], [first["msg"]])).response()
 
     @app.exception_handler(Exception)
     async def unforeseen(_, error: Exception) -> Response:  # the server logs it
@@ -276,8 +280,9 @@ class Gate:
         # Digests of equal length, all compared, so that the time taken does not depend on the tokens.
         matches = [secrets.compare_digest(_digest(token.strip()), digest) for digest in self._digests]
         if self._digests and (kind.lower() != b"bearer" or not any(matches)):
-            challenge = {"WWW-Authenticate": "Bearer"}
-            return ServiceError(401, "unauthorized", "send a token: Authorization: Bearer …", headers=challenge)
+            problem = "the token is not one of the service's" if token.strip() else "there is no token"
+            message = f"{problem}; send one of them: Authorization: Bearer …"
+            return ServiceError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
         return None
 
 

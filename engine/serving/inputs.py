@@ -27,7 +27,8 @@ from engine.serving.errors import ServiceError, refused
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs or less robust decoders
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)  # browsers do not know the type of every file
 PART_OF = re.compile(r"(inputs|masks)\[([^\[\]]+)\]")  # a form's field "inputs[sketch]"
-MOST_PARTS = 64
+PYDANTICS = re.compile(r"^(Input|List) |, unable to parse.*| after validation")  # words of its messages left out
+MOST_PARTS, MOST_FILES = 64, 8  # of a form
 CONSTANTS = ("NaN", "Infinity", "-Infinity")  # which Python's JSON has beyond the standard
 EXAMPLE = '{"prompt": "red heart"}'
 IN_FORMS = {"boolean": "true or false", "integer": "a whole number", "number": "a number"}  # other types: as in JSON
@@ -93,18 +94,31 @@ async def _in_time(reading: Coroutine, http: HttpRequest, limits: Limits):
 
 
 def _refusal(error: ValidationError, limits: Limits) -> ServiceError:
-    """About the first field that is wrong, with all that its value may be."""
-    errors = error.errors(include_url=False, include_input=False)
-    if not errors[0]["loc"]:  # pydantic does not say which
+    """About the first field that is wrong, with its value and all that it may be."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    if not first["loc"]:  # pydantic does not say which
         return ServiceError(400, "invalid_body", "a field's name is not Unicode; use those of /openapi.json")
-    name = _named(errors[0]["loc"])
-    if errors[0]["type"] == "extra_forbidden":
-        return refused(name, "is not a field of this endpoint; leave it out", "unsupported_field")
-    if errors[0]["type"] == "less_than_equal" and limits.most(name) < errors[0]["ctx"]["le"]:
-        return refused(name, f"should be less than or equal to {limits.most(name)}")
+    name = _named(first["loc"])
+    match first["type"], first["input"]:
+        case "extra_forbidden", _:
+            return refused(name, "is not a field of this endpoint; leave it out", "unsupported_field")
+        case "missing", _:
+            return refused(name, "is missing; send it")
+        case "string_too_long", value:
+            return refused(name, f"has {len(value)} characters; use at most {first['ctx']['max_length']}")
+        case _, bytes():
+            return refused(name, "is a file; send a value")
+        case "less_than_equal", value if limits.most(name) < first["ctx"]["le"]:
+            return refused(name, f"{shown(value)} should be less than or equal to {limits.most(name)}")
     messages = [e["msg"] for e in errors if _named(e["loc"]) == name and e["type"] != "bytes_type"]  # bytes: of forms
-    said = (message.removeprefix("Input ").replace(" after validation", "") for message in messages)
-    return refused(name, ", or ".join(dict.fromkeys(said)))
+    return refused(name, wrong_value(first["input"], messages))
+
+
+def wrong_value(value, messages: list[str]) -> str:
+    """A value and all that it may be, which are Pydantic's words for one alternative each."""
+    said = [PYDANTICS.sub("", message) for message in messages]
+    return f"{shown(value)} {', or '.join(dict.fromkeys(said))}"
 
 
 def _named(place: tuple[str | int, ...]) -> str:
@@ -138,7 +152,7 @@ async def _read_json(http: HttpRequest, limits: Limits) -> dict:
         problem = f"the body is not JSON ({error}); send an object such as {EXAMPLE}"
         raise ServiceError(400, "invalid_body", problem) from None
     if not isinstance(fields, dict):
-        raise ServiceError(400, "invalid_body", f"the body is not an object of JSON; send one such as {EXAMPLE}")
+        raise ServiceError(400, "invalid_body", f"the body is not a JSON object; send one such as {EXAMPLE}")
     return fields
 
 
@@ -182,7 +196,11 @@ class _FormParser(MultiPartParser):
 async def _read_form(http: HttpRequest, limits: Limits, model: type[BaseModel]) -> dict:
     """A form's fields. Numbers, booleans and objects are written as in JSON; lists also item by item."""
     parser = _FormParser(
-        http.headers, _chunks(http, limits), max_files=8, max_fields=MOST_PARTS, max_part_size=limits.body_bytes
+        http.headers,
+        _chunks(http, limits),
+        max_files=MOST_FILES,
+        max_fields=MOST_PARTS,
+        max_part_size=limits.body_bytes,
     )
     try:
         form = await parser.parse()
@@ -190,7 +208,8 @@ async def _read_form(http: HttpRequest, limits: Limits, model: type[BaseModel]) 
             raise MultiPartException("Its last boundary is missing.")
     except (MultiPartException, ValueError, LookupError) as error:
         reason = f" ({error.message.rstrip('.')})" if isinstance(error, MultiPartException) else ""
-        problem = f"the body is not a form that can be read{reason}; send multipart/form-data"
+        remedy = f"send a whole form (multipart/form-data) of at most {MOST_PARTS} fields and {MOST_FILES} files"
+        problem = f"the body is not a form that can be read{reason}; {remedy}"
         raise ServiceError(400, "invalid_body", problem) from None
     properties, fields, lists = _properties(model), {}, {}
     try:

@@ -1,6 +1,7 @@
 """`/v1/infill`: all arguments of `Request`, under the same names."""
 
-from engine.request import Request
+from engine.errors import shown
+from engine.request import Request, most_repeats
 from engine.serving.errors import refused
 from engine.serving.handle import Handle, Preview
 from engine.serving.inputs import known_text, open_upload, text
@@ -42,6 +43,14 @@ def infill(service: Service, body: InfillBody) -> Job:
 
 def _request(body: InfillBody, service: Service) -> Request:
     limits = service.limits
+    repeated, most = most_repeats(body.infill, body.steps, limits.calls)
+    if body.steps <= limits.steps and getattr(body, repeated) > most:
+        raise refused(repeated, f"{getattr(body, repeated)} makes too many steps; use at most {most}, or fewer steps")
+    names = service.config.codecs
+    for key in ("inputs", "masks"):
+        for name in getattr(body, key):
+            if name not in names:
+                raise refused(f"{key}[{shown(name)}]", f"is not a modality of the model; use one of {', '.join(names)}")
     given = {}
     for name, value in body.inputs.items():
         read = text if service.is_text(name) else open_upload

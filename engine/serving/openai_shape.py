@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from PIL import Image
 
-from engine.images import open_image
+from engine.errors import shown
+from engine.images import WHITE, open_image
 from engine.request import Request, Result, Sample
 from engine.serving.errors import refused
 from engine.serving.handle import Handle, Preview
@@ -30,7 +31,7 @@ def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
     """kind   the first word of the events' names
     given  makes the arguments of `Request` that are images
     """
-    _check_model(service, body.model)
+    check_model(service, body.model)
     size, image_format = _check_output(service, body), body.output_format or "png"
     steps, partial = body.num_inference_steps or Request.steps, body.partial_images or 0
     about = {"size": size, "background": "opaque", "output_format": image_format}
@@ -70,13 +71,14 @@ def _images(service: Service, body: GenerationBody, kind: str, given) -> Job:
     return Job(
         request, answer, final, preview, NAMES, stream=bool(body.stream), counts=False,
         user=body.user,
-        preview_every=-(-steps // (partial + 1)) if partial else 0,
+        preview_every=max(1, steps // (partial + 1)) if partial else 0,
     )  # fmt: skip
 
 
-def _check_model(service: Service, model: str | None) -> None:
+def check_model(service: Service, model: str | None) -> None:
+    """Raises ServiceError for the name of another model."""
     if model not in (None, service.model):
-        raise refused("model", f"is not served here; use {service.model}", "model_not_found", 404)
+        raise refused("model", f"{shown(model)} is not served here; use {service.model}", "model_not_found", 404)
 
 
 def _check_output(service: Service, body: GenerationBody) -> str:
@@ -86,7 +88,7 @@ def _check_output(service: Service, body: GenerationBody) -> str:
         raise refused("model", "makes no images", "unsupported_field")
     size = f"{codec.size}x{codec.size}"
     if body.size not in (None, "auto", size):
-        raise refused("size", f"is not that of this model; use {size} or auto")
+        raise refused("size", f"{shown(body.size)} is not that of this model; use {size} or auto")
     if body.output_compression is not None and body.output_format in (None, "png"):
         raise refused("output_compression", "is for jpeg and webp; set output_format")
     if body.partial_images and not body.stream:
@@ -100,15 +102,17 @@ def _image_and_mask(service: Service, body: EditBody) -> dict[str, Image.Image]:
         return {"image": image, "mask": open_upload(body.mask_image, "mask_image", service.limits)}
     param = "image" if body.mask is None else "mask"
     mask = image if body.mask is None else open_image(open_upload(body.mask, "mask", service.limits), "mask")
-    if mask.mode != "RGBA":
+    white = mask.getchannel("A").point(lambda alpha: 255 - alpha) if mask.mode == "RGBA" else None
+    if white is None or white.getextrema()[1] <= WHITE:
+        lowest = "" if white is None else f": its lowest alpha is {255 - white.getextrema()[1]} of 255"
         others = "mask or mask_image" if body.mask is None else "mask_image"
-        problem = f"has no transparency to say where to edit; send one with it, or {others}"
+        problem = f"is nowhere transparent{lowest}; make it so where it is to be edited, or send {others}"
         raise refused(param, problem, "invalid_image")
-    return {"image": image, "mask": mask.getchannel("A").point(lambda alpha: 255 - alpha)}
+    return {"image": image, "mask": white}
 
 
 def captions(service: Service, body: CaptionBody) -> Job:
-    _check_model(service, body.model)
+    check_model(service, body.model)
 
     def request() -> Request:
         return Request(

@@ -12,20 +12,24 @@ from engine.serving.schemas import ErrorAnswer
 ABOUT = """\
 Bodies are JSON or `multipart/form-data`. In JSON, an image is base64 or a data: URL; in a form it may be a file. In a
 form, numbers and booleans are written as in JSON, a list as in JSON or as a field for each item, and `inputs` and
-`masks` as a field for each modality, such as `inputs[image]`.
+`masks` as a field for each modality, such as `inputs[image]`. A text is taken as it is: leave the field out where it
+would be null.
 
-Of a given image the middle square is used, resized to the model's size (`size` in `/v1/models`). A mask has the size of
-its image.
+A given image is turned as its EXIF data say, and its transparent parts become white; its middle square is used, resized
+to the model's size (`size` in `/v1/models`). A mask has the size of its image, turned. Its pixels are marked or not,
+without degrees: those whiter than 127 of 255 are white, those whose alpha is below 128 transparent.
 
 Every error of an endpoint has a status and an error object: `param` names the field, `message` says what to do, `code`
 is for programs. With 429 and 503, `Retry-After` says in how many seconds to try again. What one request may ask for is
-in `/v1/models` under `limits`: `calls` are those of the model for one sample, `seconds` those until the answer is
-there, `body_seconds` those until the body is."""
+in `/v1/models` under `limits`: `calls` is how often the model may be called for one sample, `seconds` how long a whole
+request may take, and `body_seconds` how long its body may take to arrive."""
 STREAM = """\
 With `stream`, the answer is server-sent events, of which each has a name and JSON as data: {}. The last line of data is
 `[DONE]`; lines that begin with a colon are comments. A request that is refused has a status and no events; one that
 fails later ends with the event `error`. A client that disconnects cancels its request."""
 FILE = {"type": "string", "format": "binary", "description": "a file: PNG, JPEG, WebP, GIF or BMP"}
+PARTS = {r"^inputs\[[^\[\]]+\]$": {"type": "string", "description": "a text, or the file of an image"},
+         r"^masks\[[^\[\]]+\]$": FILE}  # fmt: skip
 TOKEN = {
     "type": "http",
     "scheme": "bearer",
@@ -82,6 +86,9 @@ def document(
             operation["responses"].pop("422", None)  # which FastAPI lists everywhere, and this service never returns
             if "401" in operation["responses"]:
                 operation["security"] = [{"token": []}, {}]
+            for status, answer in operation["responses"].items():  # FastAPI gives errors the type of the other answer
+                if status != "200" and "text/plain" in answer.get("content", {}):
+                    answer["content"] = {"application/json": answer["content"].pop("text/plain")}
         if path in bodies:  # not through FastAPI's openapi_extra: it makes bounds floats, which round 2^64 − 1
             operations["post"]["requestBody"] = _body(bodies[path], limits)
     return found
@@ -95,6 +102,8 @@ def _body(model: type[BaseModel], limits: Limits) -> dict:
             if limits.most(name) < kind.get("maximum", 0):
                 kind["maximum"] = limits.most(name)
     form = {**schema, "properties": {name: _in_form(field) for name, field in schema["properties"].items()}}
+    if "inputs" in form["properties"]:
+        form["patternProperties"] = PARTS
     content = {"application/json": {"schema": schema, "examples": examples}, "multipart/form-data": {"schema": form}}
     return {"required": True, "content": content}
 

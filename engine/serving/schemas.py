@@ -29,6 +29,10 @@ ImageData = Annotated[
         }
     ),
 ]
+InputData = Annotated[
+    str | bytes,
+    WithJsonSchema({"type": "string", "description": "a text; of other modalities an image: base64 or a data: URL"}),
+]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"  # 1×1, white
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, description="of the first sample, the others count up; null: random")]
 
@@ -67,13 +71,15 @@ class InfillBody(Body):
     mask: ImageData | None = Field(None, description="white: generate; black or transparent: keep")
     sketch: ImageData | None = Field(None, description="black lines on white, for a model that has sketches")
     sketch_mask: ImageData | None = Field(None, description="white: generate")
-    inputs: dict[str, ImageData] = Field({}, description="what is given of any modality, by its name")
+    inputs: dict[str, InputData] = Field({}, description="what is given of any modality, by its name")
     masks: dict[str, ImageData] = Field({}, description="masks of given images, by modality")
     num: int = _whole("num", "samples")
     steps: int = _whole("steps", "of the solver; for each modality in an order")
     solver: Literal[SOLVERS] | None = Field(None, description="null: dpm++, or ddpm where known parts are renoised")
     spacing: Literal[SPACINGS] | None = Field(None, description="of the times; null: the better one for the model")
-    guidance: float | None = _number("guidance", "scale; 1: none; null: the model's, by task")
+    guidance: float | None = _number(
+        "guidance", "scale; 1: none; null: the model's, by task, or 1 if all is generated together"
+    )
     temperature: float | None = _number("temperature", "of words' probabilities; null: the model's, by task")
     guidance_kind: Literal[GUIDANCE_KINDS] | None = None
     guidance_interval: list[float] | None = Field(
@@ -81,15 +87,17 @@ class InfillBody(Body):
     )
     eta: float = _number("eta", "of solver ddim")
     seed: Seed | None = None
-    resample: int = _whole("resample", "RePaint: how often each stretch of `jump` steps is done")
-    jump: int = _whole("jump", "steps of such a stretch")
+    resample: int = _whole("resample", "RePaint: how often each stretch of `jump` steps is done; 1: once")
+    jump: int = _whole("jump", "steps of such a stretch; below `steps` if `resample` is above 1")
     infill: Literal[INFILLS] = Field(Request.infill, description="langevin: for models that renoise known parts")
     inner_steps: int = _whole("inner_steps", "of langevin: further calls of the model at each step")
     step_size: float = _number("step_size", "of langevin, in units of the noise's variance")
     step_cache: int = _whole("step_cache", "an approximation: run inner blocks at every `step_cache`-th step only")
     adapter: str | None = Field(None, description="the name of a LoRA adapter in the list of models; null: none")
     adapter_scale: float = _number("adapter_scale", "how much of the adapter is added to the weights")
-    order: list[str] | Literal["together"] | None = Field(None, description="modalities, first to last; or together")
+    order: list[str] | Literal["together"] | None = Field(
+        None, description="modalities, first to last; or together; null: the model's"
+    )
     unknown_words: Literal["error", "fill"] = Request.unknown_words
     task: Literal[TASKS] = Request.task
     priority: int = Field(0, ge=-100, le=100, description="higher ones are served first")
@@ -126,7 +134,7 @@ class InfillAnswer(BaseModel):
     created: int
     model: str
     task: str
-    order: list[str]
+    order: list[str] = Field(description="in which modalities were generated; empty: together, or only one")
     guidance: float
     solver: str
     spacing: str
@@ -147,7 +155,7 @@ class ErrorAnswer(BaseModel):
 
 class QueuedEvent(BaseModel):
     id: str = Field(description="with which the request can be cancelled")
-    position: int = Field(description="at most so many samples that wait enter before the first of this request")
+    position: int = Field(description="samples of other waiting requests that are served first, at most")
 
 
 class ProgressEvent(BaseModel):
@@ -188,7 +196,9 @@ class GenerationBody(Body):
     background: Literal["auto", "opaque"] | None = None
     quality: Literal["auto"] | None = None
     stream: bool | None = None
-    partial_images: int | None = Field(None, ge=0, le=3, description="previews of each image; needs stream")
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="previews of each image, fewer if there are fewer steps; needs stream"
+    )
     user: str | None = Field(None, max_length=256, description="kept in the service's log")
     seed: Seed | None = None
     num_inference_steps: int | None = Field(None, ge=1, le=WHOLE_NUMBERS["steps"][1])
@@ -203,7 +213,7 @@ class EditBody(GenerationBody):
         json_schema_extra={"examples": [{"prompt": "red heart", "image": PNG, "mask_image": PNG, "seed": 7}]}
     )
 
-    image: ImageData
+    image: ImageData = Field(description="without mask and mask_image: transparent where it is edited")
     mask: ImageData | None = Field(None, description="of the image's size: transparent where the image is edited")
     mask_image: ImageData | None = Field(None, description="of the image's size: white where the image is edited")
 

@@ -115,17 +115,14 @@ class Service:
     def _check(self, request: Request, job: Job) -> None:
         """Raises ServiceError where a request asks for more than the service's limits."""
         limits = self.limits
-        repeats = "resample" if request.infill == "repaint" else "inner_steps"
         checks = {
             "num": (request.num, limits.num),
             "steps": (request.steps, limits.steps),
-            repeats: (request.calls, limits.calls),
             "deadline": (job.deadline or 0, limits.seconds),
         }
         for key, (value, most) in checks.items():
             if value > most:
-                unit = " steps in all" if key == repeats else ""
-                raise refused(job.names.get(key, key), f"{value}{unit} exceeds the limit; use at most {most}")
+                raise refused(job.names.get(key, key), f"{value} exceeds the limit; use at most {most}")
 
     async def _events(self, handle: Handle, job: Job) -> AsyncIterator[str]:
         async for event in _with_pauses(handle.events()):
