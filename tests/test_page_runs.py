@@ -159,6 +159,96 @@ def test_what_is_done_while_the_model_loads_waits_for_it(open_page):
     assert len(sent) == 1
 
 
+def test_a_double_click_and_a_held_key_begin_one_run_and_cancel_none(open_page):
+    page = open_page()
+    sent, cancelled = sent_by(page), []
+    page.on("request", lambda request: request.method == "DELETE" and cancelled.append(request.url))
+    set_options(page, num="16", steps="250")
+    page.dblclick("#generate")
+    expect(page.locator("#cancel")).to_be_visible()
+    page.dblclick("#cancel")
+    expect(page.locator(".run-state")).to_contain_text("Cancelled")
+    expect(page.locator("#generate")).to_be_visible()
+    set_options(page, **FEW_STEPS)
+    page.focus("#generate")
+    for _ in range(3):
+        page.keyboard.down("Enter")  # the second and third are repeats
+    page.keyboard.up("Enter")
+    expect(page.locator("#cancel")).to_be_focused()
+    expect(page.locator(".run:not(.running, .stopped)")).to_have_count(1)
+    assert len(sent) == 2 and len(cancelled) <= 1
+
+
+def test_a_run_waits_for_the_image_that_is_still_being_read(open_page):
+    page = open_page()
+    sent = sent_by(page)
+    set_options(page, **FEW_STEPS)
+    page.evaluate(
+        """() => {
+          const read = window.createImageBitmap;
+          window.createImageBitmap = async (...what) => {
+            await new Promise((done) => setTimeout(done, 300));
+            return read(...what);
+          };
+        }"""
+    )
+    dropped(page, "#stage", file_of(PICTURE))
+    generate(page)
+    assert "image" in sent[0]
+    dropped(page, "#stage", b"no image")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#image-error")).to_contain_text("cannot be read as an image")
+    expect(page.locator("#generate")).to_be_visible()
+    assert len(sent) == 1, "the image that was asked for is not there"
+
+
+def test_text_with_a_picture_of_it_is_pasted_as_text(open_page):
+    page = open_page()
+    paste = """([selector, bytes]) => {
+      const clipboardData = new DataTransfer();
+      clipboardData.items.add(new File([Uint8Array.from(bytes)], "image.png", { type: "image/png" }));
+      clipboardData.setData("text/plain", "red heart");
+      const event = new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true });
+      document.querySelector(selector).dispatchEvent(event);
+      return event.defaultPrevented;
+    }"""
+    expect(page.locator("#generate")).to_be_enabled()
+    assert not page.evaluate(paste, ["#word", [*file_of(PICTURE)]])
+    assert page.evaluate(paste, ["#stage", [*file_of(PICTURE)]])
+    expect(page.locator("#canvas")).to_be_visible()
+
+
+def test_a_service_that_comes_back_with_another_model_is_noticed(open_page):
+    page = open_page(expected="status of 503")
+    sent = sent_by(page)
+    give_image(page, file_of(PICTURE))
+    page.click("[data-preset='left half']")
+    set_options(page, **FEW_STEPS)
+
+    def another(route) -> None:
+        asked.append(model["id"])
+        route.fulfill(json={**listed, "data": [{**listed["data"][0], **model}]})
+
+    listed = page.request.get(f"{page.url}v1/models").json()
+    asked, model = [], {"id": "another"}
+    page.route("**/v1/models", another)
+    generate(page)  # the answer is of "tiny", the page's model
+    assert not asked
+    refusal = {"error": {"message": "the engine is shutting down", "param": None}}
+    for size, kept in ((32, True), (16, False)):
+        page.route("**/v1/infill", lambda route: route.fulfill(status=503, json=refusal))
+        page.click("#generate")
+        expect(page.locator("#error")).to_contain_text("shutting down")
+        page.unroute("**/v1/infill")
+        model["size"] = f"{size}x{size}"
+        page.click("#generate")
+        expect(page.locator("#about")).to_contain_text(f"another · {size}-pixel images")
+        expect(page.locator("#canvas")).to_be_visible(visible=kept)
+        expect(page.locator("#generate")).to_be_visible()
+    page.unroute_all(behavior="ignoreErrors")  # the model is asked for after a result of another one, too
+    assert "mask" in sent[2] and "image" not in sent[4]
+
+
 def test_a_list_of_suggestions_that_comes_late_keeps_the_selected_word(open_page):
     page = open_page()
     held = []
@@ -268,3 +358,16 @@ def test_a_token_is_asked_for_and_kept(open_page, serve, tiny_checkpoint):
     page.reload()
     expect(page.locator("#about")).to_contain_text("tiny")
     expect(page.locator("#token")).to_be_hidden()
+
+
+def test_a_token_is_kept_by_the_page_where_storage_is_blocked(open_page, serve, tiny_checkpoint):
+    page = open_page(serve(tiny_checkpoint, tokens=["secret"]).url, expected="status of 401")
+    page.add_init_script(
+        "Object.defineProperty(window, 'sessionStorage', { get() { throw new DOMException('', 'SecurityError'); } })"
+    )
+    page.reload()
+    page.fill("#token", "secret")
+    page.keyboard.press("Enter")
+    expect(page.locator("#about")).to_contain_text("tiny")
+    set_options(page, **FEW_STEPS)
+    generate(page)

@@ -78,7 +78,7 @@ class InfillBody(Body):
     solver: Literal[SOLVERS] | None = Field(None, description="null: dpm++, or ddpm where known parts are renoised")
     spacing: Literal[SPACINGS] | None = Field(None, description="of the times; null: the better one for the model")
     guidance: float | None = _number(
-        "guidance", "scale; 1: none; null: the model's, by task, or 1 if all is generated together"
+        "guidance", "scale; 1: none; null: the model's, by task, or 1 if nothing is given and order is together"
     )
     temperature: float | None = _number("temperature", "of words' probabilities; null: the model's, by task")
     guidance_kind: Literal[GUIDANCE_KINDS] | None = None

@@ -5,7 +5,7 @@ import { drawLine, emptyMask, presetMask, presetOf, shareOf, showMask } from "./
 
 const MOST_UNDOS = 50;
 
-export const image = { given: false, left: false, size: 0, mask: null, painted: null, undos: [], cursor: null };
+export const image = { given: false, left: false, size: 0, mask: null, painted: null, undos: [], cursor: null, pointer: null };
 
 let changed; // is called after each change
 
@@ -21,6 +21,7 @@ export function startImage(onChange) {
   on("overlay", "pointermove", follow);
   on("overlay", "pointerup", changed);
   on("overlay", "pointercancel", cancelStroke);
+  on("overlay", "lostpointercapture", () => (image.pointer = null));
   on("overlay", "pointerleave", () => {
     image.cursor = null;
     paintOverlay();
@@ -33,9 +34,11 @@ export function startImage(onChange) {
   }
 }
 
-/** Sets the pixels a side of the images that the model takes. */
+/** Sets the pixels a side of the images that the model takes; an image of another size is removed. */
 export function setSize(size) {
+  if (size === image.size) return;
   Object.assign(image, { size, mask: emptyMask(size) });
+  if (image.given) removeImage();
   $("brush-size").max = size / 2;
   $("brush-size").value = Math.round(size / 6);
 }
@@ -94,7 +97,8 @@ function paint(from, to) {
 }
 
 function draw(event) {
-  if (event.button || !event.isPrimary) return;
+  if (event.button || !event.isPrimary || image.pointer !== null) return; // a hand may lie beside a pen
+  image.pointer = event.pointerId;
   event.preventDefault();
   document.activeElement.blur(); // from now on Ctrl Z is about the mask, not about what was typed
   $("overlay").setPointerCapture(event.pointerId);
@@ -106,6 +110,7 @@ function draw(event) {
 }
 
 function follow(event) {
+  if (image.pointer !== null && image.pointer !== event.pointerId) return;
   const at = onStage(event);
   const isPainting = image.painted === image.mask && $("overlay").hasPointerCapture(event.pointerId);
   if (isPainting) paint(image.cursor ?? at, at); // not if the stroke was undone, or another image given
@@ -114,8 +119,8 @@ function follow(event) {
 }
 
 /** Undoes a stroke that was the beginning of a gesture: two fingers zoom. */
-function cancelStroke({ isPrimary }) {
-  if (isPrimary && image.painted === image.mask) undoMask();
+function cancelStroke({ pointerId }) {
+  if (pointerId === image.pointer && image.painted === image.mask) undoMask();
 }
 
 let overlayDue = false;

@@ -7,10 +7,11 @@ import {
 } from "./gallery.js";
 import { generatedShare, giveImage, image, removeImage, setSize, showImage, startImage, undoMask } from "./image.js";
 import { maskURL, PRESETS, presetOf } from "./mask.js";
-import { call, eventsOf, Failure, TOKEN, wordsFrom } from "./service.js";
+import { call, eventsOf, Failure, forgetWords, token, wordsFrom } from "./service.js";
 import { sketchPad } from "./sketch.js";
 
 const MOST_BYTES = 50e6; // of a file; its image is cropped and resized here, and only that is sent
+const TOGETHER = JSON.stringify("together"); // an order
 const EXAMPLES = ["red heart", "woman astronaut: medium skin tone", "_ cat face"];
 
 const model = { id: "", size: 64, words: 16, vocabulary_size: 0, modalities: [], defaults: {}, limits: {} };
@@ -49,37 +50,49 @@ function clearErrors() {
 
 function report(error) {
   if (error.status === 401) return askToken(error);
+  if (error.status === undefined || error.status === 503) model.id = ""; // it may come back with another model
   const { param = "", message } = error;
   const [field] = param.split(/[^a-z_]/);
   const text = field in FIELDS ? message.replace(`${param}: `, "") : message;
   showError(field, error instanceof Failure ? text : `The page failed: ${message}`);
   const control = FIELDS[field]?.[1];
-  if (control) $(image.given && control === "choose" ? "replace" : control).focus();
+  if (!control) $("error").scrollIntoView({ block: "nearest" }); // on a phone the results are in view
+  else $(image.given && control === "choose" ? "replace" : control).focus();
 }
 
 function askToken(error) {
   $("token-form").hidden = false;
-  $("token-error").hidden = sessionStorage.getItem(TOKEN) === null;
+  $("token-error").hidden = token.get() === null;
   $("token-error").textContent = error.message;
-  sessionStorage.removeItem(TOKEN);
+  token.set(null);
   $("token").focus();
 }
 
 // ---------------------------------------------------------------------------------------------- Image and sketch
 
 const latest = {}; // what was last given, by field: a larger file takes longer than one given after it
+const reading = new Set(); // promises of what is still being read
 
-/** Takes a file or an element as the image or the sketch; returns whether it was, and shows an error where not. */
-async function give(field, source) {
+/** Takes a file or an element as the image or the sketch: a promise of whether it was, or null where that is void. */
+function give(field, source) {
+  const taken = take(field, source).finally(() => reading.delete(taken));
+  reading.add(taken);
+  return taken;
+}
+
+/** As `give`; shows an error for what cannot be read. */
+async function take(field, source) {
   latest[field] = source;
   clearError(field);
   if (!model.id) await start();
-  if (!has(field)) return false;
+  if (!has(field)) return null;
   const isLarge = source.size > MOST_BYTES;
   const bitmap = isLarge ? null : await fitted(source).catch(() => null);
-  if (latest[field] !== source) return false;
-  const problem = isLarge ? "is larger than 50 MB" : "cannot be read as an image";
-  if (!bitmap) showError(field, `“${source.name}” ${problem}. Give a whole PNG, JPEG, WebP or GIF.`);
+  if (latest[field] !== source) return null;
+  const problem = isLarge
+    ? "is larger than 50 MB. Give a smaller one."
+    : "cannot be read as an image. Give a whole PNG, JPEG, WebP or GIF.";
+  if (!bitmap) showError(field, `“${source.name}” ${problem}`);
   else (field === "image" ? giveImage : sketch.give)(bitmap);
   return Boolean(bitmap);
 }
@@ -126,7 +139,11 @@ const modalitiesWith = (amount, planned) =>
 const isAllGiven = (planned) => modalitiesWith("none", planned).length === Math.max(1, model.modalities.length);
 
 function sentenceOf(planned) {
-  if (isAllGiven(planned)) return "Everything is given. Paint over a part of the image, or blank a word.";
+  if (isAllGiven(planned)) {
+    const remedies = [has("image") && "paint over a part of the image", has("text") && "blank a word"];
+    const remedy = remedies.filter(Boolean).join(", or ");
+    return `Everything is given. ${remedy[0].toUpperCase()}${remedy.slice(1)}.`;
+  }
   const sentences = Object.entries({ image: "Image", sketch: "Sketch", text: "Words" }).filter(([name]) => has(name))
     .map(([name, label]) => `${label}: ${planned[name] === "none" ? "given" : `${planned[name]} generated`}.`);
   return sentences.join(" ");
@@ -156,7 +173,9 @@ function refresh() {
   showImage();
   showSketch();
   showWords();
-  const guidance = model.defaults.guidance?.[taskOf(planned)];
+  const task = taskOf(planned);
+  const isAlone = task === "joint" && $("order").value === TOGETHER; // then there is nothing to guide by
+  const guidance = isAlone ? 1 : model.defaults.guidance?.[task];
   $("guidance").placeholder = guidance === undefined ? "automatic" : `automatic (${guidance})`;
   const seed = isLocked() ? `seed ${$("seed").value}` : "random seed";
   const num = Number($("num").value);
@@ -237,7 +256,8 @@ function requestOf({ image: drawn, sketch: lines, text }) {
 
 async function generate() {
   if (!model.id) await start(); // it is under way, or has failed
-  if (running || !model.id) return;
+  const taken = await Promise.all(reading);
+  if (running || !model.id || taken.includes(false)) return; // the last: an error is shown
   addTyped();
   clearErrors();
   refresh(); // shows the unknown words again, too
@@ -275,7 +295,11 @@ async function watch(run) {
     if (event === "queued") showQueued(run, data);
     else if (event === "progress") showProgress(run, data);
     else if (event === "preview") showPreview(run, data);
-    else if (event === "result") return showResult(run, data);
+    else if (event === "result") {
+      showResult(run, data);
+      if (data.model !== model.id) start(); // the service was started anew
+      return;
+    }
     else if (event === "error") throw new Failure(data.error ?? data);
   }
   throw new Failure({ message: "The connection ended before the result came. Try again." });
@@ -326,6 +350,7 @@ const start = () => (starting ??= showModel().finally(() => (starting = null)));
 /** Asks the service which model it has, and sets the page up for it. */
 async function showModel() {
   clearErrors();
+  forgetWords();
   $("about").textContent = "Loading the model";
   try {
     const answer = await (await call("v1/models")).json();
@@ -344,7 +369,7 @@ async function showModel() {
     $(id).defaultValue = Math.min(model.defaults[id] ?? $(id).defaultValue, $(id).max);
   }
   const orders = model.modalities.map(({ name }) => new Option(`${name} first`, JSON.stringify([name])));
-  $("order").replaceChildren($("order").options[0], ...orders, new Option("together", JSON.stringify("together")));
+  $("order").replaceChildren($("order").options[0], ...orders, new Option("together", TOGETHER));
   $("image-card").hidden = !has("image");
   $("caption-card").hidden = !has("text");
   $("sketch-card").hidden = !has("sketch");
@@ -431,20 +456,23 @@ on("composer", "submit", (event) => {
   event.preventDefault();
   generate();
 });
-on("cancel", "click", cancel);
+// Generate and Cancel take each other's place: the second half of a double click is for neither.
+on("generate", "click", (event) => event.detail > 1 && event.preventDefault());
+on("cancel", "click", (event) => event.detail > 1 || cancel());
 on("clear-gallery", "click", () => {
   clearGallery();
   showWhatRuns();
 });
 on("token-form", "submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(TOKEN, $("token").value.trim());
+  token.set($("token").value.trim());
   $("token-form").hidden = true;
   model.id ? generate() : start();
 });
 
 document.addEventListener("keydown", (event) => {
   if (event.isComposing) return;
+  if (event.key === "Enter" && event.repeat) return event.preventDefault(); // else it would cancel what it began
   const typing = event.target.matches("input:is([type=text], [type=number], [type=password])");
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
@@ -457,8 +485,8 @@ document.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files][0];
-  if (!file) return;
+  const { files: [file], types } = event.clipboardData;
+  if (!file || (types.includes("text/plain") && event.target.matches("input"))) return; // text with a picture of it
   event.preventDefault();
   give("image", file);
 });

@@ -1,6 +1,20 @@
 // Calls of the service. Every address is relative, so that it also works behind a proxy that adds a path.
 
-export const TOKEN = "token"; // its key in the session's storage
+let storage = null; // of this tab; null where the browser's settings block it
+try {
+  storage = sessionStorage;
+} catch { /* the token is kept until the page is left */ }
+let kept = storage?.getItem("token") ?? null;
+
+/** The token that is sent, or null. */
+export const token = {
+  get: () => kept,
+  set(value) {
+    kept = value;
+    if (value === null) storage?.removeItem("token");
+    else storage?.setItem("token", value);
+  },
+};
 
 /** An error of the service; `param` names the argument that it is about. */
 export class Failure extends Error {
@@ -12,8 +26,7 @@ export class Failure extends Error {
 
 /** A response of status 200; raises Failure, and AbortError where `options` has a signal. */
 export async function call(path, options = {}) {
-  const token = sessionStorage.getItem(TOKEN);
-  const headers = { ...options.headers, ...(token && { Authorization: `Bearer ${token}` }) };
+  const headers = { ...options.headers, ...(kept && { Authorization: `Bearer ${kept}` }) };
   let response;
   try {
     response = await fetch(path, { ...options, headers });
@@ -49,6 +62,9 @@ export async function* eventsOf(response) {
 }
 
 const vocabulary = new Map(); // answers of the service, by prefix
+
+/** For a service that may have another model now. */
+export const forgetWords = () => vocabulary.clear();
 
 /** Words of the model's vocabulary that begin with `prefix`, that word itself first: a promise. */
 export function wordsFrom(prefix) {

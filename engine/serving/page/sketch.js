@@ -20,6 +20,7 @@ export function sketchPad(canvas, onChange) {
   const context = canvas.getContext("2d");
   let items = []; // lines, as lists of points, and images, in the order in which they were given
   let drawn = null; // the line that is being drawn, or was last
+  let pointer = null; // that draws it
   const past = [];
 
   const at = ({ clientX, clientY }) => {
@@ -45,7 +46,8 @@ export function sketchPad(canvas, onChange) {
 
   canvas.width = canvas.height = SIDE;
   canvas.addEventListener("pointerdown", (event) => {
-    if (event.button || !event.isPrimary) return;
+    if (event.button || !event.isPrimary || pointer !== null) return; // a hand may lie beside a pen
+    pointer = event.pointerId;
     event.preventDefault();
     document.activeElement.blur(); // from now on Ctrl Z is about the sketch, not about what was typed
     canvas.setPointerCapture(event.pointerId);
@@ -53,14 +55,15 @@ export function sketchPad(canvas, onChange) {
     change([...items, drawn]);
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (items.at(-1) !== drawn || !canvas.hasPointerCapture(event.pointerId)) return; // the line may be undone
+    if (items.at(-1) !== drawn || pointer !== event.pointerId) return; // the line may be undone
     const moves = event.getCoalescedEvents?.() ?? [];
     drawn.push(...(moves.length ? moves : [event]).map(at));
     paint();
   });
-  canvas.addEventListener("pointercancel", ({ isPrimary }) => {
-    if (isPrimary && items.at(-1) === drawn) undo(); // it began a gesture: two fingers zoom
+  canvas.addEventListener("pointercancel", ({ pointerId }) => {
+    if (pointerId === pointer && items.at(-1) === drawn) undo(); // it began a gesture: two fingers zoom
   });
+  canvas.addEventListener("lostpointercapture", () => (pointer = null));
   paint();
   return {
     isGiven: () => items.length > 0,
