@@ -217,7 +217,7 @@ class PSUNetPipeline(DiffusionPipeline, PSUNetLoraMixin):
         num_inference_steps        of the solver, for each modality where one is generated after the other
         guidance_scale             1 disables guidance; None: the checkpoint's default for the task
         generator                  one for all images or a list of one for each, see `engine.pipeline_values.seeds_of`:
-            one fresh from `manual_seed(s)` gives the images of `Request(seed=s)`
+            one fresh from `manual_seed(s)` gives the images of `Request(seed=s)` with the scheduler's solver
         output_type                of images: "pil", "np", "pt" or "latent"
         callback_on_step_end       called as (pipeline, step, time, {"latents": [B, N]}) with the packed states of all
             images; states that it returns, or changes, take their place. It may set `pipeline._interrupt`

@@ -50,7 +50,8 @@ class Request:
     steps     steps of the solver; where modalities are generated in an order, each takes as many
     solver    "dpm++" (DPM-Solver++(2M)), "unipc" (UniPC-2), "sde-dpm++" (SDE-DPM-Solver++(2M)), "ddim" or "ddpm"; None:
               dpm++, or ddpm where known parts are renoised
-    guidance  scale w of classifier-free guidance, 1 means none; None: the checkpoint's default for the task
+    guidance  scale w of classifier-free guidance, 1 means none; None: the checkpoint's default for the task, or 1 if
+              nothing is given and all is generated together
     temperature  of words, for models that give words' probabilities: below 1 likelier words more often, and less
               variety; None: the checkpoint's default for the task
     seed      0 … 2⁶⁴ − num
