@@ -183,7 +183,7 @@ def test_what_lies_under_the_mask_changes_nothing(engine):
 def test_a_black_mask_leaves_nothing_of_the_image_to_generate(engine):
     black = Image.new("L", (32, 32))
     assert engine.generate(Request(image=noise(), mask=black, steps=STEPS)).task == "image-to-text"
-    with pytest.raises(InputError, match="^mask: .* marks nothing in the middle square of the image, and all else is given; give one"):
+    with pytest.raises(InputError, match="^mask: .* marks nothing .*, and all else is given; give one"):
         engine.generate(Request(image=noise(), mask=black, prompt="red cat"))
 
 
