@@ -285,7 +285,7 @@ def http_client(engine) -> Iterator[Callable[[list[dict]], Callable[[], int]]]:
 def test_http(compete, engine, http_client, steps, contender):
     """More requests at once than the engine computes together: from this process, and over HTTP from another one.
 
-    A request costs HTTP as much whatever its steps; the second number of steps is the one of a request that names none.
+    What HTTP costs does not depend on the steps; the second number of steps is the default.
     """
     count = 4 * engine.max_rows
     bodies = [{"prompt": "word1 word2", "steps": steps, "seed": seed} for seed in range(count)]

@@ -221,16 +221,14 @@ def _tokens(file: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise InputError("token_file", file, "give a readable text file", f"cannot be read ({reason})") from None
-    tokens = [line for line in lines if line and not line.startswith("#")]
+    tokens = {number: line for number, line in enumerate(lines, 1) if line and not line.startswith("#")}
     if not tokens:
         raise InputError("token_file", file, "write a token into it", "holds no token")
-    for number, line in enumerate(lines, 1):
-        if not (
-            line.startswith("#") or line.isascii() and line.isprintable()
-        ):  # headers hold no other characters that all clients agree on
+    for number, token in tokens.items():
+        if not (token.isascii() and token.isprintable()):  # clients encode other characters in different ways
             problem = f"has characters in line {number} that cannot be sent in a header"
             raise InputError("token_file", file, "use ASCII letters, digits and -._~+/=", problem)
-    return tokens
+    return list(tokens.values())
 
 
 def _limits(given: list[tuple[str, float]]):

@@ -280,8 +280,8 @@ class Gate:
         # Digests of equal length, all compared, so that the time taken does not depend on the tokens.
         matches = [secrets.compare_digest(_digest(token.strip()), digest) for digest in self._digests]
         if self._digests and (kind.lower() != b"bearer" or not any(matches)):
-            problem = "the token is not one of the service's" if token.strip() else "there is no token"
-            message = f"{problem}; send one of them: Authorization: Bearer …"
+            problem = "the token is not valid" if token.strip() else "no token was sent"
+            message = f"{problem}; send a token of this service: Authorization: Bearer …"
             return ServiceError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
         return None
 

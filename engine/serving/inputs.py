@@ -26,8 +26,9 @@ from engine.serving.errors import ServiceError, refused
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads others with external programs or less robust decoders
 DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)  # browsers do not know the type of every file
-PART_OF = re.compile(r"(inputs|masks)\[([^\[\]]+)\]")  # a form's field "inputs[sketch]"
-PYDANTICS = re.compile(r"^(Input|List) |, unable to parse.*| after validation")  # words of its messages left out
+PART = r"\[([^\[\]]+)\]"
+PART_OF = re.compile(f"(inputs|masks){PART}")  # a form's field "inputs[sketch]"
+LEFT_OUT = re.compile(r"^(Input|List) |, unable to parse.*| after validation")  # of Pydantic's messages
 MOST_PARTS, MOST_FILES = 64, 8  # of a form
 CONSTANTS = ("NaN", "Infinity", "-Infinity")  # which Python's JSON has beyond the standard
 EXAMPLE = '{"prompt": "red heart"}'
@@ -116,8 +117,8 @@ def _refusal(error: ValidationError, limits: Limits) -> ServiceError:
 
 
 def wrong_value(value, messages: list[str]) -> str:
-    """A value and all that it may be, which are Pydantic's words for one alternative each."""
-    said = [PYDANTICS.sub("", message) for message in messages]
+    """What is wrong with a value; Pydantic has a message for each type that it could have."""
+    said = [LEFT_OUT.sub("", message) for message in messages]
     return f"{shown(value)} {', or '.join(dict.fromkeys(said))}"
 
 

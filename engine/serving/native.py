@@ -41,7 +41,8 @@ def infill(service: Service, body: InfillBody) -> Job:
     )
 
 
-def _request(body: InfillBody, service: Service) -> Request:
+def _check(body: InfillBody, service: Service) -> None:
+    """Raises ServiceError for what the engine would refuse only after images are opened, or with its own bounds."""
     limits = service.limits
     repeated, most = most_repeats(body.infill, body.steps, limits.calls)
     if body.steps <= limits.steps and getattr(body, repeated) > most:
@@ -51,7 +52,11 @@ def _request(body: InfillBody, service: Service) -> Request:
         for name in getattr(body, key):
             if name not in names:
                 raise refused(f"{key}[{shown(name)}]", f"is not a modality of the model; use one of {', '.join(names)}")
-    given = {}
+
+
+def _request(body: InfillBody, service: Service) -> Request:
+    _check(body, service)
+    limits, given = service.limits, {}
     for name, value in body.inputs.items():
         read = text if service.is_text(name) else open_upload
         given[name] = read(value, f"inputs[{name!r}]", limits)

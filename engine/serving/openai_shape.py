@@ -102,12 +102,12 @@ def _image_and_mask(service: Service, body: EditBody) -> dict[str, Image.Image]:
         return {"image": image, "mask": open_upload(body.mask_image, "mask_image", service.limits)}
     param = "image" if body.mask is None else "mask"
     mask = image if body.mask is None else open_image(open_upload(body.mask, "mask", service.limits), "mask")
-    white = mask.getchannel("A").point(lambda alpha: 255 - alpha) if mask.mode == "RGBA" else None
-    if white is None or white.getextrema()[1] <= WHITE:
-        lowest = "" if white is None else f": its lowest alpha is {255 - white.getextrema()[1]} of 255"
+    white = mask.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
+    highest = white.getextrema()[1]
+    if highest <= WHITE:
         others = "mask or mask_image" if body.mask is None else "mask_image"
-        problem = f"is nowhere transparent{lowest}; make it so where it is to be edited, or send {others}"
-        raise refused(param, problem, "invalid_image")
+        problem = f"is nowhere transparent: its lowest alpha is {255 - highest} of 255"
+        raise refused(param, f"{problem}; make it so where it is to be edited, or send {others}", "invalid_image")
     return {"image": image, "mask": white}
 
 

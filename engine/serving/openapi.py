@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from engine.serving.inputs import Limits, kinds
+from engine.serving.inputs import PART, Limits, kinds
 from engine.serving.schemas import ErrorAnswer
 
 ABOUT = """\
@@ -16,8 +16,8 @@ form, numbers and booleans are written as in JSON, a list as in JSON or as a fie
 would be null.
 
 A given image is turned as its EXIF data say, and its transparent parts become white; its middle square is used, resized
-to the model's size (`size` in `/v1/models`). A mask has the size of its image, turned. Its pixels are marked or not,
-without degrees: those whiter than 127 of 255 are white, those whose alpha is below 128 transparent.
+to the model's size (`size` in `/v1/models`). A mask has the size of its turned image. A pixel brighter
+than 127 of 255 counts as white, one whose alpha is below 128 as transparent.
 
 Every error of an endpoint has a status and an error object: `param` names the field, `message` says what to do, `code`
 is for programs. With 429 and 503, `Retry-After` says in how many seconds to try again. What one request may ask for is
@@ -28,8 +28,8 @@ With `stream`, the answer is server-sent events, of which each has a name and JS
 `[DONE]`; lines that begin with a colon are comments. A request that is refused has a status and no events; one that
 fails later ends with the event `error`. A client that disconnects cancels its request."""
 FILE = {"type": "string", "format": "binary", "description": "a file: PNG, JPEG, WebP, GIF or BMP"}
-PARTS = {r"^inputs\[[^\[\]]+\]$": {"type": "string", "description": "a text, or the file of an image"},
-         r"^masks\[[^\[\]]+\]$": FILE}  # fmt: skip
+PARTS = {f"^inputs{PART}$": {"type": "string", "description": "a text, or the file of an image"},
+         f"^masks{PART}$": FILE}  # fmt: skip
 TOKEN = {
     "type": "http",
     "scheme": "bearer",

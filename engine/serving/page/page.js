@@ -73,14 +73,16 @@ function askToken(error) {
 const latest = {}; // what was last given, by field: a larger file takes longer than one given after it
 const reading = new Set(); // promises of what is still being read
 
-/** Takes a file or an element as the image or the sketch: a promise of whether it was, or null where that is void. */
+/**
+ * Takes a file or an element as the image or the sketch. A promise: true once it is taken, false if an error is shown,
+ * null if the model has no such modality or something else was given meanwhile.
+ */
 function give(field, source) {
   const taken = take(field, source).finally(() => reading.delete(taken));
   reading.add(taken);
   return taken;
 }
 
-/** As `give`; shows an error for what cannot be read. */
 async function take(field, source) {
   latest[field] = source;
   clearError(field);
@@ -174,8 +176,8 @@ function refresh() {
   showSketch();
   showWords();
   const task = taskOf(planned);
-  const isAlone = task === "joint" && $("order").value === TOGETHER; // then there is nothing to guide by
-  const guidance = isAlone ? 1 : model.defaults.guidance?.[task];
+  const isUnguided = task === "joint" && $("order").value === TOGETHER; // nothing is known that could guide
+  const guidance = isUnguided ? 1 : model.defaults.guidance?.[task];
   $("guidance").placeholder = guidance === undefined ? "automatic" : `automatic (${guidance})`;
   const seed = isLocked() ? `seed ${$("seed").value}` : "random seed";
   const num = Number($("num").value);
@@ -257,7 +259,7 @@ function requestOf({ image: drawn, sketch: lines, text }) {
 async function generate() {
   if (!model.id) await start(); // it is under way, or has failed
   const taken = await Promise.all(reading);
-  if (running || !model.id || taken.includes(false)) return; // the last: an error is shown
+  if (running || !model.id || taken.includes(false)) return;
   addTyped();
   clearErrors();
   refresh(); // shows the unknown words again, too
